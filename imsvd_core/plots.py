@@ -1,0 +1,378 @@
+"""The house style: every figure of the book in light and dark, as vectors, with a text that says what is seen.
+
+A figure is a function of a theme. `show` draws it once in the light theme and once in the dark one, and returns
+a `Picture`, which a notebook or the rendered book displays: both drawings are there, and the page shows the one
+that fits. Nothing here needs pyplot, keeps global state or fetches anything.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import io
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, Normalize, PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+
+SHORTEST_ALT = 30  # characters; below that a text names a figure and does not say what it shows
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of one page background. `paper` is the background, which figures leave transparent.
+
+    `colors` are Okabe and Ito's colour-blind-safe hues, each moved in lightness until it stands out from the
+    paper (contrast of at least 3 to 1). `sequential` runs from the paper's tone (nothing) to the ink's (most),
+    in perceptually even steps.
+    """
+
+    name: str
+    ink: str
+    paper: str
+    muted: str
+    colors: tuple[str, ...]
+    sequential: Colormap
+
+    def rc(self) -> dict[str, Any]:
+        """Return matplotlib's settings for this theme."""
+        return {
+            "axes.edgecolor": self.muted,
+            "axes.facecolor": "none",
+            "axes.grid": False,
+            "axes.labelcolor": self.ink,
+            "axes.labelsize": 10,
+            "axes.linewidth": 0.8,
+            "axes.prop_cycle": matplotlib.cycler(color=list(self.colors)),
+            "axes.spines.right": False,
+            "axes.spines.top": False,
+            "axes.titlecolor": self.ink,
+            "axes.titlelocation": "left",
+            "axes.titlesize": 10.5,
+            "figure.facecolor": "none",
+            "font.family": "sans-serif",
+            "font.sans-serif": ["DejaVu Sans"],
+            "font.size": 10,
+            "grid.alpha": 0.3,
+            "grid.color": self.muted,
+            "grid.linewidth": 0.6,
+            "hatch.color": self.ink,
+            "image.cmap": self.sequential.name,
+            "legend.fontsize": 9,
+            "legend.frameon": False,
+            "legend.labelcolor": self.ink,
+            "lines.linewidth": 1.8,
+            "mathtext.fontset": "cm",
+            "patch.edgecolor": self.paper,
+            "savefig.facecolor": "none",
+            "svg.fonttype": "path",  # fonts travel as outlines, so every browser shows the same letters
+            "svg.hashsalt": "imsvd",  # else every drawing gets random ids, and no two builds agree
+            "text.color": self.ink,
+            "xtick.color": self.muted,
+            "xtick.labelcolor": self.ink,
+            "xtick.labelsize": 9,
+            "ytick.color": self.muted,
+            "ytick.labelcolor": self.ink,
+            "ytick.labelsize": 9,
+        }
+
+
+LIGHT = Theme(
+    name="light",
+    ink="#222832",
+    paper="#ffffff",
+    muted="#6b7280",
+    colors=("#0072b2", "#d55e00", "#008a64", "#b5548a", "#a67200", "#2e8bc0"),
+    sequential=matplotlib.colormaps["magma_r"],
+)
+DARK = Theme(
+    name="dark",
+    ink="#ced6dd",
+    paper="#14181e",
+    muted="#8b95a1",
+    colors=("#4ba3e3", "#ff8a3d", "#2cc295", "#e49ac4", "#f0c24a", "#9ad2f5"),
+    sequential=matplotlib.colormaps["magma"],
+)
+THEMES = (LIGHT, DARK)
+
+# The rendered book switches on its own attribute (book/_static/custom.css); notebooks carry their switch along.
+_NOTEBOOK_SWITCH = (
+    "<style>[data-jp-theme-light=false] .imsvd-light,.vscode-dark .imsvd-light{display:none!important}"
+    "[data-jp-theme-light=false] .imsvd-dark,.vscode-dark .imsvd-dark{display:inline-block!important}</style>"
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Something to look at: HTML for notebooks and pages, its alternative text for everybody else."""
+
+    html: str
+    alt: str
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+    def __repr__(self) -> str:
+        return f"[picture: {self.alt}]"
+
+
+def figure(
+    width: float = 6.4,
+    height: float = 3.2,
+    rows: int = 1,
+    cols: int = 1,
+    **subplots: Any,
+) -> tuple[Figure, Any]:
+    """Return a figure of `width` by `height` inches (the text column is 7.2 wide) and its axes.
+
+    The axes are one `Axes` if there is one panel, else an array, as in `plt.subplots`, whose other arguments
+    (`sharex`, `width_ratios`, `subplot_kw`, ...) are taken too.
+    """
+    if min(width, height) <= 0 or min(rows, cols) < 1:
+        raise ValueError(
+            f"a figure needs a positive size and at least one panel; got width={width}, height={height}, "
+            f"rows={rows}, cols={cols}"
+        )
+    drawing = Figure(figsize=(width, height), layout="constrained")
+    return drawing, drawing.subplots(rows, cols, **subplots)
+
+
+def show(draw: Callable[[Theme], Figure], alt: str) -> Picture:
+    """Draw in the light and in the dark theme and return what a notebook displays.
+
+    `draw` gets a `Theme` and returns the figure it drew; it is called twice and must draw the same both times.
+    `alt` says in a sentence what is seen, for those who do not see it. Raises `ValueError` if it is too short.
+    """
+    _check_alt(alt)
+    images = "".join(_img(_svg_uri(draw, theme), alt, theme) for theme in THEMES)
+    return Picture(f'{_NOTEBOOK_SWITCH}<div class="imsvd-figure">{images}</div>', alt)
+
+
+def animate(
+    draw_frame: Callable[[Any, Theme], Figure],
+    frames: int | Iterable[Any],
+    alt: str,
+    labels: Sequence[str] | None = None,
+    interval: int = 200,
+) -> Picture:
+    """Return a slider with a play button over frames that all travel inside the page.
+
+    `draw_frame(frame, theme)` returns the figure of one frame, where `frame` runs through `frames` (a number
+    counts from 0). `labels` name the frames for the reader ("step 40"); `interval` is the time of a frame in
+    milliseconds. Without scripts the last frame is shown. All figures must have the same size.
+    Raises `ValueError` for a short `alt`, no frames, or labels that do not match them.
+    """
+    _check_alt(alt)
+    items = list(range(frames)) if isinstance(frames, int) else list(frames)
+    names = [f"{i + 1} of {len(items)}" for i in range(len(items))] if labels is None else [str(n) for n in labels]
+    if not items:
+        raise ValueError("frames is empty: an animation needs at least one frame")
+    if len(names) != len(items):
+        raise ValueError(f"labels has {len(names)} entries for {len(items)} frames: give one label to each frame")
+    if interval < 1:
+        raise ValueError(f"interval={interval} must be at least 1 millisecond")
+    uris = [[_webp_uri(lambda t, item=item: draw_frame(item, t), theme) for theme in THEMES] for item in items]
+    last = "".join(_img(uri, alt, theme) for uri, theme in zip(uris[-1], THEMES, strict=True))
+    name = "imsvd-" + hashlib.sha256("".join(map("".join, uris)).encode()).hexdigest()[:12]
+    page = (
+        f'{_NOTEBOOK_SWITCH}<div class="imsvd-figure imsvd-animation" id="{name}" role="group" '
+        f'aria-label="{html.escape(alt)}">{last}<div class="imsvd-controls" hidden '
+        'style="gap:.75em;align-items:center;margin-top:.25em">'
+        '<button type="button" aria-label="Play">&#9654;</button>'
+        f'<input type="range" min="0" max="{len(items) - 1}" value="{len(items) - 1}" aria-label="Frame" '
+        f'style="flex:1"><output aria-live="off">{html.escape(names[-1])}</output></div></div>'
+        f"<script>{_PLAYER}({json.dumps(name)},{_script_json(uris)},{_script_json(names)},{interval});</script>"
+    )
+    return Picture(page, alt)
+
+
+# Runs in any page or notebook. The play button goes where the reader asked for less motion: the slider stays.
+_PLAYER = """((id, frames, labels, interval) => {
+  const root = document.getElementById(id);
+  if (!root || root.dataset.ready) return;
+  root.dataset.ready = "yes";
+  const images = root.querySelectorAll("img"), controls = root.querySelector(".imsvd-controls");
+  const button = root.querySelector("button"), slider = root.querySelector("input");
+  const output = root.querySelector("output");
+  let timer = null;
+  const go = (k) => {
+    slider.value = k;
+    images.forEach((image, theme) => { image.src = frames[k][theme]; });
+    output.textContent = labels[k];
+    slider.setAttribute("aria-valuetext", labels[k]);
+  };
+  const stop = () => {
+    clearInterval(timer);
+    timer = null;
+    button.textContent = "\\u25B6";
+    button.setAttribute("aria-label", "Play");
+  };
+  const step = () => (+slider.value < frames.length - 1 ? go(+slider.value + 1) : stop());
+  const play = () => {
+    if (+slider.value === frames.length - 1) go(0);
+    timer = setInterval(step, interval);
+    button.textContent = "\\u275A\\u275A";
+    button.setAttribute("aria-label", "Pause");
+  };
+  button.addEventListener("click", () => (timer === null ? play() : stop()));
+  slider.addEventListener("input", () => { stop(); go(+slider.value); });
+  button.hidden = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  controls.hidden = false;
+  controls.style.display = "flex";
+  go(frames.length - 1);
+})"""
+
+
+def draw_joint(
+    ax: Axes,
+    joint: Any,
+    units: int | Sequence[int],
+    theme: Theme,
+    *,
+    norm: Normalize | None = None,
+    colorbar: bool = True,
+    label: str = r"$\hat P$",
+) -> AxesImage:
+    """Draw a (cross-)joint matrix (D, D) of Eq. 10 as an image, with lines between the variables' blocks.
+
+    `units` is the number of units of every variable, or one number for each. The shades go with the square root
+    of the probability, unless `norm` says otherwise: the diagonal blocks of a hard code hold 1/B, the others
+    1/B², and both should be seen. Returns the image. Raises `ValueError` where shape and units do not agree.
+    """
+    table = _array(joint).astype(float)
+    if table.ndim != 2 or table.shape[0] != table.shape[1]:
+        raise ValueError(f"joint has shape {table.shape}; a square matrix (D, D) is needed")
+    dim = table.shape[0]
+    sizes = [units] * (dim // units if units else 0) if isinstance(units, int) else list(units)
+    if not sizes or min(sizes) < 1 or sum(sizes) != dim:
+        raise ValueError(f"units={units} does not divide the {dim} rows of joint into variables")
+    norm = norm if norm is not None else PowerNorm(0.5, vmin=0.0, vmax=max(float(table.max()), 1e-12))
+    image = ax.imshow(table, cmap=theme.sequential, norm=norm, interpolation="none" if dim <= 256 else "auto")
+    edges = np.concatenate([[0], np.cumsum(sizes)]) - 0.5
+    if len(sizes) <= 40:
+        lines = {"color": theme.muted, "linewidth": 0.5 if len(sizes) <= 16 else 0.25, "alpha": 0.7}
+        ax.hlines(edges[1:-1], edges[0], edges[-1], **lines)
+        ax.vlines(edges[1:-1], edges[0], edges[-1], **lines)
+    named = len(sizes) <= 12
+    centres = (edges[1:] + edges[:-1]) / 2 if named else []
+    ax.set_xticks(centres, [f"$X_{{{v + 1}}}$" for v in range(len(sizes))] if named else [])
+    ax.set_yticks(centres, [f"$X_{{{v + 1}}}$" for v in range(len(sizes))] if named else [])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(True)
+    if colorbar:
+        bar = ax.figure.colorbar(image, ax=ax, label=label, shrink=0.85, pad=0.02)
+        bar.outline.set_linewidth(0.5)
+    return image
+
+
+def gallery(images: Any, alt: str, *, columns: int = 8, scale: int = 2, gap: int = 2) -> Picture:
+    """Return a contact sheet of uint8 images (N, 3, H, W), each pixel enlarged to `scale` by `scale`.
+
+    The gaps are transparent, so one sheet serves both themes. Raises `ValueError` for other shapes or types.
+    """
+    _check_alt(alt)
+    sheet = contact_sheet(images, columns=columns, gap=gap, scale=scale)
+    uri = _array_uri(sheet)
+    img = (
+        f'<img class="dark-light imsvd-pixels" src="{uri}" alt="{html.escape(alt)}" width="{sheet.shape[1]}" '
+        'style="max-width:100%;height:auto;image-rendering:pixelated">'
+    )
+    return Picture(f'<div class="imsvd-figure">{img}</div>', alt)
+
+
+def draw_gallery(ax: Axes, images: Any, *, columns: int = 8, gap: int = 2) -> AxesImage:
+    """Draw a contact sheet of uint8 images (N, 3, H, W) into `ax`, without axes: for galleries inside figures."""
+    ax.set_axis_off()
+    return ax.imshow(contact_sheet(images, columns=columns, gap=gap), interpolation="none")
+
+
+def contact_sheet(images: Any, *, columns: int = 8, gap: int = 2, scale: int = 1) -> np.ndarray:
+    """Return images (N, 3, H, W) of uint8 as one RGBA array, row by row, transparent where there is no image.
+
+    Every pixel becomes `scale` by `scale` pixels; `gap` pixels of the sheet lie between images.
+    """
+    stack = _array(images)
+    if stack.ndim != 4 or stack.shape[1] != 3 or stack.dtype != np.uint8 or not len(stack):
+        raise ValueError(
+            f"images has shape {stack.shape} and type {stack.dtype}; uint8 of shape (N, 3, H, W), N >= 1, is needed"
+        )
+    if columns < 1 or scale < 1 or gap < 0:
+        raise ValueError(f"columns={columns} and scale={scale} must be at least 1, gap={gap} at least 0")
+    stack = stack.transpose(0, 2, 3, 1).repeat(scale, axis=1).repeat(scale, axis=2)
+    count, height, width = stack.shape[:3]
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    sheet = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, 4), np.uint8)
+    for i, image in enumerate(stack):
+        top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
+        sheet[top : top + height, left : left + width] = np.dstack([image, np.full((height, width), 255, np.uint8)])
+    return sheet
+
+
+def _check_alt(alt: str) -> None:
+    if len(alt.strip()) < SHORTEST_ALT:
+        raise ValueError(
+            f"alt={alt!r} is too short: say in a sentence of at least {SHORTEST_ALT} characters what the picture "
+            "shows, for a reader who cannot see it"
+        )
+
+
+def _array(values: Any) -> np.ndarray:
+    return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
+
+
+def _img(uri: str, alt: str, theme: Theme) -> str:
+    # A notebook with no style of ours shows the light one. "dark-light" tells the book's theme to leave it as it is.
+    display = "none" if theme.name == "dark" else "inline-block"
+    return (
+        f'<img class="imsvd-{theme.name} dark-light" src="{uri}" alt="{html.escape(alt)}" '
+        f'style="display:{display};max-width:100%;height:auto">'
+    )
+
+
+def _svg_uri(draw: Callable[[Theme], Figure], theme: Theme) -> str:
+    stream = io.BytesIO()
+    with matplotlib.rc_context(theme.rc()):
+        nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        _drawn(draw, theme).savefig(stream, format="svg", transparent=True, dpi=200, metadata=nothing)
+    return _uri("image/svg+xml", stream.getvalue())
+
+
+def _webp_uri(draw: Callable[[Theme], Figure], theme: Theme) -> str:
+    stream = io.BytesIO()
+    with matplotlib.rc_context(theme.rc()):
+        _drawn(draw, theme).savefig(
+            stream, format="webp", transparent=True, dpi=150, pil_kwargs={"lossless": True, "method": 4}
+        )
+    return _uri("image/webp", stream.getvalue())
+
+
+def _drawn(draw: Callable[[Theme], Figure], theme: Theme) -> Figure:
+    drawing = draw(theme)
+    if not isinstance(drawing, Figure):
+        raise ValueError(f"draw returned {type(drawing).__name__}: it must return the matplotlib Figure that it drew")
+    return drawing
+
+
+def _array_uri(pixels: np.ndarray) -> str:
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(pixels, "RGBA").save(stream, format="PNG", optimize=True)
+    return _uri("image/png", stream.getvalue())
+
+
+def _uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _script_json(value: Any) -> str:
+    return json.dumps(value).replace("</", "<\\/")  # nothing inside a script may look like its end
