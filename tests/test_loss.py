@@ -1,0 +1,188 @@
+"""The loss: both versions against an independent float64 brute force, and what must never happen."""
+
+import math
+
+import pytest
+import torch
+
+from imsvd_core.loss import CrossJointEntropyLoss, cross_joint_entropy
+
+WEIGHTS = dict(diagonal_weight=0.7, off_diagonal_weight=1.3, invariance_weight=0.4)
+CASES = [(6, 4), (5, [2, 3, 1]), (1, 3), (7, [4]), (4, [1, 1]), (3, [5, 2])]
+
+
+def brute_force(z1, z2, units, invariance="inner_product", temperature=1.0, **weights):
+    """Eq. 11 by loops over samples, variables and units: no code shared with the package."""
+    n, d = z1.shape
+    counts = [units] * (d // units) if isinstance(units, int) else list(units)
+    edges = [sum(counts[:v]) for v in range(len(counts) + 1)]
+    codes = [[[torch.exp(z[i, a:b] / temperature) / torch.exp(z[i, a:b] / temperature).sum()
+               for a, b in zip(edges, edges[1:])] for i in range(n)] for z in (z1, z2)]
+    variables = range(len(counts))
+    de = oe = ti = torch.zeros((), dtype=z1.dtype)
+    for v in variables:
+        for w in variables:
+            for b in range(counts[v]):
+                for c in range(counts[w]):
+                    if v == w and b != c:
+                        continue
+                    cell = sum(codes[0][i][v][b] * codes[1][i][w][c] for i in range(n)) / n
+                    if v == w:
+                        de = de + cell * cell.log()
+                    else:
+                        oe = oe + cell * cell.log()
+        for i in range(n):
+            p, q = codes[0][i][v], codes[1][i][v]
+            ti = ti - ((p * q).sum().log() if invariance == "inner_product" else (p * q.log()).sum())
+    de, ti = de / len(counts), ti / (n * len(counts))
+    oe = oe / (len(counts) * (len(counts) - 1)) if len(counts) > 1 else oe
+    total = sum(weights.get(f"{name}_weight", 1.0) * term
+                for name, term in (("diagonal", de), ("off_diagonal", oe), ("invariance", ti)))
+    return total, de, oe, ti
+
+
+def logits(n, units, dtype=torch.float64, seed=0, scale=2.0):
+    d = 3 * units if isinstance(units, int) else sum(units)
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(n, d, generator=generator, dtype=torch.float64) * scale).to(dtype).requires_grad_() for _ in "12"]
+
+
+def textbook(z1, z2, units, **settings):
+    return cross_joint_entropy(z1, z2, units, **settings)
+
+
+def streaming(z1, z2, units, **settings):
+    return CrossJointEntropyLoss(units, **settings)(z1, z2)
+
+
+@pytest.mark.parametrize("version", [textbook, streaming])
+@pytest.mark.parametrize("invariance", ["inner_product", "cross_entropy"])
+@pytest.mark.parametrize("n, units", CASES)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_terms_and_gradients_equal_the_brute_force(version, invariance, n, units, dtype, tolerance):
+    z1, z2 = logits(n, units, dtype)
+    settings = dict(invariance=invariance, temperature=0.6, **WEIGHTS)
+    ours = version(z1, z2, units, **settings)
+    y1, y2 = (z.detach().double().requires_grad_() for z in (z1, z2))
+    truth = brute_force(y1, y2, units, **settings)
+    for mine, true in zip(ours, truth):
+        torch.testing.assert_close(mine.double(), true, rtol=tolerance, atol=tolerance)
+    for mine, true in zip(torch.autograd.grad(ours.total, (z1, z2)), torch.autograd.grad(truth[0], (y1, y2))):
+        torch.testing.assert_close(mine.double(), true, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("units", [3, [2, 4, 3]])
+@pytest.mark.parametrize("invariance", ["inner_product", "cross_entropy"])
+def test_gradcheck(units, invariance):
+    loss = CrossJointEntropyLoss(units, invariance=invariance, temperature=0.8, **WEIGHTS)
+    assert torch.autograd.gradcheck(lambda a, b: loss(a, b).total, logits(5, units))
+
+
+def test_slabs_and_chunks_do_not_change_the_result(monkeypatch):
+    z1, z2 = logits(9, 4)
+    whole = streaming(z1, z2, 4)
+    gradient = torch.autograd.grad(whole.total, (z1, z2))
+    monkeypatch.setattr("imsvd_core.loss.SLAB_CELLS", 1)
+    monkeypatch.setattr("imsvd_core.loss.CHUNK_ENTRIES", 25)
+    pieces = streaming(z1, z2, 4)
+    torch.testing.assert_close(tuple(pieces), tuple(whole), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(pieces.total, (z1, z2)), gradient, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("units", [2, 5])
+def test_uniform_codes_have_the_exact_values(units):
+    z = torch.zeros(4, 3 * units, dtype=torch.float64)
+    expected = (-2 * math.log(units) / units, -2 * math.log(units), math.log(units))
+    for terms in (textbook(z, z, units), streaming(z, z, units)):
+        assert [t.item() for t in terms[1:]] == pytest.approx(expected, abs=1e-12)
+
+
+def test_hard_codes_give_minus_three_entropies_plus_information():
+    """On hard codes L = −3·H̄₁ + Ī: here two equal variables, H = I = log 2, so L = −2 log 2."""
+    z = torch.tensor([[1.0, -1, 1, -1], [-1, 1, -1, 1]], dtype=torch.float64) * 400
+    assert streaming(z, z, 2).total.item() == pytest.approx(-2 * math.log(2), abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("invariance", ["inner_product", "cross_entropy"])
+@pytest.mark.parametrize("units", [4, [3, 5, 4]])
+def test_any_finite_logits_give_finite_value_and_gradient(dtype, invariance, units):
+    generator = torch.Generator().manual_seed(1)
+    largest = torch.finfo(dtype).max
+    for magnitude in (0.0, 1e-3, 30.0, 300.0, 6e4, largest):
+        z = [(torch.rand(8, 12, generator=generator, dtype=torch.float64) * 2 - 1).mul(magnitude).to(dtype) for _ in "12"]
+        z[0][:4] = magnitude * torch.randint(0, 2, (4, 12), generator=generator).mul(2).sub(1).to(dtype)
+        z = [x.clamp(-largest, largest).requires_grad_() for x in z]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32):
+            terms = CrossJointEntropyLoss(units, invariance=invariance)(*z)
+        terms.total.backward()
+        assert all(term.isfinite() for term in terms), (magnitude, terms)
+        assert all(x.grad.isfinite().all() for x in z), magnitude
+
+
+def test_products_are_accumulated_in_float32_under_autocast():
+    z1, z2 = logits(64, 4, torch.float32)
+    plain = streaming(z1, z2, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = streaming(z1, z2, 4)
+    assert tuple(cast) == tuple(plain)
+
+
+def test_half_precision_logits_keep_gradients_that_a_scaler_lifts():
+    """A gradient below fp16's smallest number must survive until the loss scale has multiplied it."""
+    z = [x.detach().to(torch.float16).requires_grad_() for x in logits(4096, 2, scale=0.1)]
+    scale = 2.0**16
+    (streaming(*z, 2).total * scale).backward()
+    wide = [x.detach().float().requires_grad_() for x in z]
+    streaming(*wide, 2).total.backward()
+    assert (wide[0].grad.abs() < 6e-8).any()
+    torch.testing.assert_close(z[0].grad.float() / scale, wide[0].grad, rtol=2e-3, atol=1e-10)
+
+
+def test_gradient_scales_with_what_comes_from_above_and_can_be_asked_for_twice():
+    z1, z2 = logits(5, 3)
+    total = streaming(z1, z2, 3).total
+    once, = torch.autograd.grad(total, z1, retain_graph=True)
+    thrice, = torch.autograd.grad(3 * total, z1)
+    torch.testing.assert_close(thrice, 3 * once)
+
+
+def test_never_holds_the_matrix():
+    """At N = 4 and D = 20,000 the matrix is 1.6 GB: not even one eighth of it may be allocated at once."""
+    z = torch.randn(4, 20_000, requires_grad=True)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for item in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(item, torch.Tensor):
+                    largest = max(largest, item.untyped_storage().nbytes())
+            return out
+
+    with Watch():
+        CrossJointEntropyLoss(20)(z, z).total.backward()
+    assert largest < 20_000**2 * 4 / 8
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(units=0), "units=0"), (dict(units=[3, 0]), "units="), (dict(units=[]), "units="),
+    (dict(units=2, diagonal_weight=-1), "diagonal_weight=-1"), (dict(units=2, invariance_weight=math.nan), "invariance_weight"),
+    (dict(units=2, off_diagonal_weight=math.inf), "off_diagonal_weight"), (dict(units=2, invariance="cosine"), "cosine"),
+    (dict(units=2, temperature=0), "temperature=0"),
+])
+def test_impossible_settings_are_refused_at_construction(settings, message):
+    with pytest.raises(ValueError, match=message):
+        CrossJointEntropyLoss(**settings)
+
+
+@pytest.mark.parametrize("z1, z2, message", [
+    (torch.zeros(2, 4), torch.zeros(3, 4), "shape"), (torch.zeros(2, 2, 2), torch.zeros(2, 2, 2), "shape"),
+    (torch.zeros(0, 4), torch.zeros(0, 4), "non-empty"), (torch.zeros(2, 5), torch.zeros(2, 5), "does not divide"),
+    (torch.zeros(2, 4), torch.zeros(2, 4).double(), "float64"), (torch.zeros(2, 4).int(), torch.zeros(2, 4).int(), "floating"),
+])
+@pytest.mark.parametrize("version", [textbook, streaming])
+def test_logits_that_do_not_fit_are_refused(version, z1, z2, message):
+    with pytest.raises(ValueError, match=message):
+        version(z1, z2, 2)
