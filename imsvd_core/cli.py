@@ -1,0 +1,135 @@
+"""The command line: `imsvd pretrain RECIPE` and `imsvd evaluate knn|linear RUN`, generated from the dataclasses."""
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from imsvd_core import checkpoints, training
+from imsvd_core.evaluation import knn, linear
+from imsvd_core.loop import NonFiniteError, pick_device
+from imsvd_core.recipes import RECIPES, Recipe, Scale, current_scale, recipe
+from imsvd_core.results import plain, provenance, read_result, write_result
+from imsvd_core.views import EvalView
+
+USAGE = """usage: imsvd COMMAND ...
+
+commands:
+  pretrain RECIPE        train a recipe; a run that was cut off goes on where its last checkpoint stands
+  evaluate knn RUN       weighted k-nearest-neighbour accuracy of a run's backbone
+  evaluate linear RUN    linear probe on a run's frozen backbone
+
+`imsvd COMMAND --help` lists every setting. Environment: IMSVD_SCALE (smoke, laptop, full), IMSVD_DATA (data root),
+IMSVD_DATASET (auto, cifar10, attributes, ...)."""
+
+
+@dataclass(frozen=True)
+class PretrainCommand:
+    """Train a recipe. Leaves config.json, metrics.jsonl, checkpoints/, backbone.safetensors and result.json."""
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    run_dir: Path | None = None
+    """Folder of the run; runs/RECIPE-SCALE-seedSEED by default. A run found there is resumed."""
+    scale: Scale = "laptop"
+    """Which version of the recipe the other settings start from; IMSVD_SCALE by default."""
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class KNNCommand:
+    """Weighted kNN on a run's backbone; writes knn.json into the run's folder."""
+
+    run: tyro.conf.Positional[Path]
+    config: Annotated[knn.KNNConfig, tyro.conf.arg(name="")]
+    data: str = "auto"
+    """Data set to evaluate on; the run's own by default."""
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class LinearCommand:
+    """Linear probe on a run's frozen backbone; the last epoch counts. Writes linear.json into the run's folder."""
+
+    run: tyro.conf.Positional[Path]
+    config: Annotated[linear.LinearConfig, tyro.conf.arg(name="")]
+    data: str = "auto"
+    """Data set to evaluate on; the run's own by default."""
+    progress: bool = True
+
+
+def pretrain(argv: Sequence[str]) -> Path:
+    scale = _peek(argv, "--scale") or current_scale()
+    defaults = {name: (build.__doc__ or name, PretrainCommand(recipe(name, scale), scale=scale))
+                for name, build in RECIPES.items()}
+    command = tyro.extras.overridable_config_cli(defaults, prog="imsvd pretrain", args=argv)
+    name = next(word for word in argv if word in RECIPES)
+    run_dir = command.run_dir or Path("runs") / f"{name}-{command.scale}-seed{command.recipe.loop.seed}"
+    result = training.pretrain(command.recipe, run_dir, progress=command.progress)
+    return _tell(result)
+
+
+def evaluate(argv: Sequence[str]) -> Path:
+    kinds = {"knn": KNNCommand, "linear": LinearCommand}
+    if not argv or argv[0] not in kinds:
+        raise ValueError(f"evaluation={argv[0] if argv else ''!r} must be one of {', '.join(kinds)}")
+    kind, rest = argv[0], list(argv[1:])
+    positional = [word for word in rest[:1] if not word.startswith("-")]
+    if not positional:  # --help, or a run that is missing: the parser says so
+        return tyro.cli(kinds[kind], prog=f"imsvd evaluate {kind}", args=rest)
+    run = Path(positional[0])
+    trained, backbone = training.load_run(run)
+    default = kinds[kind](run=run, config=getattr(trained, kind), data=trained.data)
+    command = tyro.cli(tyro.conf.AvoidSubcommands[kinds[kind]], prog=f"imsvd evaluate {kind}", args=rest, default=default)
+
+    data = training.load_data(replace(trained, data=command.data))
+    view, start = EvalView(**asdict(trained.eval_view)), time.perf_counter()
+    if kind == "knn":
+        device = pick_device(command.device)
+        figures = knn.evaluate(backbone, data, command.config, view=view, device=device)
+    else:
+        device = pick_device(command.config.loop.device)
+        figures = linear.evaluate(backbone, data, command.config, view=view, run_dir=run / "linear", progress=command.progress)
+    origin = provenance(config={"evaluation": plain(command.config), "pretraining": plain(trained)}, device=device,
+                        seed=trained.loop.seed, dataset=data[0].title, seconds=time.perf_counter() - start)
+    return _tell(write_result(run / f"{kind}.json", kind, figures, origin, overwrite=True))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], Path]] = {"pretrain": pretrain, "evaluate": evaluate}
+
+
+def _peek(argv: Sequence[str], option: str) -> str | None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(option, dest="value")
+    return parser.parse_known_args(argv)[0].value
+
+
+def _tell(path: Path) -> Path:
+    figures = read_result(path)["figures"]
+    Console().print(figures)
+    Console().print(f"written to {path}", highlight=False)
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point. Exits with 2 and one line for anything that the user can mend."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if not argv or argv[0] in ("-h", "--help") or argv[0] not in COMMANDS:
+        print(USAGE)
+        raise SystemExit(0 if argv and argv[0] in ("-h", "--help") else 2)
+    try:
+        COMMANDS[argv[0]](argv[1:])
+    except (ValueError, FileNotFoundError, checkpoints.CheckpointError, NonFiniteError) as error:
+        print(f"imsvd {argv[0]}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""IMSVD and what it is compared with: one small configuration each, one interface.
+
+A built method is a module: logits of two views, (N, D) each → a dict of scalars whose "loss" is minimised.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from imsvd_core.discretization import unit_counts
+from imsvd_core.loss import CrossJointEntropyLoss, Invariance
+
+
+@dataclass(frozen=True)
+class IMSVD:
+    """Cross-joint entropy loss (Eq. 11)."""
+
+    units: int | tuple[int, ...] = 32
+    """Units of every variable (B), or one count per variable."""
+    temperature: float = 1.0
+    diagonal_weight: float = 1.0
+    off_diagonal_weight: float = 1.0
+    invariance_weight: float = 1.0
+    invariance: Invariance = "inner_product"
+    name: Literal["imsvd"] = "imsvd"
+
+    def build(self, dim: int) -> nn.Module:
+        unit_counts(self.units, dim)
+        return _CrossJoint(CrossJointEntropyLoss(
+            self.units, diagonal_weight=self.diagonal_weight, off_diagonal_weight=self.off_diagonal_weight,
+            invariance_weight=self.invariance_weight, invariance=self.invariance, temperature=self.temperature))
+
+
+class _CrossJoint(nn.Module):
+    def __init__(self, loss: CrossJointEntropyLoss):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
+        terms = self.loss(z1, z2)._asdict()
+        return {"loss": terms.pop("total"), **terms}
+
+
+@dataclass(frozen=True)
+class VICReg:
+    """Variance, invariance, covariance (Bardes et al., 2022); loss from lightly."""
+
+    invariance_weight: float = 25.0
+    variance_weight: float = 25.0
+    covariance_weight: float = 1.0
+    name: Literal["vicreg"] = "vicreg"
+
+    def build(self, dim: int) -> nn.Module:
+        from lightly.loss import VICRegLoss  # slow to import
+
+        return _Peer(VICRegLoss(lambda_param=self.invariance_weight, mu_param=self.variance_weight,
+                                nu_param=self.covariance_weight))
+
+
+@dataclass(frozen=True)
+class BarlowTwins:
+    """Cross-correlation towards the identity (Zbontar et al., 2021); loss from lightly."""
+
+    redundancy_weight: float = 5e-3
+    name: Literal["barlow_twins"] = "barlow_twins"
+
+    def build(self, dim: int) -> nn.Module:
+        from lightly.loss import BarlowTwinsLoss  # slow to import
+
+        return _Peer(BarlowTwinsLoss(lambda_param=self.redundancy_weight))
+
+
+class _Peer(nn.Module):
+    def __init__(self, loss: nn.Module):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
+        return {"loss": self.loss(z1.float(), z2.float())}
+
+
+Method = IMSVD | VICReg | BarlowTwins

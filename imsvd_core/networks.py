@@ -1,0 +1,113 @@
+"""Networks: a backbone that represents, a projector that embeds, and the twin that applies both to two views."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, ResNet
+
+BackboneName = Literal["narrow", "resnet18", "resnet50"]
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """A backbone and its projector."""
+
+    backbone: BackboneName = "narrow"
+    """narrow: a ten-layer ResNet of width 32 for CPUs; resnet18, resnet50: torchvision's."""
+    cifar_stem: bool = True
+    """3×3 first convolution and no max-pooling, for images of about 32 pixels."""
+    hidden: tuple[int, ...] = (1024, 1024)
+    """Widths of the projector's hidden layers, each with batch-norm and ReLU."""
+    dim: int = 1024
+    """Embedding dimension D: the projector's output."""
+
+    def __post_init__(self) -> None:
+        if self.backbone not in ("narrow", "resnet18", "resnet50"):
+            raise ValueError(f"backbone={self.backbone!r} must be 'narrow', 'resnet18' or 'resnet50'")
+        if self.dim < 1 or any(width < 1 for width in self.hidden):
+            raise ValueError(f"dim={self.dim} and hidden={self.hidden} must be positive")
+
+
+class NarrowResNet(ResNet):
+    """A ResNet of four one-block stages, `width` to 8·`width` channels: 1.2 M parameters at width 32."""
+
+    def __init__(self, width: int = 32):
+        super().__init__(BasicBlock, [1, 1, 1, 1])
+        self.inplanes = width
+        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        for stage in range(4):
+            layer = self._make_layer(BasicBlock, width << stage, 1, stride=1 if stage == 0 else 2)
+            setattr(self, f"layer{stage + 1}", layer)
+        self.fc = nn.Linear(8 * width, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def build_backbone(name: BackboneName = "resnet50", cifar_stem: bool = False) -> ResNet:
+    """A ResNet without its classifier: images (N, 3, H, W) → representations (N, `features(backbone)`).
+
+    Its state dict is torchvision's without `fc.*`; with `cifar_stem`, `conv1` is 3×3 and the rest fits.
+    """
+    backbone = NarrowResNet() if name == "narrow" else getattr(torchvision.models, name)(weights=None)
+    if cifar_stem:
+        width = backbone.conv1.out_channels
+        backbone.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
+        backbone.maxpool = nn.Identity()
+    backbone.features = backbone.fc.in_features
+    backbone.fc = nn.Identity()
+    return backbone
+
+
+def build_projector(features: int, hidden: Sequence[int], dim: int) -> nn.Sequential:
+    """Linear layers (features, *hidden, dim) with batch-norm and ReLU between them; the last is bare, without bias.
+
+    Depth and widths are free: `hidden=()` is one linear map; the paper's is `hidden=(8192,)`, `dim=8160`.
+    """
+    widths = (features, *hidden)
+    layers: list[nn.Module] = []
+    for before, after in zip(widths, hidden):
+        layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], dim, bias=False))
+
+
+class TwinNetwork(nn.Module):
+    """One backbone and one projector, shared by both views (Fig. 2)."""
+
+    def __init__(self, backbone: ResNet, projector: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+        self.projector = projector
+
+    @classmethod
+    def build(cls, config: NetworkConfig) -> "TwinNetwork":
+        backbone = build_backbone(config.backbone, config.cifar_stem)
+        return cls(backbone, build_projector(backbone.features, config.hidden, config.dim))
+
+    def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+        """Two views (N, 3, H, W) → two logit tables (N, D). One after the other: batch-norm sees one view at a time."""
+        return self.embed(x1), self.embed(x2)
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self.projector(self.backbone(x))
+
+
+@torch.no_grad()
+def represent(backbone: nn.Module, batches, device: torch.device | str, precision: torch.dtype | None = None) -> Tensor:
+    """Representations (N, features) in float32 of an iterable of image batches, batch-norm frozen, order kept."""
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        rows = []
+        for x in batches:
+            with torch.autocast(torch.device(device).type, dtype=precision, enabled=precision is not None):
+                rows.append(backbone(x.to(device, memory_format=torch.channels_last)).float())
+        return torch.cat(rows)
+    finally:
+        backbone.train(was_training)

@@ -1,0 +1,63 @@
+"""Optimizers and the learning-rate schedule."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """An optimizer and its schedule: linear warm-up, then cosine decay, per step."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 2e-3
+    """Peak learning rate, reached when the warm-up ends."""
+    weight_decay: float = 1e-4
+    """Decay of weights; biases and norms are never decayed."""
+    momentum: float = 0.9
+    """For sgd."""
+    warmup_epochs: float = 0.5
+    """Length of the linear warm-up, a fraction allowed; cut to the run's length where it exceeds it."""
+    final_lr_fraction: float = 0.001
+    """Where the cosine ends, as a fraction of `lr`."""
+    milestones: tuple[int, ...] = ()
+    """Epochs at which the rate drops tenfold instead of following the cosine; empty for the cosine."""
+
+    def __post_init__(self) -> None:
+        if self.name not in ("adamw", "sgd"):
+            raise ValueError(f"name={self.name!r} must be 'adamw' or 'sgd'")
+        for field in ("lr", "weight_decay", "momentum", "warmup_epochs", "final_lr_fraction"):
+            if not (getattr(self, field) >= 0 and math.isfinite(getattr(self, field))):
+                raise ValueError(f"{field}={getattr(self, field)} must be a finite number ≥ 0")
+
+
+def learning_rate(config: OptimConfig, step: int, total_steps: int, steps_per_epoch: int) -> float:
+    """The rate of `step` (from 0): (step + 1)/warm-up of the peak, then a cosine that ends at the final fraction.
+
+    Any warm-up fits any number of epochs: it is cut to `total_steps`, and the cosine takes what is left.
+    """
+    warmup = min(round(config.warmup_epochs * steps_per_epoch), total_steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.milestones:
+        return config.lr * 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in config.milestones)
+    done = (step - warmup) / max(1, total_steps - warmup - 1)
+    floor = config.final_lr_fraction
+    return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+
+
+def build_optimizer(config: OptimConfig, modules: Iterable[nn.Module]) -> torch.optim.Optimizer:
+    """One optimizer over every trainable parameter; one-dimensional ones (biases, norms) are exempt from decay."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("modules hold no trainable parameter: nothing to optimize")
+    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+              {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    return torch.optim.AdamW(groups, lr=config.lr)

@@ -1,0 +1,125 @@
+"""Recipes: every run of the book as a frozen dataclass. No hyper-parameter is named anywhere else.
+
+A recipe exists at three scales: `smoke` (seconds: does it run?), `laptop` (minutes on two CPU cores) and `full`
+(the authors' setting, hours on GPUs). `IMSVD_SCALE` chooses, `laptop` by default.
+"""
+
+import os
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, is_dataclass, replace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from imsvd_core.evaluation.knn import KNNConfig
+from imsvd_core.evaluation.linear import LinearConfig
+from imsvd_core.loop import LoopConfig
+from imsvd_core.methods import IMSVD, BarlowTwins, Method, VICReg
+from imsvd_core.networks import NetworkConfig
+from imsvd_core.optim import OptimConfig
+from imsvd_core.views import CIFAR_MEAN, CIFAR_STD, TwoViewConfig, ViewConfig, cifar_views
+
+Scale = Literal["smoke", "laptop", "full"]
+
+
+@dataclass(frozen=True)
+class EvalViewConfig:
+    """The view that evaluations see: shorter side to `resize`, then the middle `size` of it."""
+
+    resize: int = 32
+    size: int = 32
+    mean: tuple[float, float, float] = CIFAR_MEAN
+    std: tuple[float, float, float] = CIFAR_STD
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One pretraining and the evaluations that belong to it."""
+
+    method: Method = field(default_factory=IMSVD)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    views: TwoViewConfig = field(default_factory=cifar_views)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    eval_view: EvalViewConfig = field(default_factory=EvalViewConfig)
+    knn: KNNConfig = field(default_factory=KNNConfig)
+    linear: LinearConfig = field(default_factory=LinearConfig)
+    data: str = "auto"
+    """Data set: auto, cifar10, cifar100, fashion-mnist, attributes, or folder:PATH."""
+    samples: int | None = None
+    """Training images to use, class-balanced; all of them by default."""
+
+    def __post_init__(self) -> None:
+        self.method.build(self.network.dim)  # refuses units that do not divide the dimension, at once
+
+
+def current_scale() -> Scale:
+    """IMSVD_SCALE, or `laptop`. Raises ValueError for any other word."""
+    scale = os.environ.get("IMSVD_SCALE", "laptop")
+    if scale not in get_args(Scale):
+        raise ValueError(f"IMSVD_SCALE={scale!r} must be one of {', '.join(get_args(Scale))}")
+    return scale
+
+
+def recipe(name: str, scale: Scale | None = None) -> Recipe:
+    """The recipe `name` at a scale (IMSVD_SCALE's by default). Raises ValueError naming the recipes there are."""
+    if name not in RECIPES:
+        raise ValueError(f"recipe={name!r} is unknown; there are: {', '.join(RECIPES)}")
+    return RECIPES[name](scale or current_scale())
+
+
+def _cifar10(scale: Scale) -> Recipe:
+    """IMSVD on CIFAR-10."""
+    if scale == "full":  # ResNet-18 and SGD as in the authors' CIFAR code; bf16 where they used fp16
+        probe = ViewConfig(size=32, scale=(0.8, 1.0), mean=CIFAR_MEAN, std=CIFAR_STD)
+        return Recipe(
+            method=IMSVD(units=32),
+            network=NetworkConfig(backbone="resnet18", hidden=(1024, 1024), dim=1024),
+            optim=OptimConfig(name="sgd", lr=0.2, weight_decay=5e-4, warmup_epochs=10),
+            loop=LoopConfig(epochs=800, batch_size=512),
+            eval_view=EvalViewConfig(resize=36, size=32),
+            linear=LinearConfig(OptimConfig(name="sgd", lr=30.0, weight_decay=0.0, warmup_epochs=0, milestones=(60, 80)),
+                                LoopConfig(epochs=100, batch_size=256), view=probe))
+    laptop = Recipe(
+        method=IMSVD(units=32, temperature=0.25),
+        network=NetworkConfig(backbone="narrow", hidden=(1024, 1024), dim=1024),
+        optim=OptimConfig(name="adamw", lr=2e-3, weight_decay=1e-4, warmup_epochs=0.5),
+        loop=LoopConfig(epochs=2, batch_size=512),
+        linear=LinearConfig(OptimConfig(name="sgd", lr=0.1, weight_decay=1e-6, warmup_epochs=0),
+                            LoopConfig(epochs=20, batch_size=256), normalize=True))
+    if scale == "laptop":
+        return laptop
+    return replace(
+        laptop, method=replace(laptop.method, units=8), network=NetworkConfig(backbone="narrow", hidden=(64,), dim=64),
+        loop=LoopConfig(epochs=2, batch_size=64, log_every=1), samples=256, knn=KNNConfig(gallery=400, queries=200),
+        linear=replace(laptop.linear, loop=LoopConfig(epochs=2, batch_size=64)))
+
+
+def _vicreg(scale: Scale) -> Recipe:
+    """VICReg on CIFAR-10, all else equal."""
+    return replace(_cifar10(scale), method=VICReg())
+
+
+def _barlow_twins(scale: Scale) -> Recipe:
+    """Barlow Twins on CIFAR-10, all else equal."""
+    return replace(_cifar10(scale), method=BarlowTwins())
+
+
+RECIPES: dict[str, Callable[[Scale], Recipe]] = {
+    "cifar10": _cifar10, "cifar10-vicreg": _vicreg, "cifar10-barlow-twins": _barlow_twins}
+
+
+def from_plain(kind: Any, value: Any) -> Any:
+    """A configuration back from the JSON that it was stored as: the inverse of `results.plain`.
+
+    Raises ValueError for a field that `kind` does not have.
+    """
+    if get_origin(kind) is types.UnionType:
+        kinds = [one for one in get_args(kind) if is_dataclass(one)]
+        kind = next((one for one in kinds if not isinstance(value, Mapping) or value.get("name") in (None, one.name)), None) \
+            if kinds and value is not None else None
+    if is_dataclass(kind) and isinstance(value, Mapping):
+        hints = get_type_hints(kind)
+        if unknown := sorted(set(value) - set(hints)):
+            raise ValueError(f"{kind.__name__} has no field {', '.join(unknown)}; it has: {', '.join(hints)}")
+        return kind(**{name: from_plain(hints[name], item) for name, item in value.items()})
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,136 @@
+"""Results: figures and where they come from, in one JSON file each."""
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field, is_dataclass
+from datetime import datetime, timezone
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from imsvd_core.files import atomic_write
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What somebody needs to get a figure again."""
+
+    command: str
+    commit: str  #: git commit of the package, with "+changes" if the tree differed from it; "unknown" outside git
+    config_hash: str  #: of the complete configuration
+    seed: int
+    device: str  #: the processor's name
+    dataset: str
+    seconds: float  #: wall time of the run
+    date: str  #: UTC, ISO 8601
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def provenance(*, config: Any, seed: int, device: torch.device | str, dataset: str, seconds: float,
+               command: str | None = None) -> Provenance:
+    """Provenance of a run of this process, now. `config` is a dataclass or anything JSON can hold."""
+    return Provenance(command=command or _command(), commit=_commit(), config_hash=config_hash(config), seed=seed,
+                      device=device_name(device), dataset=dataset, seconds=round(seconds, 1),
+                      date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                      versions={name: metadata.version(name) for name in ("torch", "torchvision", "numpy")}
+                      | {"python": platform.python_version()})
+
+
+def config_hash(config: Any) -> str:
+    """Twelve hex digits that change with any value of the configuration."""
+    return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, tuples and paths as what JSON can hold; raises TypeError for anything else."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    return json.loads(json.dumps(value, default=_path))
+
+
+def _path(value: Any) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{value!r} ({type(value).__name__}) has no place in a result: give numbers, strings, lists, dicts")
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write `value` atomically as readable JSON."""
+    text = json.dumps(plain(value), indent=1, allow_nan=False)
+    with atomic_write(path) as file:
+        file.write(text.encode() + b"\n")
+
+
+def write_result(path: Path | str, name: str, figures: dict[str, Any], provenance: Provenance, *,
+                 overwrite: bool = False) -> Path:
+    """Store `figures` under `name` with their provenance.
+
+    Raises FileExistsError if other figures stand there already, unless `overwrite`; ValueError for NaN or infinity.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite and read_result(path)["figures"] != plain(figures):
+        raise FileExistsError(f"{path} holds other figures; remove it or pass overwrite=True to replace them")
+    write_json(path, {"name": name, "figures": figures, "provenance": asdict(provenance)})
+    return path
+
+
+def read_result(path: Path | str) -> dict[str, Any]:
+    """A stored result: name, figures, provenance. Raises ValueError for a file that is none."""
+    try:
+        result = json.loads(Path(path).read_text())
+        result["name"], result["figures"], result["provenance"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a stored result: it needs name, figures and provenance") from error
+    return result
+
+
+def stored(name: str) -> dict[str, Any]:
+    """The result that the book keeps under `name`. Raises FileNotFoundError naming those there are."""
+    folder = Path(__file__).parent.parent / "book" / "results"
+    if not (folder / f"{name}.json").exists():
+        there = ", ".join(sorted(path.stem for path in folder.glob("*.json"))) or "none"
+        raise FileNotFoundError(f"no stored result {name!r} in {folder}; there are: {there}")
+    return read_result(folder / f"{name}.json")
+
+
+def device_name(device: torch.device | str) -> str:
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"Apple GPU ({platform.machine()})"
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _command() -> str:
+    return shlex.join([os.path.basename(sys.argv[0]) or "python", *sys.argv[1:]])
+
+
+@lru_cache(maxsize=1)
+def _commit() -> str:
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

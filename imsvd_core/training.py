@@ -1,0 +1,134 @@
+"""Pretraining: a recipe's method, views, network and data put into the loop."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+from torchvision.models.resnet import ResNet
+
+from imsvd_core import datasets
+from imsvd_core.discretization import hardness, soft_discretize
+from imsvd_core.evaluation import knn
+from imsvd_core.files import atomic_write
+from imsvd_core.loop import Loop, Progressed, pick_device, stream_seed
+from imsvd_core.methods import IMSVD
+from imsvd_core.networks import NetworkConfig, TwinNetwork, build_backbone
+from imsvd_core.recipes import Recipe, from_plain
+from imsvd_core.results import plain, provenance, write_json, write_result
+from imsvd_core.views import EvalView, TwoViews
+
+
+class Pretraining:
+    """A run: iterate it to train (each step yields where it stands); look at `network`, `knn()`, `look()` on the way.
+
+    Args:
+        recipe: everything that fixes the run.
+        run_dir: config.json, metrics.jsonl, checkpoints/, backbone.safetensors and result.json go here; a run that
+            is there already is resumed.
+        data: (train, test), to spare loading them twice; by default `recipe.data` is loaded.
+        progress: show a progress bar.
+    """
+
+    def __init__(self, recipe: Recipe, run_dir: Path | str, *, data: tuple[datasets.ImageData, datasets.ImageData] | None = None,
+                 progress: bool = True):
+        self.recipe, self.run_dir = recipe, Path(run_dir)
+        self.device = pick_device(recipe.loop.device)
+        train, self.test = data or load_data(recipe)
+        self.gallery = train
+        self.train = train if recipe.samples is None else train.subset(recipe.samples)
+        self.network = build_network(recipe.network, recipe.loop.seed)
+        self.method = recipe.method.build(recipe.network.dim).to(self.device)
+        self.views = TwoViews(recipe.views)
+        self.eval_view = EvalView(**asdict(recipe.eval_view))
+        self._images = self.train.images.to(self.device)
+        settings = {**plain(recipe), "data": self.train.name}
+        for operational in ("save_every", "keep", "log_every", "tensorboard"):  # these touch the record, not the run
+            settings["loop"].pop(operational)
+        self.loop = Loop(self._step, {"network": self.network}, len(self.train), recipe.loop, recipe.optim, self.run_dir,
+                         settings=settings, progress=progress)
+        write_json(self.run_dir / "config.json", {**plain(recipe), "data": self.train.name})
+
+    def __iter__(self) -> Iterator[Progressed]:
+        yield from self.loop
+
+    def _step(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        x1, x2 = self.views(self._images[indices], generator)
+        z1, z2 = self.network(_channels_last(x1), _channels_last(x2))
+        return self.method(z1, z2)
+
+    @property
+    def precision(self) -> torch.dtype | None:
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.recipe.loop.precision)
+
+    def knn(self) -> dict[str, float]:
+        """Weighted kNN accuracy of the backbone as it is now (`recipe.knn`)."""
+        return knn.evaluate(self.network.backbone, (self.gallery, self.test), self.recipe.knn, view=self.eval_view,
+                            device=self.device, precision=self.precision)
+
+    @torch.no_grad()
+    def look(self, samples: int = 2048) -> tuple[Tensor, Tensor]:
+        """Soft codes p1, p2 (samples, D) of two views of the first test images: always the same views. IMSVD only."""
+        if not isinstance(self.recipe.method, IMSVD):
+            raise ValueError(f"method={self.recipe.method.name!r} has no soft codes: look() needs IMSVD")
+        generator = torch.Generator(self.device).manual_seed(stream_seed(self.recipe.loop.seed, "look", 0))
+        images = self.test.subset(min(samples, len(self.test))).images.to(self.device)
+        was_training = self.network.training
+        self.network.eval()
+        codes = []
+        for view in (self.views.first, self.views.second):
+            logits = torch.cat([self.network.embed(_channels_last(view(part, generator))) for part in images.split(500)])
+            codes.append(soft_discretize(logits.float(), self.recipe.method.units, self.recipe.method.temperature).cpu())
+        self.network.train(was_training)
+        return codes[0], codes[1]
+
+    def finish(self) -> Path:
+        """Export the backbone, evaluate it, and write result.json with provenance; returns its path."""
+        weights = {name: value.contiguous().cpu() for name, value in self.network.backbone.state_dict().items()}
+        with atomic_write(self.run_dir / "backbone.safetensors") as file:
+            file.write(safetensors.torch.save(weights, {"backbone": self.recipe.network.backbone}))
+        figures = {**self.knn(), "training": self.loop.last_record()}
+        if isinstance(self.recipe.method, IMSVD):
+            figures["hardness"] = asdict(hardness(self.look()[0], self.recipe.method.units))
+        origin = provenance(config=self.recipe, seed=self.recipe.loop.seed, device=self.device,
+                            dataset=self.train.title, seconds=self.loop.seconds)
+        return write_result(self.run_dir / "result.json", "pretrain", figures, origin, overwrite=True)
+
+
+def pretrain(recipe: Recipe, run_dir: Path | str, *, progress: bool = True) -> Path:
+    """Train `recipe` to its end, resuming what is in `run_dir`; returns the path of result.json."""
+    run = Pretraining(recipe, run_dir, progress=progress)
+    for _ in run:
+        pass
+    return run.finish()
+
+
+def load_data(recipe: Recipe) -> tuple[datasets.ImageData, datasets.ImageData]:
+    """The recipe's data set: (train, test)."""
+    return datasets.load(recipe.data, "train"), datasets.load(recipe.data, "test")
+
+
+def build_network(config: NetworkConfig, seed: int) -> TwinNetwork:
+    """A freshly initialised network: the same for the same seed, whatever was drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(seed, "weights", 0))
+        return TwinNetwork.build(config)
+
+
+def load_run(run_dir: Path | str) -> tuple[Recipe, ResNet]:
+    """Recipe and trained backbone of a finished run. Raises FileNotFoundError naming what the folder lacks."""
+    run_dir = Path(run_dir)
+    for name in ("config.json", "backbone.safetensors"):
+        if not (run_dir / name).exists():
+            raise FileNotFoundError(f"{run_dir} has no {name}: give the folder of a finished `imsvd pretrain`")
+    recipe = from_plain(Recipe, json.loads((run_dir / "config.json").read_text()))
+    backbone = build_backbone(recipe.network.backbone, recipe.network.cifar_stem)
+    backbone.load_state_dict(safetensors.torch.load_file(run_dir / "backbone.safetensors"))
+    return recipe, backbone
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
