@@ -1,0 +1,46 @@
+"""The package's imports run one way, down the floors, never sideways."""
+
+import ast
+from pathlib import Path
+
+import imsvd_core
+
+PACKAGE = Path(imsvd_core.__file__).parent
+FLOORS = """
+cli
+training
+recipes
+evaluation.knn evaluation.linear methods
+evaluation.features loop loss information
+discretization networks views datasets optim checkpoints results plots
+files attributes
+"""
+
+
+def test_every_import_goes_down():
+    floor = {name: level for level, line in enumerate(FLOORS.strip().splitlines()) for name in line.split()}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+        if not name or name == "evaluation":
+            continue
+        assert name in floor, f"{name} stands on no floor"
+        for other in _imports(path, floor):
+            assert floor[other] > floor[name], f"{name} imports {other}, which is not below it"
+
+
+def test_the_mathematics_needs_torch_alone():
+    for name in ("discretization", "information", "loss"):
+        roots = {node.module.split(".")[0] if isinstance(node, ast.ImportFrom) else alias.name.split(".")[0]
+                 for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text()))
+                 if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
+        third_party = roots - {"imsvd_core", "torch"} - set(__import__("sys").stdlib_module_names)
+        assert not third_party, f"{name} imports {third_party}"
+
+
+def _imports(path: Path, known) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("imsvd_core"):
+            inside = node.module.removeprefix("imsvd_core").lstrip(".")
+            found |= {inside} if inside in known else {f"{inside}.{alias.name}".lstrip(".") for alias in node.names}
+    return {name for name in found if name in known}

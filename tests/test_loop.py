@@ -1,0 +1,177 @@
+"""The loop: resumes exactly, stops on what is no number, records what it did."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from imsvd_core import checkpoints
+from imsvd_core.loop import Loop, LoopConfig, NonFiniteError, pick_device, stream_seed
+from imsvd_core.optim import OptimConfig
+
+CONFIG = LoopConfig(epochs=3, batch_size=4, precision="fp32", log_every=2, device="cpu")
+SAMPLES = 22  # five steps an epoch, two samples left over
+
+
+def make(run_dir, config=CONFIG, spoil=None, optim=OptimConfig(lr=0.05), settings=None):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(0.2), nn.Linear(5, 1))
+    x = torch.randn(SAMPLES, 3)
+    seen = []
+
+    def step(indices, generator):
+        seen.append(indices.tolist())
+        noisy = x[indices] + 0.1 * torch.randn(len(indices), 3, generator=generator)
+        loss = (model(noisy).squeeze(1) - x[indices].sum(1)).square().mean()
+        return {"loss": loss * (torch.nan if spoil == len(seen) - 1 else 1.0)}
+
+    return Loop(step, {"model": model}, SAMPLES, config, optim, run_dir, settings=settings, progress=False), model, seen
+
+
+def run(*args, stop_after=None, **kwargs):
+    loop, model, seen = make(*args, **kwargs)
+    for count, _ in enumerate(loop, 1):
+        if count == stop_after:
+            break
+    return loop, model, seen
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def identical(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("save_every", [0, 1, 3])
+@pytest.mark.parametrize("stop_after", [1, 4, 5, 9, 14])
+def test_a_run_left_at_any_step_and_resumed_ends_bit_identical(tmp_path, save_every, stop_after):
+    config = replace(CONFIG, save_every=save_every)
+    _, whole, _ = run(tmp_path / "whole", config)
+    run(tmp_path / "cut", config, stop_after=stop_after)
+    torch.manual_seed(stop_after)  # what the process did in between must not matter
+    loop, resumed, _ = run(tmp_path / "cut", config)
+    assert loop.step == loop.total_steps == 15
+    assert identical(weights(whole), weights(resumed))
+
+    def record(name):
+        return [(line["step"], line["loss"]) for line in map(json.loads, open(tmp_path / name / "metrics.jsonl"))]
+
+    assert record("cut") == record("whole")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precisions_train_and_resume_alike(tmp_path, precision):
+    config = replace(CONFIG, precision=precision)
+    _, whole, _ = run(tmp_path / "whole", config)
+    run(tmp_path / "cut", config, stop_after=7)
+    loop, resumed, _ = run(tmp_path / "cut", config)
+    assert identical(weights(whole), weights(resumed))
+    assert all(value.isfinite().all() for value in weights(whole).values())
+    assert loop.scaler.is_enabled() == (precision == "fp16")
+
+
+def test_the_position_in_the_data_survives_a_torn_newest_checkpoint(tmp_path):
+    config = replace(CONFIG, save_every=2, keep=3)
+    _, whole, _ = run(tmp_path / "whole", config)
+    run(tmp_path / "cut", config, stop_after=9)
+    checkpoints.paths(tmp_path / "cut" / "checkpoints")[0].write_bytes(b"torn")
+    _, resumed, _ = run(tmp_path / "cut", config)
+    assert identical(weights(whole), weights(resumed))
+
+
+def test_a_finished_run_trains_no_further(tmp_path):
+    run(tmp_path)
+    _, _, seen = run(tmp_path)
+    assert seen == []
+
+
+def test_every_epoch_visits_each_sample_once_in_a_new_order(tmp_path):
+    _, _, seen = run(tmp_path)
+    epochs = [sum(seen[start:start + 5], []) for start in (0, 5, 10)]
+    assert all(len(set(epoch)) == 20 for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize("step", [0, 6, 14])
+def test_nan_stops_with_its_step_and_the_last_good_checkpoint(tmp_path, step):
+    with pytest.raises(NonFiniteError, match=rf"step {step} ") as error:
+        run(tmp_path, spoil=step)
+    saved = checkpoints.paths(tmp_path / "checkpoints")
+    assert (saved[0].name in str(error.value)) if step > 5 else "no checkpoint" in str(error.value)
+    assert all(torch.isfinite(value).all() for path in saved
+               for value in checkpoints.load(path)["modules"]["model"].values())
+
+
+def test_a_gradient_that_is_no_number_stops_too(tmp_path):
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    loop = Loop(lambda i, g: {"loss": model(torch.ones(4, 1)).abs().sqrt().sum()}, {"model": model}, 8,
+                replace(CONFIG, batch_size=4), OptimConfig(), tmp_path, progress=False)
+    with pytest.raises(NonFiniteError, match="step 0 "):
+        list(loop)
+
+
+def test_accumulated_gradients_are_the_mean_over_the_pieces(tmp_path):
+    ends = []
+    for accumulate in (1, 4):
+        torch.manual_seed(0)
+        model, x = nn.Linear(3, 1), torch.randn(8, 3)
+        config = replace(CONFIG, batch_size=8, accumulate=accumulate)
+        list(Loop(lambda i, g: {"loss": model(x[i]).square().mean()}, {"model": model}, 8, config, OptimConfig(name="sgd", lr=0.1),
+                  tmp_path / str(accumulate), progress=False))
+        ends.append(weights(model)["weight"])
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-7)
+
+
+def test_other_settings_do_not_resume_a_run(tmp_path):
+    run(tmp_path, settings={"optim": {"lr": 1}}, stop_after=6)
+    with pytest.raises(ValueError, match="optim.lr: 1 before, 2 now"):
+        make(tmp_path, settings={"optim": {"lr": 2}})
+
+
+def test_metrics_hold_step_epoch_rate_and_what_the_caller_records(tmp_path):
+    loop, _, _ = run(tmp_path)
+    loop.record(knn_20=51.5)
+    lines = [json.loads(line) for line in open(tmp_path / "metrics.jsonl")]
+    assert [line["step"] for line in lines] == [2, 4, 5, 6, 8, 10, 12, 14, 15, 15]
+    assert {"epoch", "lr", "loss", "grad_norm", "samples_per_second"} <= set(lines[0]) and lines[-1]["knn_20"] == 51.5
+    assert loop.last_record()["step"] == 15 and "loss" in loop.last_record()
+
+
+def test_tensorboard_files_appear_when_asked(tmp_path):
+    run(tmp_path, replace(CONFIG, epochs=1, tensorboard=True))
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_compiled_and_plain_runs_share_their_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setattr(nn.Module, "compile", lambda self: setattr(self, "compiled", True))
+    loop, model, _ = run(tmp_path, replace(CONFIG, epochs=1, compile=True))
+    assert model.compiled and "0.weight" in checkpoints.load_latest(tmp_path / "checkpoints")[0]["modules"]["model"]
+
+
+def test_seeds_of_streams_differ_and_are_fixed():
+    seeds = {stream_seed(seed, stream, number) for seed in range(5) for stream in ("order", "step") for number in range(50)}
+    assert len(seeds) == 500 and stream_seed(0, "step", 1) == stream_seed(0, "step", 1)
+
+
+@pytest.mark.parametrize("wrong", [dict(epochs=0), dict(batch_size=0), dict(batch_size=6, accumulate=4), dict(precision="fp8"),
+                                   dict(keep=0), dict(log_every=0)])
+def test_impossible_settings_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        LoopConfig(**wrong)
+
+
+def test_a_batch_larger_than_the_data_and_a_device_that_is_not_there_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="batch_size=23"):
+        make(tmp_path, replace(CONFIG, batch_size=23))
+    with pytest.raises(ValueError, match="device='tpu'"):
+        pick_device("tpu")
