@@ -14,12 +14,14 @@ import io
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib.resources import files
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap, Normalize, PowerNorm
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
@@ -44,46 +46,32 @@ class Theme:
 
     def rc(self) -> dict[str, Any]:
         """Return matplotlib's settings for this theme."""
+        labels = ("axes.labelcolor", "axes.titlecolor", "hatch.color", "legend.labelcolor", "text.color")
+        ticks = ("xtick.labelcolor", "ytick.labelcolor")
         return {
-            "axes.edgecolor": self.muted,
-            "axes.facecolor": "none",
-            "axes.grid": False,
-            "axes.labelcolor": self.ink,
-            "axes.labelsize": 10,
-            "axes.linewidth": 0.8,
+            **_HOUSE,
+            **dict.fromkeys(labels + ticks, self.ink),
+            **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), self.muted),
             "axes.prop_cycle": matplotlib.cycler(color=list(self.colors)),
-            "axes.spines.right": False,
-            "axes.spines.top": False,
-            "axes.titlecolor": self.ink,
-            "axes.titlelocation": "left",
-            "axes.titlesize": 10.5,
-            "figure.facecolor": "none",
-            "font.family": "sans-serif",
-            "font.sans-serif": ["DejaVu Sans"],
-            "font.size": 10,
-            "grid.alpha": 0.3,
-            "grid.color": self.muted,
-            "grid.linewidth": 0.6,
-            "hatch.color": self.ink,
-            "image.cmap": self.sequential.name,
-            "legend.fontsize": 9,
-            "legend.frameon": False,
-            "legend.labelcolor": self.ink,
-            "lines.linewidth": 1.8,
-            "mathtext.fontset": "cm",
             "patch.edgecolor": self.paper,
-            "savefig.facecolor": "none",
-            "svg.fonttype": "path",  # fonts travel as outlines, so every browser shows the same letters
-            "svg.hashsalt": "imsvd",  # else every drawing gets random ids, and no two builds agree
-            "text.color": self.ink,
-            "xtick.color": self.muted,
-            "xtick.labelcolor": self.ink,
-            "xtick.labelsize": 9,
-            "ytick.color": self.muted,
-            "ytick.labelcolor": self.ink,
-            "ytick.labelsize": 9,
         }
 
+
+_HOUSE = {
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"),
+    **dict.fromkeys(("axes.labelsize", "axes.titlesize", "font.size"), 10),
+    **dict.fromkeys(("legend.fontsize", "xtick.labelsize", "ytick.labelsize"), 9),
+    **dict.fromkeys(("axes.spines.right", "axes.spines.top", "axes.grid", "legend.frameon"), False),
+    "axes.linewidth": 0.8,
+    "axes.titlelocation": "left",
+    "font.family": ["DejaVu Sans"],  # comes with matplotlib, so every machine draws the same
+    "grid.alpha": 0.3,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.8,
+    "mathtext.fontset": "dejavusans",
+    "svg.fonttype": "path",  # fonts travel as outlines, so every browser shows the same letters
+    "svg.hashsalt": "imsvd",  # else every drawing gets random ids, and no two builds agree
+}
 
 LIGHT = Theme(
     name="light",
@@ -91,7 +79,9 @@ LIGHT = Theme(
     paper="#ffffff",
     muted="#6b7280",
     colors=("#0072b2", "#d55e00", "#008a64", "#b5548a", "#a67200", "#2e8bc0"),
-    sequential=matplotlib.colormaps["magma_r"],
+    sequential=LinearSegmentedColormap.from_list(
+        "light", "#f7fbfd #bfe1fb #8dc6f6 #64a7eb #4888d8 #396abc #2f4e99 #263472 #1a1e4a".split()
+    ),
 )
 DARK = Theme(
     name="dark",
@@ -99,7 +89,9 @@ DARK = Theme(
     paper="#14181e",
     muted="#8b95a1",
     colors=("#4ba3e3", "#ff8a3d", "#2cc295", "#e49ac4", "#f0c24a", "#9ad2f5"),
-    sequential=matplotlib.colormaps["magma"],
+    sequential=LinearSegmentedColormap.from_list(
+        "dark", "#181a24 #19334f #005273 #007586 #009789 #3eb383 #92ca86 #d1dea0 #fff6d0".split()
+    ),
 )
 THEMES = (LIGHT, DARK)
 
@@ -152,7 +144,7 @@ def show(draw: Callable[[Theme], Figure], alt: str) -> Picture:
     `alt` says in a sentence what is seen, for those who do not see it. Raises `ValueError` if it is too short.
     """
     _check_alt(alt)
-    images = "".join(_img(_svg_uri(draw, theme), alt, theme) for theme in THEMES)
+    images = "".join(_img(theme, alt, *_render(draw, theme, "svg")) for theme in THEMES)
     return Picture(f'{_NOTEBOOK_SWITCH}<div class="imsvd-figure">{images}</div>', alt)
 
 
@@ -179,56 +171,21 @@ def animate(
         raise ValueError(f"labels has {len(names)} entries for {len(items)} frames: give one label to each frame")
     if interval < 1:
         raise ValueError(f"interval={interval} must be at least 1 millisecond")
-    uris = [[_webp_uri(lambda t, item=item: draw_frame(item, t), theme) for theme in THEMES] for item in items]
-    last = "".join(_img(uri, alt, theme) for uri, theme in zip(uris[-1], THEMES, strict=True))
+    drawn = [[_render(partial(draw_frame, item), theme, "webp") for theme in THEMES] for item in items]
+    uris = [[uri for uri, _ in pair] for pair in drawn]
+    last = "".join(_img(theme, alt, *picture) for theme, picture in zip(THEMES, drawn[-1], strict=True))
     name = "imsvd-" + hashlib.sha256("".join(map("".join, uris)).encode()).hexdigest()[:12]
+    player = files("imsvd_core").joinpath("animation.js").read_text(encoding="utf-8")
     page = (
         f'{_NOTEBOOK_SWITCH}<div class="imsvd-figure imsvd-animation" id="{name}" role="group" '
-        f'aria-label="{html.escape(alt)}">{last}<div class="imsvd-controls" hidden '
-        'style="gap:.75em;align-items:center;margin-top:.25em">'
-        '<button type="button" aria-label="Play">&#9654;</button>'
+        f'aria-label="{html.escape(alt)}">{last}<div class="imsvd-controls" '
+        'style="display:none;gap:.75em;align-items:center">'
+        '<button type="button" aria-label="Play">&#9654;&#xFE0E;</button>'
         f'<input type="range" min="0" max="{len(items) - 1}" value="{len(items) - 1}" aria-label="Frame" '
         f'style="flex:1"><output aria-live="off">{html.escape(names[-1])}</output></div></div>'
-        f"<script>{_PLAYER}({json.dumps(name)},{_script_json(uris)},{_script_json(names)},{interval});</script>"
+        f"<script>{player.strip()}({json.dumps(name)},{_script_json(uris)},{_script_json(names)},{interval});</script>"
     )
     return Picture(page, alt)
-
-
-# Runs in any page or notebook. The play button goes where the reader asked for less motion: the slider stays.
-_PLAYER = """((id, frames, labels, interval) => {
-  const root = document.getElementById(id);
-  if (!root || root.dataset.ready) return;
-  root.dataset.ready = "yes";
-  const images = root.querySelectorAll("img"), controls = root.querySelector(".imsvd-controls");
-  const button = root.querySelector("button"), slider = root.querySelector("input");
-  const output = root.querySelector("output");
-  let timer = null;
-  const go = (k) => {
-    slider.value = k;
-    images.forEach((image, theme) => { image.src = frames[k][theme]; });
-    output.textContent = labels[k];
-    slider.setAttribute("aria-valuetext", labels[k]);
-  };
-  const stop = () => {
-    clearInterval(timer);
-    timer = null;
-    button.textContent = "\\u25B6";
-    button.setAttribute("aria-label", "Play");
-  };
-  const step = () => (+slider.value < frames.length - 1 ? go(+slider.value + 1) : stop());
-  const play = () => {
-    if (+slider.value === frames.length - 1) go(0);
-    timer = setInterval(step, interval);
-    button.textContent = "\\u275A\\u275A";
-    button.setAttribute("aria-label", "Pause");
-  };
-  button.addEventListener("click", () => (timer === null ? play() : stop()));
-  slider.addEventListener("input", () => { stop(); go(+slider.value); });
-  button.hidden = matchMedia("(prefers-reduced-motion: reduce)").matches;
-  controls.hidden = false;
-  controls.style.display = "flex";
-  go(frames.length - 1);
-})"""
 
 
 def draw_joint(
@@ -329,37 +286,28 @@ def _array(values: Any) -> np.ndarray:
     return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
 
 
-def _img(uri: str, alt: str, theme: Theme) -> str:
+def _img(theme: Theme, alt: str, uri: str, width: float) -> str:
     # A notebook with no style of ours shows the light one. "dark-light" tells the book's theme to leave it as it is.
     display = "none" if theme.name == "dark" else "inline-block"
     return (
-        f'<img class="imsvd-{theme.name} dark-light" src="{uri}" alt="{html.escape(alt)}" '
+        f'<img class="imsvd-{theme.name} dark-light" src="{uri}" alt="{html.escape(alt)}" width="{width:.0f}" '
         f'style="display:{display};max-width:100%;height:auto">'
     )
 
 
-def _svg_uri(draw: Callable[[Theme], Figure], theme: Theme) -> str:
+def _render(draw: Callable[[Theme], Figure], theme: Theme, kind: str) -> tuple[str, float]:
+    """Return a drawing as a data URI, and its width on a page, where an inch has 96 pixels."""
+    options = {
+        "svg": {"dpi": 200, "metadata": dict.fromkeys(("Date", "Creator", "Format", "Type"))},  # a date differs daily
+        "webp": {"dpi": 2 * 96, "pil_kwargs": {"lossless": True, "method": 4}},
+    }[kind]
     stream = io.BytesIO()
     with matplotlib.rc_context(theme.rc()):
-        nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-        _drawn(draw, theme).savefig(stream, format="svg", transparent=True, dpi=200, metadata=nothing)
-    return _uri("image/svg+xml", stream.getvalue())
-
-
-def _webp_uri(draw: Callable[[Theme], Figure], theme: Theme) -> str:
-    stream = io.BytesIO()
-    with matplotlib.rc_context(theme.rc()):
-        _drawn(draw, theme).savefig(
-            stream, format="webp", transparent=True, dpi=150, pil_kwargs={"lossless": True, "method": 4}
-        )
-    return _uri("image/webp", stream.getvalue())
-
-
-def _drawn(draw: Callable[[Theme], Figure], theme: Theme) -> Figure:
-    drawing = draw(theme)
-    if not isinstance(drawing, Figure):
-        raise ValueError(f"draw returned {type(drawing).__name__}: it must return the matplotlib Figure that it drew")
-    return drawing
+        drawing = draw(theme)
+        if not isinstance(drawing, Figure):
+            raise ValueError(f"draw returned {type(drawing).__name__}: it must return the Figure that it drew")
+        drawing.savefig(stream, format=kind, transparent=True, **options)
+    return _uri("image/svg+xml" if kind == "svg" else "image/webp", stream.getvalue()), 96 * drawing.get_figwidth()
 
 
 def _array_uri(pixels: np.ndarray) -> str:
