@@ -21,7 +21,7 @@ MAX_CELLS = 10_000_000  #: largest joint table that is built: 80 MB in float64
 def entropy(probabilities: Tensor, dim: int | Sequence[int] | None = None) -> Tensor:
     """−Σ P log P in nats over `dim` (None: over every cell), with 0 log 0 = 0.
 
-    At an empty cell the slope is infinite; autograd is given 0 there, so that gradients stay finite.
+    At an empty cell the slope is infinite; autograd gets 0 there, to keep gradients finite.
     """
     return _surprise(probabilities).sum(dim)
 
@@ -59,8 +59,9 @@ def mean_subset_entropy(p: Tensor, units: Units, k: int) -> Tensor:
     if not 1 <= k <= len(variables):
         raise ValueError(f"k={k} is out of range: these codes have {len(variables)} variables, "
                          f"so take 1 ≤ k ≤ {len(variables)}")
-    subsets = combinations(range(len(variables)), k)
-    return torch.stack([entropy(_joint_distribution(variables, subset)) for subset in subsets]).mean()
+    entropies = [entropy(_joint_distribution(variables, subset))
+                 for subset in combinations(range(len(variables)), k)]
+    return torch.stack(entropies).mean()
 
 
 def total_correlation(p: Tensor, units: Units, k: int | None = None) -> Tensor:
@@ -90,15 +91,8 @@ def mutual_information(p: Tensor, units: Units) -> Tensor:
 
 
 def _joint_distribution(variables: Sequence[Tensor], subset: Sequence[int]) -> Tensor:
-    subset = tuple(subset)
-    if not subset or len(set(subset)) < len(subset) or not set(subset) <= set(range(len(variables))):
-        raise ValueError(f"subset={subset}: need one or more different variables, "
-                         f"each from 0 to {len(variables) - 1}")
-    shape = [variables[v].shape[1] for v in subset]
-    if math.prod(shape) > MAX_CELLS:
-        raise ValueError(f"subset={subset}: its joint table would have {math.prod(shape):,} cells, "
-                         f"more than {MAX_CELLS:,}: take fewer variables, or variables with fewer units")
-    # Two half-way products and one matrix product: N × (left + right) numbers instead of N × (left × right).
+    """Eq. 3: products within two halves of the subset, then one matrix product."""
+    shape = _table_shape(variables, subset)
     ones, middle = variables[0].new_ones(len(variables[0]), 1), len(subset) // 2
     left, right = (reduce(_row_products, (variables[v] for v in half), ones)
                    for half in (subset[:middle], subset[middle:]))
@@ -106,8 +100,20 @@ def _joint_distribution(variables: Sequence[Tensor], subset: Sequence[int]) -> T
 
 
 def _row_products(a: Tensor, b: Tensor) -> Tensor:
-    """Every product of an entry of a with one of b, sample by sample: (N, A) and (N, B) → (N, A·B)."""
+    """All products of an entry of a and one of b, sample by sample: (N, A), (N, B) → (N, AB)."""
     return (a[:, :, None] * b[:, None, :]).flatten(1)
+
+
+def _table_shape(variables: Sequence[Tensor], subset: Sequence[int]) -> tuple[int, ...]:
+    """(B_v1, …, B_vK); raises ValueError if `subset` is wrong or the table too large."""
+    if not subset or len(set(subset)) < len(subset) or not set(subset) <= set(range(len(variables))):
+        raise ValueError(f"subset={tuple(subset)}: need one or more different variables, "
+                         f"each from 0 to {len(variables) - 1}")
+    shape = tuple(variables[v].shape[1] for v in subset)
+    if math.prod(shape) > MAX_CELLS:
+        raise ValueError(f"subset={tuple(subset)}: its joint table would have {math.prod(shape):,} cells, "
+                         f"more than {MAX_CELLS:,}: take fewer variables, or variables with fewer units")
+    return shape
 
 
 def _variables(p: Tensor, units: Units) -> tuple[Tensor, ...]:
