@@ -18,28 +18,31 @@ Invariance = Literal["inner_product", "cross_entropy"]
 
 
 class LossTerms(NamedTuple):
-    """The weighted total, and its three terms unweighted, in nats, each a scalar (Eq. 11; names of Table VIII)."""
+    """The weighted total, and its three terms unweighted, in nats, each a scalar (Eq. 11)."""
 
     total: Tensor
-    diagonal_entropy: Tensor  #: DE = Σ P log P over the diagonals of the diagonal blocks, mean over variables; ≤ 0
-    off_diagonal_entropy: Tensor  #: OE = Σ P log P over an off-diagonal block, mean over ordered pairs; ≤ 0
-    transform_invariance: Tensor  #: TI = −log⟨p¹, p²⟩ (or TIC, the cross-entropy), mean over samples and variables; ≥ 0
+    diagonal_entropy: Tensor  #: DE ≤ 0, Σ P log P over diagonals, mean over variables
+    off_diagonal_entropy: Tensor  #: OE ≤ 0, Σ P log P over a block, mean over ordered pairs
+    transform_invariance: Tensor  #: TI (or TIC) ≥ 0, mean over samples and variables
 
 
-def cross_joint_entropy(z1: Tensor, z2: Tensor, units: Units, *, diagonal_weight: float = 1.0,
-                        off_diagonal_weight: float = 1.0, invariance_weight: float = 1.0,
-                        invariance: Invariance = "inner_product", temperature: float = 1.0) -> LossTerms:
-    """Eq. 11 as it is written: logits (N, D) of two views → `LossTerms`, every term differentiable by autograd.
+def cross_joint_entropy(z1: Tensor, z2: Tensor, units: Units, *,
+                        diagonal_weight: float = 1.0, off_diagonal_weight: float = 1.0,
+                        invariance_weight: float = 1.0, invariance: Invariance = "inner_product",
+                        temperature: float = 1.0) -> LossTerms:
+    """Eq. 11 as it is written: logits (N, D) of two views → `LossTerms`, by autograd.
 
-    Needs several D×D matrices, so D of a few thousand at most. Raises ValueError as `CrossJointEntropyLoss` does.
+    Needs several D×D matrices, so D of a few thousand at most. Raises ValueError as
+    `CrossJointEntropyLoss` does.
     """
-    _check_settings(units, diagonal_weight, off_diagonal_weight, invariance_weight, invariance, temperature)
+    _check_settings(units, diagonal_weight, off_diagonal_weight, invariance_weight,
+                    invariance, temperature)
     counts = _check_logits(z1, z2, units)
     p1, p2 = soft_discretize(z1, units, temperature), soft_discretize(z2, units, temperature)
     cells = joint(p1, p2)
     information = torch.special.xlogy(cells, cells)
 
-    variable = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(z1.device)
+    variable = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(z1.device)
     pairs = len(counts) * (len(counts) - 1)
     diagonal = information.diagonal().sum() / len(counts)
     off_diagonal = information[variable[:, None] != variable].sum() / max(pairs, 1)
@@ -48,7 +51,8 @@ def cross_joint_entropy(z1: Tensor, z2: Tensor, units: Units, *, diagonal_weight
     else:
         agreement = split_variables(torch.special.xlogy(p1, p2), units).sum(-1)
     disagreement = -agreement.mean()
-    total = diagonal_weight * diagonal + off_diagonal_weight * off_diagonal + invariance_weight * disagreement
+    total = (diagonal_weight * diagonal + off_diagonal_weight * off_diagonal
+             + invariance_weight * disagreement)
     return LossTerms(total, diagonal, off_diagonal, disagreement)
 
 
