@@ -15,8 +15,8 @@ book: $(READY)  ## Execute every chapter and render _build/html/index.html
 
 test: $(READY)  ## Test the package, every chapter as a notebook, and the rendered pages
 	@status=0; \
-	$(BIN)/python book/_ext/notebooks.py _build/test --execute || status=1; \
-	OMP_NUM_THREADS=1 IMSVD_BOOK=_build/test $(BIN)/python -m pytest -n 2 --dist loadfile || status=1; \
+	$(BIN)/python book/_ext/notebooks.py build/smoke --execute || status=1; \
+	OMP_NUM_THREADS=1 IMSVD_BOOK=build/smoke $(BIN)/python -m pytest -n 2 --dist loadfile || status=1; \
 	exit $$status
 
 notebooks: $(READY)  ## Write the chapters as Jupyter notebooks into _build/notebooks

@@ -3,7 +3,7 @@
 * One data set for all chapters, resolved before the first of them runs, and named on every page that computes.
 * An execution cache keyed on all that a cell can depend on: jupyter-cache alone knows a chapter's own code, and
   would publish yesterday's numbers after a change in `imsvd_core`.
-* Every script on our own pages: MathJax is copied out of its wheel.
+* Every script on our own pages: MathJax is copied out of its wheel, and Thebe, which has no use here, is left out.
 * Chapter numbers that follow the file names, so that "Eq. (4.2)" stays true while chapters are added.
 * The labels {here}, {stored} and {quoted}, which say where a number comes from, and the table of stored results.
 """
@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -54,28 +55,34 @@ def prepare(app: Sphinx, config: Config) -> None:
     config.imsvd_run = {"scale": scale, "dataset": name, "title": manifest.get("title", name)}
     logger.info("The chapters run at scale %r on the data set %s.", scale, config.imsvd_run["title"])
 
-    key = cache_key(Path(app.srcdir), scale, manifest)
+    key = cache_key(what_cells_depend_on(Path(app.srcdir)), scale, sys.version, manifest)
     caches = Path(app.outdir).parent / "cache"
     config.nb_execution_cache_path = str(caches / key)
     (caches / key).mkdir(parents=True, exist_ok=True)
     os.utime(caches / key)
+    prune(caches)
+
+
+def what_cells_depend_on(book: Path) -> list[Path]:
+    """Return the files that a cell may read or import."""
+    package = Path(find_spec("imsvd_core").origin).parent
+    sources = [path for pattern in ("*.py", "*.js") for path in package.rglob(pattern)]
+    return [*sources, *book.joinpath("results").rglob("*.json"), REPOSITORY / "requirements.txt"]
+
+
+def cache_key(files: Iterable[Path], *values: Any) -> str:
+    """Hash files and values: all that can change what a cell prints, its own code aside, which jupyter-cache compares."""
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
+    for path in sorted(files):
+        digest.update(f"{path.name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def prune(caches: Path) -> None:
+    """Keep the caches used last."""
     newest_first = sorted(caches.iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
     for folder in newest_first[KEPT_CACHES:]:
         shutil.rmtree(folder)
-
-
-def cache_key(book: Path, scale: str, manifest: dict[str, Any]) -> str:
-    """Hash all that can change what a cell prints, the chapter's own code aside: jupyter-cache compares that."""
-    digest = hashlib.sha256()
-    package = Path(find_spec("imsvd_core").origin).parent
-    for root, pattern in ((package, "**/*.py"), (book / "results", "**/*.json")):
-        for path in sorted(root.glob(pattern)):
-            digest.update(f"{path.relative_to(root)}\0".encode())
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-    requirements = REPOSITORY / "requirements.txt"
-    digest.update(requirements.read_bytes())
-    digest.update(json.dumps([scale, sys.version, manifest], sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:16]
 
 
 def say_what_ran(app: Sphinx, pagename: str, template: str, context: dict[str, Any], doctree: nodes.document) -> None:
@@ -107,6 +114,14 @@ def copy_mathjax(app: Sphinx, error: Exception | None) -> None:
         target = Path(app.outdir, "_static", "mathjax")
         target.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target / "tex-svg.js")
+
+
+def silence_thebe(app: Sphinx, config: Config) -> None:
+    """Take back what jupyter-book adds to every page, asked or not: Thebe's script, twice, which is an error in it."""
+    for listeners in app.events.listeners.values():
+        for listener in list(listeners):
+            if getattr(listener.handler, "__name__", "") in ("init_thebe_core", "update_thebe_context"):
+                app.disconnect(listener.id)
 
 
 # --- chapter numbers ----------------------------------------------------------------------------------------------
@@ -212,6 +227,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Register all of the above."""
     app.add_config_value("imsvd_run", {}, "env", dict)
     app.connect("config-inited", prepare, priority=400)
+    app.connect("config-inited", silence_thebe)
     app.connect("html-page-context", say_what_ran)
     app.connect("build-finished", write_run)
     app.connect("build-finished", copy_mathjax)

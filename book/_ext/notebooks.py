@@ -2,6 +2,8 @@
 
     python book/_ext/notebooks.py FOLDER             # writes FOLDER/*.ipynb
     python book/_ext/notebooks.py FOLDER --execute   # lays FOLDER out like this repository and runs every notebook
+
+(nbmake passes over folders named `_build`, so executed notebooks live elsewhere.)
 """
 
 from __future__ import annotations
@@ -9,10 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import jupytext
@@ -37,17 +41,26 @@ def is_notebook(page: Path) -> bool:
 
 def convert(folder: Path) -> list[Path]:
     """Write every page that computes as a notebook, and copy the others; returns the notebooks."""
-    written = []
-    for name in pages(yaml.safe_load((REPOSITORY / "_toc.yml").read_text(encoding="utf-8"))):
-        source = BOOK / f"{name}.md"
-        target = folder / source.relative_to(BOOK)
+    names = list(pages(yaml.safe_load((REPOSITORY / "_toc.yml").read_text(encoding="utf-8"))))
+    computing = {name for name in names if is_notebook(BOOK / f"{name}.md")}
+    for name in names:
+        target = folder / f"{name}.md"
         target.parent.mkdir(parents=True, exist_ok=True)
-        if is_notebook(source):
-            written.append(target.with_suffix(".ipynb"))
-            jupytext.write(jupytext.read(source), written[-1])
+        text = _LINK.sub(partial(_to_notebook, computing), (BOOK / f"{name}.md").read_text(encoding="utf-8"))
+        if name in computing:
+            jupytext.write(jupytext.reads(text, fmt="md:myst"), target.with_suffix(".ipynb"))
         else:
-            shutil.copyfile(source, target)
-    return written
+            target.write_text(text, encoding="utf-8")
+    return [folder / f"{name}.ipynb" for name in names if name in computing]
+
+
+_LINK = re.compile(r"(\]\((?:\.\./)*)([\w/-]+)\.md(#[\w-]+)?\)")
+
+
+def _to_notebook(computing: set[str], link: re.Match[str]) -> str:
+    """A link to a chapter leads to its notebook."""
+    start, name, place = link.groups()
+    return f"{start}{name}.ipynb{place or ''})" if name in computing else link[0]
 
 
 def lay_out(folder: Path) -> list[Path]:
