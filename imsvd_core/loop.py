@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from imsvd_core import checkpoints
+from imsvd_core.files import atomic_write
 from imsvd_core.optim import OptimConfig, build_optimizer, learning_rate
 
 log = logging.getLogger(__name__)
@@ -147,14 +148,17 @@ class Loop:
                 yield Progressed(self.step, self.step / self.steps_per_epoch, ends_epoch, metrics)
 
     def record(self, **figures: float) -> None:
-        """Append figures that the caller measured (an accuracy, say) to metrics.jsonl, under the current step."""
+        """Append figures that the caller measured (an accuracy, say) to metrics.jsonl, under the current step.
+
+        They survive a resumption from this step on; look with `records()` whether they are there already.
+        """
         with open(self._metrics_path, "a") as file:
             file.write(json.dumps({"step": self.step, "epoch": self.step / self.steps_per_epoch, **figures}) + "\n")
 
-    def last_record(self) -> dict[str, float]:
-        """The newest line of metrics.jsonl that the loop wrote itself."""
-        lines = (json.loads(line) for line in reversed(self._metrics_path.read_text().splitlines()))
-        return next(line for line in lines if "loss" in line)
+    def records(self, key: str = "loss") -> list[dict[str, float]]:
+        """The lines of metrics.jsonl that hold `key`, oldest first; "loss" for those that the loop wrote itself."""
+        lines = [json.loads(line) for line in self._metrics_path.read_text().splitlines()]
+        return [line for line in lines if key in line]
 
     def _batch(self, step: int) -> Tensor:
         epoch, place = divmod(step, self.steps_per_epoch)
@@ -205,7 +209,6 @@ class Loop:
             "scaler": self.scaler.state_dict(),
             "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []},
             "seconds": self.seconds,
-            "metrics_bytes": self._metrics_path.stat().st_size,
             "settings": self.settings,
         }
         self._last_good = checkpoints.save(self.run_dir / "checkpoints", self.step, state, self.config.keep)
@@ -227,8 +230,9 @@ class Loop:
         torch.set_rng_state(state["rng"]["cpu"].cpu())
         if state["rng"]["cuda"] and self.device.type == "cuda":
             torch.cuda.set_rng_state_all([rng.cpu() for rng in state["rng"]["cuda"]])
-        with open(self._metrics_path, "r+b") as file:  # what was written after the checkpoint is written again
-            file.truncate(min(state["metrics_bytes"], self._metrics_path.stat().st_size))
+        lines = self._metrics_path.read_text().splitlines(keepends=True)
+        with atomic_write(self._metrics_path) as file:  # what was written after the checkpoint is written again
+            file.writelines(line.encode() for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"])
         self.step, self.seconds, self._last_good = state["step"], state["seconds"], path
         log.info("resumed %s at step %d of %d", self.run_dir, self.step, self.total_steps)
 

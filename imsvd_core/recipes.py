@@ -42,6 +42,8 @@ class Recipe:
     loop: LoopConfig = field(default_factory=LoopConfig)
     eval_view: EvalViewConfig = field(default_factory=EvalViewConfig)
     knn: KNNConfig = field(default_factory=KNNConfig)
+    watch: KNNConfig = field(default_factory=lambda: KNNConfig(neighbors=(20,), gallery=10_000, queries=2_000))
+    """The smaller kNN that accompanies training, before it and after every epoch."""
     linear: LinearConfig = field(default_factory=LinearConfig)
     data: str = "auto"
     """Data set: auto, cifar10, cifar100, fashion-mnist, attributes, or folder:PATH."""
@@ -91,6 +93,7 @@ def _cifar10(scale: Scale) -> Recipe:
     return replace(
         laptop, method=replace(laptop.method, units=8), network=NetworkConfig(backbone="narrow", hidden=(64,), dim=64),
         loop=LoopConfig(epochs=2, batch_size=64, log_every=1), samples=256, knn=KNNConfig(gallery=400, queries=200),
+        watch=KNNConfig(neighbors=(20,), gallery=200, queries=100),
         linear=replace(laptop.linear, loop=LoopConfig(epochs=2, batch_size=64)))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.models.resnet import ResNet
 
 from imsvd_core import datasets
-from imsvd_core.discretization import hardness, soft_discretize
+from imsvd_core.discretization import hardness, joint, soft_discretize
 from imsvd_core.evaluation import knn
 from imsvd_core.files import atomic_write
 from imsvd_core.loop import Loop, Progressed, pick_device, stream_seed
@@ -20,6 +20,8 @@ from imsvd_core.networks import NetworkConfig, TwinNetwork, build_backbone
 from imsvd_core.recipes import Recipe, from_plain
 from imsvd_core.results import plain, provenance, write_json, write_result
 from imsvd_core.views import EvalView, TwoViews
+
+SEEN = 128  # rows and columns of the joint matrix that a run keeps for each epoch
 
 
 class Pretraining:
@@ -69,6 +71,21 @@ class Pretraining:
         return knn.evaluate(self.network.backbone, (self.gallery, self.test), self.recipe.knn, view=self.eval_view,
                             device=self.device, precision=self.precision)
 
+    def watch(self) -> dict[str, float]:
+        """Record what accompanies training, unless it is recorded for this step: kNN (`recipe.watch`) and hardness."""
+        done = self.loop.records("knn_20")
+        if done and done[-1]["step"] == self.loop.step:
+            return done[-1]
+        figures = knn.evaluate(self.network.backbone, (self.gallery, self.test), self.recipe.watch, view=self.eval_view,
+                               device=self.device, precision=self.precision)
+        if isinstance(self.recipe.method, IMSVD):
+            p1, p2 = self.look()
+            figures |= asdict(hardness(p1, self.recipe.method.units))
+            with atomic_write(self.run_dir / "joints" / f"step-{self.loop.step:09d}.safetensors") as file:
+                file.write(safetensors.torch.save({"joint": joint(p1, p2)[:SEEN, :SEEN].half().contiguous()}))
+        self.loop.record(**figures)
+        return figures
+
     @torch.no_grad()
     def look(self, samples: int = 2048) -> tuple[Tensor, Tensor]:
         """Soft codes p1, p2 (samples, D) of two views of the first test images: always the same views. IMSVD only."""
@@ -90,9 +107,7 @@ class Pretraining:
         weights = {name: value.contiguous().cpu() for name, value in self.network.backbone.state_dict().items()}
         with atomic_write(self.run_dir / "backbone.safetensors") as file:
             file.write(safetensors.torch.save(weights, {"backbone": self.recipe.network.backbone}))
-        figures = {**self.knn(), "training": self.loop.last_record()}
-        if isinstance(self.recipe.method, IMSVD):
-            figures["hardness"] = asdict(hardness(self.look()[0], self.recipe.method.units))
+        figures = {**self.knn(), "steps": self.loop.records(), "watched": self.loop.records("knn_20")}
         origin = provenance(config=self.recipe, seed=self.recipe.loop.seed, device=self.device,
                             dataset=self.train.title, seconds=self.loop.seconds)
         return write_result(self.run_dir / "result.json", "pretrain", figures, origin, overwrite=True)
@@ -101,8 +116,10 @@ class Pretraining:
 def pretrain(recipe: Recipe, run_dir: Path | str, *, progress: bool = True) -> Path:
     """Train `recipe` to its end, resuming what is in `run_dir`; returns the path of result.json."""
     run = Pretraining(recipe, run_dir, progress=progress)
-    for _ in run:
-        pass
+    run.watch()
+    for progressed in run:
+        if progressed.ends_epoch:
+            run.watch()
     return run.finish()
 
 

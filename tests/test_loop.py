@@ -144,7 +144,16 @@ def test_metrics_hold_step_epoch_rate_and_what_the_caller_records(tmp_path):
     lines = [json.loads(line) for line in open(tmp_path / "metrics.jsonl")]
     assert [line["step"] for line in lines] == [2, 4, 5, 6, 8, 10, 12, 14, 15, 15]
     assert {"epoch", "lr", "loss", "grad_norm", "samples_per_second"} <= set(lines[0]) and lines[-1]["knn_20"] == 51.5
-    assert loop.last_record()["step"] == 15 and "loss" in loop.last_record()
+    assert loop.records()[-1]["step"] == 15 and loop.records("knn_20") == lines[-1:]
+
+
+def test_what_the_caller_recorded_at_a_checkpoint_survives_and_a_torn_line_does_not(tmp_path):
+    loop, _, _ = run(tmp_path, stop_after=5)
+    loop.record(knn_20=51.5)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    loop, _, _ = make(tmp_path)
+    assert [line["step"] for line in loop.records("step")] == [2, 4, 5, 5] and loop.records("knn_20")
 
 
 def test_tensorboard_files_appear_when_asked(tmp_path):
