@@ -69,6 +69,7 @@ def test_every_image_says_what_is_seen() -> None:
     for picture in (plots.show(line, alt), plots.animate(lambda _, theme: line(theme), 2, alt)):
         assert picture.html.count('alt="A &quot;quoted&quot; line that rises &amp; falls') == 2
         assert alt in repr(picture)
+    assert 'alt="A &quot;quoted&quot; line' in plots.gallery(np.zeros((1, 3, 2, 2), np.uint8), alt).html
 
 
 @pytest.mark.parametrize("alt", ["", "A plot.", " " * 40])
@@ -191,6 +192,7 @@ def test_a_contact_sheet_keeps_every_pixel_enlarged_and_its_gaps_clear() -> None
     assert sheet.shape == (9, 9, 4)
     assert (sheet[:4:2, 5::2, :3] == images[1].permute(1, 2, 0).numpy()).all()
     assert (sheet[5::2, :4:2, :3] == images[2].permute(1, 2, 0).numpy()).all()
+    assert (sheet[:4, :4, 3] == 255).all()
     assert (sheet[4] == 0).all()
     assert (sheet[5:, 5:] == 0).all(), "no fourth image"
 
