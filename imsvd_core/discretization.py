@@ -65,7 +65,8 @@ def _padding(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Ten
 def soft_discretize(logits: Tensor, units: Units, temperature: float = 1.0) -> Tensor:
     """Turn logits (…, D) into soft codes p (…, D): a softmax within each variable (Eq. 1).
 
-    `temperature` > 0 divides the logits; small values harden the code. The result keeps shape and dtype.
+    `temperature` > 0 divides the logits; small values harden the code.
+    The result keeps shape and dtype.
     Raises ValueError if `units` do not fill D, or the temperature is not positive.
     """
     if not temperature > 0:
@@ -75,20 +76,22 @@ def soft_discretize(logits: Tensor, units: Units, temperature: float = 1.0) -> T
 
 
 def marginals(p: Tensor) -> Tensor:
-    """Empirical distribution of every variable, side by side: soft codes (N, D) → (D,) (Eq. 2)."""
+    """Distribution of every variable, side by side: soft codes (N, D) → (D,) (Eq. 2)."""
     return _wide(_table(p, "p")).mean(0)
 
 
 def joint(p_a: Tensor, p_b: Tensor | None = None) -> Tensor:
-    """Empirical joint matrix P_aᵀP_b / N of soft codes (N, D_a) and (N, D_b) → (D_a, D_b) (Eq. 3, 10).
+    """Joint matrix P_aᵀP_b / N of soft codes: (N, D_a), (N, D_b) → (D_a, D_b) (Eq. 3, 10).
 
-    Without `p_b` the matrix is the self-joint of `p_a`. Each block sums to 1. Half-precision input is
-    accumulated in float32, under autocast too: cells are as small as 1/N times a product of probabilities.
+    Without `p_b` it is the self-joint matrix of `p_a`. Each block sums to 1. Half-precision
+    input is accumulated in float32, under autocast too: cells are as small as 1/N times a
+    product of probabilities.
     Raises ValueError if the two do not hold the same samples.
     """
     p_b = p_a if p_b is None else p_b
     if len(_table(p_a, "p_a")) != len(_table(p_b, "p_b")):
-        raise ValueError(f"p_a has {len(p_a)} samples, p_b has {len(p_b)}: both must describe the same batch")
+        raise ValueError(f"p_a has {len(p_a)} samples, p_b has {len(p_b)}: "
+                         "both must describe the same batch")
     with torch.autocast(p_a.device.type, enabled=False):
         return _wide(p_a).T @ (_wide(p_b) / len(p_b))
 
