@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from imsvd_core import datasets
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.config import Config
@@ -43,16 +44,10 @@ def prepare(app: Sphinx, config: Config) -> None:
     """Choose scale and data set, hand both to the kernels, and point the execution cache at their key."""
     os.environ.setdefault("IMSVD_SCALE", "laptop")
     scale = os.environ["IMSVD_SCALE"]
-    try:
-        from imsvd_core import datasets
-    except ImportError:  # TEMPORARY
-        from types import SimpleNamespace
-        datasets = SimpleNamespace(resolve=lambda n: "attributes", manifest=lambda n: {"title": "attributes"})
-
     name = datasets.resolve(os.environ.get("IMSVD_DATASET", "auto"))
     os.environ["IMSVD_DATASET"] = name
     manifest = datasets.manifest(name)
-    config.imsvd_run = {"scale": scale, "dataset": name, "title": manifest.get("title", name)}
+    config.imsvd_run = {"scale": scale, "dataset": name, "title": manifest["title"]}
     logger.info("The chapters run at scale %r on the data set %s.", scale, config.imsvd_run["title"])
 
     key = cache_key(what_cells_depend_on(Path(app.srcdir)), scale, sys.version, manifest)

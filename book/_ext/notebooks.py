@@ -81,9 +81,9 @@ def lay_out(folder: Path) -> list[Path]:
 
 def execute(folder: Path) -> int:
     """Run all notebooks at scale smoke, two at a time, on one data set; returns pytest's exit status."""
-    notebooks = lay_out(folder)
-    from imsvd_core import datasets
+    from imsvd_core import datasets  # brings torch, which writing notebooks does not need
 
+    notebooks = lay_out(folder)
     scale = os.environ.get("IMSVD_SCALE", "smoke")
     dataset = datasets.resolve(os.environ.get("IMSVD_DATASET", "auto"))
     chosen = {"IMSVD_SCALE": scale, "IMSVD_DATASET": dataset}
