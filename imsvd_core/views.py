@@ -98,7 +98,7 @@ class TwoViewConfig:
 
 
 def imagenet_views(size: int = 224) -> TwoViewConfig:
-    """The paper's views for ImageNet, VICReg's: the first always blurred; the second rarely, but solarised."""
+    """The paper's ImageNet views, VICReg's: always blurred in the first, at times solarised in the second."""
     first = ViewConfig(size=size, scale=(0.08, 1.0), interpolation="bicubic", brightness=0.4, contrast=0.4,
                        saturation=0.2, hue=0.1, jitter_probability=0.8, gray_probability=0.2,
                        blur_probability=1.0)
@@ -411,7 +411,7 @@ def _gray(x: Tensor) -> Tensor:
 
 
 def _to_float(images: Tensor) -> Tensor:
-    return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    return images.float().div_(255)
 
 
 def _normalize(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...], out: Tensor) -> Tensor:
