@@ -47,7 +47,8 @@ def prepare(app: Sphinx, config: Config) -> None:
     name = datasets.resolve(os.environ.get("IMSVD_DATASET", "auto"))
     os.environ["IMSVD_DATASET"] = name
     manifest = datasets.manifest(name)
-    config.imsvd_run = {"scale": scale, "dataset": name, "title": manifest["title"]}
+    title = datasets.title(name) if hasattr(datasets, "title") else manifest["title"]
+    config.imsvd_run = {"scale": scale, "dataset": name, "title": title}
     logger.info("The chapters run at scale %r on the data set %s.", scale, config.imsvd_run["title"])
 
     key = cache_key(what_cells_depend_on(Path(app.srcdir)), scale, sys.version, manifest)
