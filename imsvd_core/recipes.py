@@ -116,10 +116,8 @@ def from_plain(kind: Any, value: Any) -> Any:
 
     Raises ValueError for a field that `kind` does not have.
     """
-    if get_origin(kind) is types.UnionType:
-        kinds = [one for one in get_args(kind) if is_dataclass(one)]
-        kind = next((one for one in kinds if not isinstance(value, Mapping) or value.get("name") in (None, one.name)), None) \
-            if kinds and value is not None else None
+    if get_origin(kind) is types.UnionType and isinstance(value, Mapping):  # of methods, or a view that may be None
+        kind = next(one for one in get_args(kind) if is_dataclass(one) and value.get("name") == getattr(one, "name", None))
     if is_dataclass(kind) and isinstance(value, Mapping):
         hints = get_type_hints(kind)
         if unknown := sorted(set(value) - set(hints)):

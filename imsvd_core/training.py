@@ -116,7 +116,8 @@ class Pretraining:
 def pretrain(recipe: Recipe, run_dir: Path | str, *, progress: bool = True) -> Path:
     """Train `recipe` to its end, resuming what is in `run_dir`; returns the path of result.json."""
     run = Pretraining(recipe, run_dir, progress=progress)
-    run.watch()
+    if run.loop.step % run.loop.steps_per_epoch == 0:  # untrained, or killed between an epoch's end and its record
+        run.watch()
     for progressed in run:
         if progressed.ends_epoch:
             run.watch()

@@ -1,0 +1,61 @@
+"""The command line, in this process: what it writes, what it says, what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from imsvd_core import datasets
+from imsvd_core.cli import main
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets, "ATTRIBUTES_SIZES", {"train": 600, "test": 200})
+    monkeypatch.setenv("IMSVD_DATASET", "attributes")
+    monkeypatch.setenv("IMSVD_SCALE", "smoke")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_pretrain_then_evaluate(capsys):
+    main(["pretrain", "cifar10", "--optim.lr", "0.003", "--knn.neighbors", "5", "--no-progress"])
+    run = Path("runs/cifar10-smoke-seed0")
+    config = json.loads((run / "config.json").read_text())
+    assert config["optim"]["lr"] == 0.003 and config["loop"]["batch_size"] == 64 and config["data"] == "attributes"
+    main(["evaluate", "knn", str(run), "--neighbors", "10", "20", "--gallery", "300"])
+    main(["evaluate", "linear", str(run), "--loop.epochs", "1", "--no-progress"])
+    knn, linear = (json.loads((run / f"{name}.json").read_text()) for name in ("knn", "linear"))
+    assert set(knn["figures"]) == {"knn_10", "knn_20", "gallery", "queries"} and knn["figures"]["gallery"] == 300
+    assert linear["figures"]["epochs"] == 1 and 0 <= linear["figures"]["linear"] <= 100
+    assert knn["provenance"]["dataset"] == "attributes (drawn)"
+    assert "written to runs/cifar10-smoke-seed0/knn.json" in capsys.readouterr().out.replace("\n", "")
+
+
+@pytest.mark.parametrize("words, message", [
+    (["evaluate", "knn", "nowhere"], "nowhere has no config.json"),
+    (["evaluate", "svd", "run"], "evaluation='svd' must be one of knn, linear"),
+    (["pretrain", "cifar10", "--loop.epochs", "0"], "epochs=0 must be at least 1"),
+    (["pretrain", "cifar10", "--method.units", "7"], "units=7 does not divide"),
+    (["pretrain", "cifar10", "--loop.device", "tpu", "--no-progress"], "device='tpu' is not here"),
+])
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(capsys, words, message):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and message in said.err + said.out and "Traceback" not in said.err
+
+
+def test_help_lists_settings_with_their_meaning(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["pretrain", "cifar10", "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for words in ("--optim.lr", "Peak learning rate", "--method.temperature", "--network.backbone", "--run-dir"):
+        assert words in text, words
+
+
+def test_no_command_and_a_wrong_one_show_the_usage(capsys):
+    for words, code in (([], 2), (["train"], 2), (["--help"], 0)):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == code and "pretrain RECIPE" in capsys.readouterr().out
