@@ -1,15 +1,15 @@
 """`attributes`: 32 x 32 pictures drawn here, of which every factor is known.
 
-One shape on a background. What it is (shape, texture, colour), how large it is, where it stands and what is behind it
-are seven independent, uniform factors; its rotation, the light, a jitter of place and size, and pixel noise are
-nuisances. It needs no file and no network, and it tells what no photograph does: which attribute a learned variable
-has found.
+One shape on a background. What it is (shape, texture, colour), how large it is, where it stands and what is
+behind it are seven independent, uniform factors; its rotation, the light, a jitter of place and size, and
+pixel noise are nuisances. It needs no file and no network, and it tells what no photograph does: which
+attribute a learned variable has found.
 
-A shape is a signed distance function: negative inside, positive outside, its size the distance to the outline. One
-distance then gives the shape, its anti-aliased edge, its rim and its shadow.
+A shape is a signed distance function: negative inside, positive outside, its size the distance to the
+outline. One distance then gives the shape, its anti-aliased edge, its rim and its shadow.
 
-The arithmetic on pixels uses correctly rounded operations only (+ - * / sqrt floor, comparisons), and the random
-numbers come from a CPU generator: the same seed gives the same bytes on any number of threads.
+The arithmetic on pixels uses correctly rounded operations only (+ - * / sqrt floor, comparisons), and the
+random numbers come from a CPU generator: the same seed gives the same bytes on any number of threads.
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ FACTORS: dict[str, tuple[str, ...]] = {
     "texture": ("plain", "stripes", "dots", "checks"),
     "colour": tuple(PALETTE),
     "size": ("small", "medium", "large"),
-    "place": ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right"),
+    "place": ("top left", "top", "top right", "left", "centre", "right",
+              "bottom left", "bottom", "bottom right"),
     "background": ("flat", "gradient", "clouds", "weave"),
     "ground": tuple(GROUND_PALETTE),
 }
 """The discrete factors and the names of their values, in the order of the integers that stand for them."""
 
-CLASSES: tuple[str, ...] = tuple(f"{texture} {shape}" for shape in FACTORS["shape"] for texture in FACTORS["texture"])
+CLASSES: tuple[str, ...] = tuple(
+    f"{texture} {shape}" for shape in FACTORS["shape"] for texture in FACTORS["texture"])
 """The label: shape and texture together, whatever the colour, size, place and background."""
 
 _RADII = (0.40, 0.52, 0.66)  # of half the picture's width
@@ -49,8 +51,8 @@ _BLOCK = 128  # pictures drawn at once: small enough for the processor's cache
 def sample(n: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Draw the factors of `n` pictures, every one uniform and independent of the others.
 
-    Returns a dict of (n,) tensors: int64 for each name in `FACTORS`, float32 for the nuisances (lengths in half
-    picture widths, angles in radians). Raises ValueError for `n` < 1.
+    Returns a dict of (n,) tensors: int64 for each name in `FACTORS`, float32 for the nuisances (lengths in
+    half picture widths, angles in radians). Raises ValueError for `n` < 1.
     """
     if n < 1:
         raise ValueError(f"n is {n}: at least one picture is needed")
@@ -58,7 +60,8 @@ def sample(n: int, generator: torch.Generator) -> dict[str, Tensor]:
     def uniform(low: float, high: float) -> Tensor:
         return torch.rand(n, generator=generator) * (high - low) + low
 
-    factors = {name: torch.randint(len(values), (n,), generator=generator) for name, values in FACTORS.items()}
+    factors = {name: torch.randint(len(values), (n,), generator=generator)
+               for name, values in FACTORS.items()}
     place, radius = factors["place"], torch.tensor(_RADII)[factors["size"]]
     factors["x"] = (place % 3 - 1) * _STEP + uniform(-0.05, 0.05)
     factors["y"] = (place // 3 - 1) * _STEP + uniform(-0.05, 0.05)
@@ -80,7 +83,7 @@ def label(factors: dict[str, Tensor]) -> Tensor:
 def draw(factors: dict[str, Tensor], *, size: int = 32, noise: torch.Generator | None = None) -> Tensor:
     """Draw the pictures that `factors` (as `sample` returns them) describe: uint8 (N, 3, size, size).
 
-    `noise` adds pixel noise of at most 9 grey levels; without it the picture is a function of its factors alone.
+    `noise` adds pixel noise of at most 9 grey levels; without it a picture is a function of its factors.
     Raises ValueError for a size below 8, at which no texture can be told from another.
     """
     if size < 8:
@@ -113,7 +116,8 @@ def _picture(factors: dict[str, Tensor], size: int) -> Tensor:
     shadow = (1 - distance / 0.22).clamp(0, 1)
     rim = (1 + distance / 0.09).clamp(0, 1)
 
-    ink = _choose(_TEXTURES, factors["texture"], *_turn(x - f["x"], y - f["y"], f["texture_angle"]), f["texture_shift"])
+    turned = _turn(x - f["x"], y - f["y"], f["texture_angle"])
+    ink = _choose(_TEXTURES, factors["texture"], *turned, f["texture_shift"])
     ground = _choose(_GROUNDS, factors["background"], x.expand_as(ink), y.expand_as(ink), f["ground_shift"])
     back = _colours(GROUND_PALETTE)[factors["ground"]][:, :, None, None] * ground[:, None]
     back = back * (1 - 0.4 * shadow * shadow)[:, None]
@@ -156,10 +160,11 @@ def _box(x: Tensor, y: Tensor, width: float = 0.8, height: float = 0.8) -> Tenso
     return corner + torch.maximum(dx, dy).clamp(max=0)
 
 
-def _star(x: Tensor, y: Tensor, points: int = 5, tip: float = 1.05, hollow: float = 0.47, drop: float = 0.04) -> Tensor:
+def _star(x: Tensor, y: Tensor, points: int = 5, tip: float = 1.05, hollow: float = 0.47,
+          drop: float = 0.04) -> Tensor:
     """A star whose points reach out to `tip` and whose hollows reach in to `hollow`; with 3 or 5 points."""
     x, y = x.abs(), drop - y
-    for angle in (2 * math.pi / points, math.pi / points):  # two mirrors fold all points on half of the upper one
+    for angle in (2 * math.pi / points, math.pi / points):  # two mirrors fold all points on half of one
         nx, ny = math.cos(angle), -math.sin(angle)
         beyond = (x * nx + y * ny).clamp(min=0) * 2
         x, y = (x - beyond * nx).abs(), y - beyond * ny
@@ -193,7 +198,12 @@ def _ring(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _moon(x: Tensor, y: Tensor) -> Tensor:
-    return torch.maximum(_disc(x + 0.1, y, 0.98), -_disc(x - 0.42, y, 0.74))
+    x, y = x + 0.1, y.abs()
+    outer, bite = _disc(x, y, 0.98), _disc(x - 0.52, y, 0.74)
+    horn_x, horn_y = 0.6569, 0.7272  # where the circles meet: what is nearest beyond it, from either centre
+    centre = torch.where(outer > 0, 0.0, 0.52)
+    horn = torch.sqrt((x - horn_x).square() + (y - horn_y).square())
+    return torch.where((x - centre) * horn_y > y * (horn_x - centre), horn, torch.maximum(outer, -bite))
 
 
 _SHAPES = (_disc, _box, _triangle, _star, _heart, _cross, _ring, _moon)

@@ -1,303 +1,466 @@
-"""Data sets of small images, held whole in memory as uint8.
+"""Images in memory as uint8: CIFAR-10 and its kin, folders of images, and `attributes`, which needs no file.
 
-`auto` is CIFAR-10 if it is under the data root or can be downloaded, and otherwise `attributes`, which is drawn here.
+`load("auto")` takes CIFAR-10 where it can be had and `attributes` where it cannot. `IMSVD_DATA` is the data
+root, `IMSVD_DATASET` says what `auto` shall mean.
 """
 
+from __future__ import annotations
+
 import hashlib
+import io
 import logging
 import os
+import queue
 import socket
+import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
+from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
+from torchvision.datasets.utils import check_integrity
+from torchvision.transforms.v2 import functional as TF
 
 from imsvd_core import attributes
 
-log = logging.getLogger(__name__)
-
 Split = Literal["train", "test"]
-SUFFIXES = {".png", ".jpg", ".jpeg"}
-TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "fashion-mnist": "Fashion-MNIST", "attributes": "attributes (drawn)"}
-FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "fashion-mnist": "FashionMNIST"}
-HOSTS = {"cifar10": "www.cs.toronto.edu", "cifar100": "www.cs.toronto.edu",
-         "fashion-mnist": "fashion-mnist.s3-website.eu-central-1.amazonaws.com"}
-PATIENCE = 4.0  # seconds that a connection may take, or a download stand still
-ATTRIBUTES = {"train": 20_000, "test": 4_000}  # pictures drawn of each split
-RETRY_AFTER = 600.0  # seconds for which a failed download is not tried again
+OnCorrupt = Literal["error", "skip"]
+
+TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "fashion-mnist": "Fashion-MNIST",
+          "attributes": "attributes (drawn)"}
+PUBLISHED = {"cifar10": CIFAR10, "cifar100": CIFAR100, "fashion-mnist": FashionMNIST}
+SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
+SUFFIXES = (".png", ".jpg", ".jpeg")
+ATTRIBUTES_SIZES = {"train": 20_000, "test": 4_000}
+PROBE_SECONDS = 5.0  # for the first byte of a download; silent for longer, a host counts as out of reach
+STALL_SECONDS = 10.0  # of silence end a download that had begun
+REMEMBERED_SECONDS = 600.0  # a failed download is not tried again for `auto` before that
+
+log = logging.getLogger(__name__)
+_told = False  # whether this process has said that `auto` fell back
+_failed: dict[Path, str] = {}  # why CIFAR-10 could not be downloaded to a root, in this process
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageData:
-    """One split of a data set: `images` uint8 (N, 3, H, W), `labels` int64 (N,) into `classes`."""
+    """One split of a data set, in memory. Raises ValueError where shapes or types do not fit together."""
 
-    name: str
-    title: str  #: what a page prints, with what must be said beside every number ("CIFAR-10 (JPEG)")
-    split: Split
-    images: Tensor
-    labels: Tensor
+    name: str  # what `load` takes: "cifar10", "attributes", ...
+    title: str  # what a page prints: "CIFAR-10", "CIFAR-10 (JPEG)", "attributes (drawn)", ...
+    split: str  # "train" or "test"
+    images: Tensor  # uint8 (N, 3, H, W)
+    labels: Tensor  # int64 (N,), indices into `classes`
     classes: tuple[str, ...]
-    factors: Mapping[str, Tensor] | None = None  #: `attributes` alone: each factor's value per image
-    factor_values: Mapping[str, tuple[str, ...]] | None = None  #: and the names of those values
-    skipped: int = 0  #: unreadable files left out
+    factors: dict[str, Tensor] | None = None  # (N,) each: int64 if named, float32 if continuous
+    factor_values: dict[str, tuple[str, ...]] | None = None  # the names behind an int64 factor's numbers
+    skipped: int = 0  # unreadable files left out
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
+            found = f"{self.images.dtype} {tuple(self.images.shape)}"
+            raise ValueError(f"images are {found}: give torch.uint8 (N, 3, H, W)")
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+            found = f"{self.labels.dtype} {tuple(self.labels.shape)}"
+            raise ValueError(f"labels are {found}: give torch.int64 ({len(self.images)},), one an image")
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def subset(self, n: int, seed: int = 0) -> "ImageData":
-        """`n` images, classes as equal as they can be, the same for the same seed. Raises ValueError if n > N."""
+    def subset(self, n: int, seed: int = 0) -> ImageData:
+        """`n` images drawn at random, as evenly over the classes as these allow, in their present order.
+
+        The same `n` and `seed` give the same images. Raises ValueError unless 1 <= n <= len(self).
+        """
         if not 1 <= n <= len(self):
-            raise ValueError(f"n={n} must lie between 1 and the {len(self)} images of {self.title} ({self.split})")
-        shuffled = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        labels = self.labels[shuffled]
-        by_class = labels.argsort(stable=True)
-        counts = labels.bincount(minlength=len(self.classes))
-        starts = (counts.cumsum(0) - counts)[labels[by_class]]
-        rank = torch.empty_like(labels).scatter_(0, by_class, torch.arange(len(self)) - starts)  # place within its class
-        chosen = shuffled[rank.argsort(stable=True)[:n]]
-        factors = None if self.factors is None else {name: value[chosen] for name, value in self.factors.items()}
-        return replace(self, images=self.images[chosen], labels=self.labels[chosen], factors=factors)
+            raise ValueError(f"n is {n}: take 1 to {len(self)}, as many as {self.title} ({self.split}) holds")
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        labels = self.labels.cpu()[order]
+        turn = torch.empty_like(labels)  # an image's rank within its class
+        for c in labels.unique():
+            members = (labels == c).nonzero()[:, 0]
+            turn[members] = torch.arange(len(members))
+        rows = order[turn.argsort(stable=True)[:n]].sort().values.to(self.labels.device)
+        factors = self.factors and {name: values[rows] for name, values in self.factors.items()}
+        return replace(self, images=self.images[rows], labels=self.labels[rows], factors=factors)
+
+    def to(self, device: torch.device | str) -> ImageData:
+        """The same data with every tensor on `device`."""
+        factors = self.factors and {name: values.to(device) for name, values in self.factors.items()}
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device), factors=factors)
 
 
 def data_root() -> Path:
-    """IMSVD_DATA, or ~/.cache/imsvd."""
+    """Where data sets are looked for and downloaded to: `IMSVD_DATA`, or ~/.cache/imsvd."""
     return Path(os.environ.get("IMSVD_DATA") or "~/.cache/imsvd").expanduser()
 
 
-def resolve(name: str = "auto", root: Path | None = None) -> str:
-    """What `name` stands for here and now: `auto` becomes cifar10 or attributes, downloading CIFAR-10 if it can.
+def load(name: str = "auto", split: Split = "train", *, root: Path | str | None = None, seed: int = 0,
+         on_corrupt: OnCorrupt = "error", size: int | None = None) -> ImageData:
+    """Load one split of a data set into memory.
 
-    IMSVD_DATASET replaces `auto`. Falling back is said in one visible line, once a process.
+    Args:
+        name: `auto`, `cifar10`, `cifar100`, `fashion-mnist` (grey repeated in three channels, padded to 32),
+            `attributes`, or `folder:PATH` for a tree PATH/{train,test or val}/<class>/*.{png,jpg}, PATH being
+            absolute or under the data root. The named photographs are taken from torchvision's layout or from
+            such a tree ROOT/NAME, and downloaded (checksum verified) where neither is there.
+        root: the data root; `data_root()` by default.
+        seed: of `attributes`; train and test differ under every seed.
+        on_corrupt: whether an unreadable image file is an error that names it, or skipped and counted.
+        size: the shorter side is resized to it and the centre cropped; images of unequal sizes need it.
+
+    Raises ValueError for an argument or a tree that cannot be used, naming an unreadable file, and
+    FileNotFoundError, with the remedy, for data that are not there and cannot be downloaded.
     """
-    root = data_root() if root is None else Path(root)
-    name = os.environ.get("IMSVD_DATASET", "auto") if name == "auto" else name
-    if name != "auto":
-        _check_name(name)
+    if split not in SPLIT_FOLDERS:
+        raise ValueError(f"split is {split!r}: choose 'train' or 'test'")
+    if on_corrupt not in ("error", "skip"):
+        raise ValueError(f"on_corrupt is {on_corrupt!r}: choose 'error' or 'skip'")
+    if size is not None and size < 1:
+        raise ValueError(f"size is {size}: give a number of pixels, or None to keep the images' own")
+    root = _root(root)
+    name = resolve(name, root)
+    if name == "attributes":
+        return _draw(split, seed, 32 if size is None else size)
+    if name.startswith("folder:"):
+        folder = _folder(name, root)
+        return _read_tree(folder, name, folder.name, split, on_corrupt, size)
+    place = _find(name, root)
+    if place is None:
+        reason = _download(name, root)
+        place = _find(name, root)
+        if place is None:
+            raise FileNotFoundError(
+                f"{TITLES[name]} is not under {root} and could not be downloaded ({reason}). Put "
+                f"torchvision's {_layout(name)[0].parent} there, or images as "
+                f"{root / name}/{{train,test}}/<class>/*.png or *.jpg; IMSVD_DATA names another data root, "
+                "and the data set 'attributes' needs no files")
+    if place.tree:
+        return _read_tree(place.folder, name, _title(name, place), split, on_corrupt, size)
+    return _read_published(place.folder, name, split, size)
+
+
+def resolve(name: str = "auto", root: Path | str | None = None) -> str:
+    """The data set that `name` stands for here and now.
+
+    `auto` is `IMSVD_DATASET` if that is set; else `cifar10` if it is under the root or can be downloaded;
+    else `attributes`, which one printed line says, once a process. An attempt to download gives up within ten
+    seconds where there is no network, and is not repeated within ten minutes. Raises ValueError for an
+    unknown name.
+    """
+    if name == "auto":
+        name = os.environ.get("IMSVD_DATASET") or "auto"
+    if name in TITLES or name.startswith("folder:"):
         return name
-    if _found("cifar10", root) or _download("cifar10", root) is None:
+    if name != "auto":
+        raise ValueError(f"data set {name!r} is unknown: choose auto, {', '.join(TITLES)} or folder:PATH")
+    root = _root(root)
+    if _find("cifar10", root):
         return "cifar10"
-    _say_once(f"CIFAR-10 is not under {root} and cannot be downloaded: using the drawn data set `attributes` instead")
+    reason = _failed_before(root) or _download("cifar10", root)
+    if reason is None:
+        return "cifar10"
+    global _told
+    if not _told:
+        print(f"Data set: {TITLES['attributes']}. CIFAR-10 is not under {root} and could not be downloaded "
+              f"({reason}).", flush=True)
+        _told = True
     return "attributes"
 
 
-def load(name: str = "auto", split: Split = "train", *, root: Path | None = None, seed: int = 0,
-         on_corrupt: Literal["error", "skip"] = "error", size: int | None = None) -> ImageData:
-    """Load one split: auto, cifar10, cifar100, fashion-mnist, attributes, or folder:PATH (under the root, or absolute).
-
-    A folder holds {train,test or val}/<class>/*.{png,jpg,jpeg}; images of different sizes need `size`, to which the
-    shorter side is resized before a centre crop. Truncated files raise ValueError naming the file, or are skipped
-    and counted. `seed` draws another `attributes`. Raises FileNotFoundError with the remedy if there is nothing to read.
-    """
-    if split not in ("train", "test"):
-        raise ValueError(f"split={split!r} must be 'train' or 'test'")
-    if on_corrupt not in ("error", "skip"):
-        raise ValueError(f"on_corrupt={on_corrupt!r} must be 'error' or 'skip'")
-    root = data_root() if root is None else Path(root)
-    name = resolve(name, root)
-    if name == "attributes":
-        return _attributes(split, seed)
+def title(name: str = "auto", root: Path | str | None = None) -> str:
+    """What a page prints for the data found now, such as "CIFAR-10 (JPEG)"; downloads and prints nothing."""
+    root = _root(root)
+    name = _known(name, root)
     if name.startswith("folder:"):
-        folder = root / name.removeprefix("folder:")
-        return _tree(folder, name, folder.name, split, size, on_corrupt)
-    if not _found(name, root) and (failure := _download(name, root)):
-        tree = f", or a tree {name}/{{train,test}}/<class>/*.png" if name == "cifar10" else ""
-        raise FileNotFoundError(f"{TITLES[name]} is not under {root} and cannot be downloaded ({failure}); put torchvision's "
-                                f"{FOLDERS[name]}/{tree} there, or point IMSVD_DATA to a root that has it")
-    return _torchvision(name, root, split) if _torchvision_root(name, root) else _tree(
-        root / name, name, TITLES[name], split, size, on_corrupt)
+        return _folder(name, root).name
+    return _title(name, _find(name, root, check=False))
 
 
-def manifest(name: str = "auto", root: Path | None = None) -> dict[str, Any]:
-    """What identifies the data that `load(name)` would read: name, title, files and a hash over their names and sizes.
+def manifest(name: str = "auto", root: Path | str | None = None) -> str:
+    """A short identity of the data found now: name, number of files, hash of their names and sizes.
 
-    Quick, reads no image and never downloads; where `auto` would have to, it counts as attributes.
+    It is quick (it opens no file), stable from machine to machine, and downloads and prints nothing.
     """
-    root = data_root() if root is None else Path(root)
-    name = os.environ.get("IMSVD_DATASET", "auto") if name == "auto" else name
-    if name == "auto":
-        name = "cifar10" if _found("cifar10", root) else "attributes"
-    _check_name(name)
+    root = _root(root)
+    name = _known(name, root)
     if name == "attributes":
-        source = Path(attributes.__file__).read_bytes()
-        return {"name": name, "title": TITLES[name], "files": 0, "hash": hashlib.sha256(source).hexdigest()[:16]}
-    folder = root / name.removeprefix("folder:") if name.startswith("folder:") else _torchvision_root(name, root) or root / name
-    digest, files, jpeg = hashlib.sha256(), 0, False
-    for path, bytes_ in sorted(_walk(folder)):
-        digest.update(f"{path.relative_to(folder)}:{bytes_}\n".encode())
-        files, jpeg = files + 1, jpeg or path.suffix in (".jpg", ".jpeg")
-    title = TITLES.get(name, folder.name)
-    return {"name": name, "title": f"{title} (JPEG)" if jpeg and name in TITLES else title, "files": files,
-            "hash": digest.hexdigest()[:16]}
-
-
-def _walk(folder: Path) -> Iterator[tuple[Path, int]]:
-    for entry in os.scandir(folder) if folder.is_dir() else ():
-        if entry.is_dir():
-            yield from _walk(Path(entry.path))
-        else:
-            yield Path(entry.path), entry.stat().st_size
-
-
-def _check_name(name: str) -> None:
-    if name not in TITLES and not name.removeprefix("folder:").strip() != name.strip():
-        raise ValueError(f"data set {name!r} is unknown; there are: auto, {', '.join(TITLES)}, folder:PATH")
-
-
-# Drawn here
-
-
-@lru_cache(maxsize=4)
-def _attributes(split: Split, seed: int) -> ImageData:
-    generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
-    factors = attributes.sample(ATTRIBUTES[split], generator)
-    return ImageData("attributes", TITLES["attributes"], split, attributes.draw(factors, noise=generator),
-                     attributes.label(factors), attributes.CLASSES, factors, attributes.FACTORS)
-
-
-# Trees of image files
-
-
-def _tree(folder: Path, name: str, title: str, split: Split, size: int | None, on_corrupt: str) -> ImageData:
-    place = next((folder / word for word in ((split, "val") if split == "test" else (split,)) if (folder / word).is_dir()), None)
+        return f"attributes {ATTRIBUTES_SIZES['train']}+{ATTRIBUTES_SIZES['test']}"
+    place = _find(name, root, check=False)
     if place is None:
-        raise FileNotFoundError(f"{folder} has no folder {split}/: need {{train,test}}/<class>/*.png or *.jpg")
-    classes = sorted(entry.name for entry in place.iterdir() if entry.is_dir())
-    files = [(path, label) for label, one in enumerate(classes)
-             for path in sorted((place / one).iterdir()) if path.suffix.lower() in SUFFIXES]
-    if empty := sorted(set(range(len(classes))) - {label for _, label in files}):
-        raise FileNotFoundError(f"{place / classes[empty[0]]} holds no image (.png, .jpg): fill or remove that class")
-    if not files:
-        raise FileNotFoundError(f"{place} holds no class folders with images (.png, .jpg)")
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
-        read = list(pool.map(lambda file: _read(file[0], size), files, chunksize=256))
-    good = [(image, label) for image, (_, label) in zip(read, files) if isinstance(image, Tensor)]
-    bad = [error for error in read if not isinstance(error, Tensor)]
-    if bad and on_corrupt == "error":
-        raise ValueError(f"{bad[0]}; restore or remove it, or pass on_corrupt='skip' ({len(bad)} such of {len(files)} files)")
-    if bad:
-        log.warning("%s: skipped %d unreadable of %d files, the first: %s", place, len(bad), len(files), bad[0])
-    if not good:
-        raise ValueError(f"{place}: none of {len(files)} files can be read ({bad[0]})")
-    sizes = {image.shape[1:] for image, _ in good}
-    if len(sizes) > 1:
-        raise ValueError(f"{place} holds images of {len(sizes)} sizes, {tuple(min(sizes))} to {tuple(max(sizes))}: "
-                         "pass size=S to resize the shorter side and crop the centre")
-    jpeg = name in TITLES and any(path.suffix.lower() in (".jpg", ".jpeg") for path, _ in files)
-    return ImageData(name, f"{title} (JPEG)" if jpeg else title, split, torch.stack([image for image, _ in good]),
-                     torch.tensor([label for _, label in good]), tuple(classes), skipped=len(bad))
-
-
-def _read(path: Path, size: int | None) -> Tensor | str:
-    """The image, uint8 (3, H, W), or what is wrong with the file."""
-    try:
-        with Image.open(path) as file:
-            image = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, SyntaxError, ValueError) as error:
-        return f"{path} is truncated or no image ({str(error).splitlines()[0]})"
-    return image if size is None else F.center_crop(F.resize(image, [size], antialias=True), [size, size])
-
-
-# torchvision's own layouts, and their download
-
-
-def _torchvision_root(name: str, root: Path) -> Path | None:
-    """The folder to give to torchvision, if its files are there and whole."""
-    return next((place for place in (root, root / name) if _whole(name, place)), None) if name in FOLDERS else None
-
-
-def _whole(name: str, place: Path) -> bool:
-    if not (place / FOLDERS[name]).is_dir():
-        return False
-    try:
-        _torchvision_class(name)(str(place), train=False)
-    except (RuntimeError, OSError, EOFError):
-        return False
-    return True
-
-
-def _torchvision_class(name: str) -> type:
-    return {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100,
-            "fashion-mnist": torchvision.datasets.FashionMNIST}[name]
-
-
-def _torchvision(name: str, root: Path, split: Split) -> ImageData:
-    data = _torchvision_class(name)(str(_torchvision_root(name, root)), train=split == "train")
-    images = torch.as_tensor(data.data)
-    if images.ndim == 3:  # Fashion-MNIST: grey, 28×28
-        images = F.pad(images[:, None].expand(-1, 3, -1, -1), [2])
+        return f"{name} absent"
+    if place.tree:
+        files = list(_scan(place.folder))
     else:
-        images = images.permute(0, 3, 1, 2)
-    return ImageData(name, TITLES[name], split, images.contiguous(), torch.as_tensor(data.targets), tuple(data.classes))
+        files = [(file.as_posix(), (place.folder / file).stat().st_size) for file in _layout(name)]
+    return f"{name} {len(files)} files {hashlib.sha256(repr(files).encode()).hexdigest()[:16]}"
 
 
-def _found(name: str, root: Path) -> bool:
-    return (root / name / "train").is_dir() or _torchvision_root(name, root) is not None
+# --- finding ------------------------------------------------------------------------------------------------
+
+
+class _Place(NamedTuple):
+    folder: Path
+    tree: bool  # of images, {train,test}/<class>/; else what torchvision calls its root
+
+
+def _root(root: Path | str | None) -> Path:
+    return data_root() if root is None else Path(root).expanduser()
+
+
+def _known(name: str, root: Path) -> str:
+    """`resolve` without network and without a word."""
+    if name == "auto" and os.environ.get("IMSVD_DATASET", "auto") in ("", "auto"):
+        return "cifar10" if _find("cifar10", root, check=False) else "attributes"
+    return resolve(name, root)
+
+
+def _folder(name: str, root: Path) -> Path:
+    path = root / Path(name.removeprefix("folder:")).expanduser()
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is not a folder: {name!r} is an absolute path, or one under {root}")
+    return path
+
+
+def _layout(name: str) -> list[Path]:
+    """The files of torchvision's layout, relative to the folder that it calls its root."""
+    published = PUBLISHED[name]
+    if published is FashionMNIST:
+        return [Path("FashionMNIST/raw", file.removesuffix(".gz")) for file, _ in published.resources]
+    files = [*published.train_list, *published.test_list, [published.meta["filename"]]]
+    return [Path(published.base_folder, file[0]) for file in files]
+
+
+def _find(name: str, root: Path, check: bool = True) -> _Place | None:
+    """Where `name` can be read, torchvision's layout first; with `check`, its checksums must be right."""
+    if name.startswith("folder:"):
+        return _Place(_folder(name, root), tree=True)
+    if name not in PUBLISHED:
+        return None
+    for folder in (root, root / name):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            found = [(str(folder / file), (folder / file).stat()) for file in _layout(name)]
+            if not check or all(_intact(name, path, now.st_size, now.st_mtime_ns) for path, now in found):
+                return _Place(folder, tree=False)
+    splits = [root / name / folder for folders in SPLIT_FOLDERS.values() for folder in folders]
+    return _Place(root / name, tree=True) if any(map(Path.is_dir, splits)) else None
+
+
+def _title(name: str, place: _Place | None) -> str:
+    first = next(_scan(place.folder), ("", 0))[0] if place and place.tree else ""
+    return TITLES[name] + (" (JPEG)" if first.lower().endswith((".jpg", ".jpeg")) else "")
+
+
+@lru_cache(maxsize=64)
+def _intact(name: str, path: str, size: int, modified: int) -> bool:
+    """Whether a file of torchvision's layout has its published checksum: half a download is no data set."""
+    published = PUBLISHED[name]
+    if published is FashionMNIST:  # its checksums are of the compressed files; its reader counts bytes
+        return size > 0
+    sums = dict([*published.train_list, *published.test_list,
+                 (published.meta["filename"], published.meta["md5"])])
+    return check_integrity(path, sums[os.path.basename(path)])
+
+
+def _scan(folder: Path | str, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """The image files below `folder`, sorted: name relative to it, and size in bytes."""
+    with os.scandir(folder) as entries:
+        ordered = sorted(entries, key=lambda entry: entry.name)
+    for entry in ordered:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _scan(entry.path, f"{prefix}{entry.name}/")
+        elif entry.name.lower().endswith(SUFFIXES):
+            yield prefix + entry.name, entry.stat().st_size
+
+
+# --- downloading --------------------------------------------------------------------------------------------
 
 
 def _download(name: str, root: Path) -> str | None:
-    """Try torchvision's checksum-verified download; returns why it failed, or None. A failure is remembered a while."""
-    memory = root / f".{name}-download-failed"
+    """Download `name` to `root` through torchvision, which verifies the checksum; None, or why it failed.
+
+    The files go to `root` only when all are whole: a download cut short leaves nothing to be found.
+    """
+    published = PUBLISHED[name]
+    url = published.mirrors[0] + published.resources[0][0] if published is FashionMNIST else published.url
+    stamp = root / f".{name}-not-downloaded"
+    timeout = socket.getdefaulttimeout()
     try:
-        if time.time() - memory.stat().st_mtime < RETRY_AFTER:
-            return memory.read_text()
-    except OSError:
-        pass
-    failure = _unreachable(HOSTS[name])
-    if failure is None:
-        log.warning("downloading %s to %s", TITLES[name], root)
-        try:
-            with _socket_timeout(PATIENCE):
-                _torchvision_class(name)(str(root), train=True, download=True)
-        except (OSError, RuntimeError) as error:
-            failure = f"download failed: {error}"
-    if failure:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            memory.write_text(failure)
-        except OSError:
-            pass  # a read-only root only costs the next process another try
-    return failure
-
-
-def _unreachable(host: str) -> str | None:
-    """Why `host` cannot be reached within PATIENCE seconds, looking its name up included; None if it can."""
-    outcome = [f"no answer within {PATIENCE:g} seconds"]
-
-    def connect() -> None:
-        try:
-            socket.create_connection((host, 443), timeout=PATIENCE).close()
-            outcome[0] = ""
-        except OSError as error:
-            outcome[0] = str(error)
-
-    thread = threading.Thread(target=connect, daemon=True)  # a name look-up has no timeout of its own
-    thread.start()
-    thread.join(PATIENCE)
-    return f"{host} cannot be reached: {outcome[0]}" if outcome[0] else None
-
-
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as folder:
+            _probe(url)
+            print(f"Downloading {TITLES[name]} to {root}", flush=True)
+            socket.setdefaulttimeout(STALL_SECONDS)  # torchvision sets none of its own
+            published(folder, download=True)
+            for file in _layout(name):
+                (root / file).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(Path(folder, file), root / file)
+    except Exception as error:  # urllib, http, ssl, tarfile and torchvision each have their own
+        reason = " ".join(f"{type(error).__name__}: {getattr(error, 'reason', error)}".split())
+        with suppress(OSError):
+            stamp.write_text(reason, encoding="utf-8")
+        if name == "cifar10":
+            _failed[root] = reason
+        return reason
     finally:
-        socket.setdefaulttimeout(before)
+        socket.setdefaulttimeout(timeout)
+    stamp.unlink(missing_ok=True)
+    _failed.pop(root, None)
+    return None
 
 
-@lru_cache(maxsize=8)
-def _say_once(line: str) -> None:
-    print(line, flush=True)
+def _failed_before(root: Path) -> str | None:
+    """Why CIFAR-10 could not be downloaded to `root`, if this process or another has just found that out."""
+    stamp = root / ".cifar10-not-downloaded"
+    with suppress(OSError):
+        if abs(time.time() - stamp.stat().st_mtime) < REMEMBERED_SECONDS:
+            return stamp.read_text(encoding="utf-8")
+    return _failed.get(root)
+
+
+def _probe(url: str) -> None:
+    """Ask for the first byte of `url`, through whatever proxy is set; raise what is wrong, in PROBE_SECONDS.
+
+    The name server's patience cannot be set, and a host has several addresses that each time out in turn: so
+    one deadline stands over all, and a thread that misses it is left behind.
+    """
+    answers: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(url, timeout=PROBE_SECONDS) as response:
+                response.read(1)
+        except Exception as error:
+            answers.put(error)
+        else:
+            answers.put(None)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        error = answers.get(timeout=PROBE_SECONDS)
+    except queue.Empty:
+        error = TimeoutError(f"no answer from {url} within {PROBE_SECONDS:g} seconds")
+    if error is not None:
+        raise error
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+def _draw(split: Split, seed: int, size: int) -> ImageData:
+    generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
+    factors = attributes.sample(ATTRIBUTES_SIZES[split], generator)
+    images = attributes.draw(factors, size=size, noise=generator)
+    return ImageData("attributes", TITLES["attributes"], split, images, attributes.label(factors),
+                     attributes.CLASSES, factors, dict(attributes.FACTORS))
+
+
+def _read_published(folder: Path, name: str, split: Split, size: int | None) -> ImageData:
+    try:
+        data = PUBLISHED[name](folder, train=split == "train")
+    except Exception as error:
+        damaged = folder / _layout(name)[0].parent
+        raise ValueError(f"{damaged} cannot be read ({error}): remove it to download it again") from error
+    images = torch.as_tensor(data.data)
+    if name == "fashion-mnist":
+        images = torch.nn.functional.pad(images, (2, 2, 2, 2)).unsqueeze(1).expand(-1, 3, -1, -1)
+    else:
+        images = images.permute(0, 3, 1, 2)
+    return ImageData(name, TITLES[name], split, _resize(images.contiguous(), size),
+                     torch.as_tensor(data.targets), tuple(data.classes))
+
+
+def _read_tree(folder: Path, name: str, title: str, split: Split, on_corrupt: OnCorrupt,
+               size: int | None) -> ImageData:
+    homes = {key: next((folder / option for option in options if (folder / option).is_dir()), None)
+             for key, options in SPLIT_FOLDERS.items()}
+    home = homes[split]
+    if home is None:
+        wanted = " or ".join(str(folder / option) for option in SPLIT_FOLDERS[split])
+        raise FileNotFoundError(f"split {split!r} is not there: make {wanted}, one folder a class in it")
+    classes = _class_names(home)
+    if not classes:
+        raise ValueError(f"{home} holds no class folder: put the images in {home}/<class>/")
+    for other in homes.values():
+        if other and _class_names(other) != classes:
+            odd = sorted(set(classes) ^ set(_class_names(other)))
+            raise ValueError(f"{home} and {other} differ in classes ({', '.join(odd[:5])}): give both all")
+    files, labels = [], []
+    for label, name_of_class in enumerate(classes):
+        members = [str(home / name_of_class / file) for file, _ in _scan(home / name_of_class)]
+        if not members:
+            raise ValueError(f"{home / name_of_class} holds no {', '.join(SUFFIXES)} file: fill or remove it")
+        files += members
+        labels += [label] * len(members)
+    images = _decode_all(files, size, skip=on_corrupt == "skip")
+    kept = [i for i, image in enumerate(images) if image is not None]
+    if not kept:
+        raise ValueError(f"{home} holds no image that can be read, of {len(files)} files")
+    if len(kept) < len(files):
+        first = next(file for file, image in zip(files, images, strict=True) if image is None)
+        log.warning("skipped %d unreadable images, first %s", len(files) - len(kept), first)
+    shapes = {tuple(images[i].shape[1:]): files[i] for i in reversed(kept)}
+    if len(shapes) > 1:
+        (one, first), (other, second) = list(shapes.items())[:2]
+        raise ValueError(f"images differ in size, {one} in {first} and {other} in {second}: give size=, to "
+                         "which all are resized and cropped")
+    return ImageData(name, title, split, torch.stack([images[i] for i in kept]), torch.tensor(labels)[kept],
+                     classes, skipped=len(files) - len(kept))
+
+
+def _class_names(home: Path) -> tuple[str, ...]:
+    folders = (path.name for path in home.iterdir() if path.is_dir())
+    return tuple(sorted(name for name in folders if not name.startswith(".")))
+
+
+def _decode_all(files: list[str], size: int | None, skip: bool) -> list[Tensor | None]:
+    """All `files` decoded, None for an unreadable one where `skip` allows it.
+
+    A thread takes many files at a time: one by one, small images cost more to hand over than to decode.
+    """
+    def decode_some(some: list[str]) -> list[Tensor | None]:
+        images: list[Tensor | None] = []
+        for file in some:
+            try:
+                images.append(_resize(_decode(file), size))
+            except ValueError:
+                if not skip:
+                    raise
+                images.append(None)
+        return images
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        parts = pool.map(decode_some, (files[i:i + 64] for i in range(0, len(files), 64)))
+        return [image for part in parts for image in part]
+
+
+def _decode(file: str) -> Tensor:
+    """One image file, uint8 (3, H, W); raises ValueError, naming it, if it is broken or not of 8 bits."""
+    content = Path(file).read_bytes()
+    try:
+        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as picture:
+            if picture.mode[0] in "IF":
+                raise ValueError(f"mode {picture.mode}: more than 8 bits a channel")
+            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
+    except Exception as error:  # a broken file makes Pillow raise nearly anything
+        raise ValueError(f"{file} cannot be read as an 8-bit image ({type(error).__name__}): replace or "
+                         "remove it, or load with on_corrupt='skip'") from error
+
+
+def _resize(images: Tensor, size: int | None) -> Tensor:
+    """The shorter side to `size`, then the centre: (..., H, W) → (..., size, size); untouched for None."""
+    if size is None or tuple(images.shape[-2:]) == (size, size):
+        return images
+    return TF.center_crop(TF.resize(images, [size], antialias=True), [size, size])
