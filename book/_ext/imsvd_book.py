@@ -46,12 +46,10 @@ def prepare(app: Sphinx, config: Config) -> None:
     scale = os.environ["IMSVD_SCALE"]
     name = datasets.resolve(os.environ.get("IMSVD_DATASET", "auto"))
     os.environ["IMSVD_DATASET"] = name
-    manifest = datasets.manifest(name)
-    title = datasets.title(name) if hasattr(datasets, "title") else manifest["title"]
-    config.imsvd_run = {"scale": scale, "dataset": name, "title": title}
+    config.imsvd_run = {"scale": scale, "dataset": name, "title": datasets.title(name)}
     logger.info("The chapters run at scale %r on the data set %s.", scale, config.imsvd_run["title"])
 
-    key = cache_key(what_cells_depend_on(Path(app.srcdir)), scale, sys.version, manifest)
+    key = cache_key(what_cells_depend_on(Path(app.srcdir)), scale, sys.version, datasets.manifest(name))
     caches = Path(app.outdir).parent / "cache"
     config.nb_execution_cache_path = str(caches / key)
     (caches / key).mkdir(parents=True, exist_ok=True)
