@@ -416,8 +416,8 @@ def _read_tree(folder: Path, name: str, title: str, split: Split, on_corrupt: On
         (one, first), (other, second) = list(shapes.items())[:2]
         raise ValueError(f"images differ in size, {one} in {first} and {other} in {second}: give size=, to "
                          "which all are resized and cropped")
-    return ImageData(name, title, split, torch.stack([images[i] for i in kept]), torch.tensor(labels)[kept],
-                     classes, skipped=len(files) - len(kept))
+    return ImageData(name, title, split, torch.stack([images[i] for i in kept]).contiguous(),
+                     torch.tensor(labels)[kept], classes, skipped=len(files) - len(kept))
 
 
 def _class_names(home: Path) -> tuple[str, ...]:
@@ -453,7 +453,8 @@ def _decode(file: str) -> Tensor:
         with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as picture:
             if picture.mode[0] in "IF":
                 raise ValueError(f"mode {picture.mode}: more than 8 bits a channel")
-            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
+            rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
+            return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
     except Exception as error:  # a broken file makes Pillow raise nearly anything
         raise ValueError(f"{file} cannot be read as an 8-bit image ({type(error).__name__}): replace or "
                          "remove it, or load with on_corrupt='skip'") from error
