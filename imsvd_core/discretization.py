@@ -71,8 +71,8 @@ def soft_discretize(logits: Tensor, units: Units, temperature: float = 1.0) -> T
     """
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be positive (1.0 is the paper's)")
-    scaled = split_variables(logits / temperature, units, fill=-torch.inf)
-    return merge_variables(scaled.softmax(-1), units)
+    scaled = split_variables(_wide(logits) / temperature, units, fill=-torch.inf)
+    return merge_variables(scaled.softmax(-1), units).to(logits.dtype)
 
 
 def marginals(p: Tensor) -> Tensor:

@@ -99,6 +99,13 @@ def test_huge_logits_stay_finite() -> None:
         assert p.isfinite().all()
 
 
+def test_the_largest_half_precision_logits_stay_finite_at_a_low_temperature() -> None:
+    logits = torch.tensor([[65504.0, -65504.0, 60000.0]], dtype=torch.float16)
+    p = soft_discretize(logits, 3, temperature=0.25)
+    assert p.dtype == torch.float16
+    assert p.tolist() == [[1.0, 0.0, 0.0]]
+
+
 def test_unequal_units_pass_gradcheck() -> None:
     z = logits((2, 1, 3), samples=2).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: joint(soft_discretize(x, (2, 1, 3), 0.7)), z)
