@@ -139,9 +139,9 @@ class Loop:
                 logs = saves or self.step % self.config.log_every == 0
                 if logs or self.device.type == "cpu":
                     self._guard(suspects)
+                self.seconds += time.perf_counter() - start
                 if logs:
                     record.write(metrics)
-                self.seconds += time.perf_counter() - start
                 if saves:
                     self._save()
                 record.advance()
@@ -257,7 +257,7 @@ class _Record:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
             self.board = SummaryWriter(str(self.loop.run_dir / "tensorboard"), purge_step=self.loop.step)
-        self.since, self.time = self.loop.step, time.perf_counter()
+        self.since = self.loop.step, self.loop.seconds
         return self
 
     def __exit__(self, *_) -> None:
@@ -269,11 +269,11 @@ class _Record:
         self.bar.update(self.task, advance=1)
 
     def write(self, metrics: Mapping[str, Tensor]) -> None:
-        now, step = time.perf_counter(), self.loop.step
+        step, (before, seconds) = self.loop.step, self.since
         figures = {name: value.item() for name, value in metrics.items()}
         figures["lr"] = self.loop.optimizer.param_groups[0]["lr"]
-        figures["samples_per_second"] = round((step - self.since) * self.loop.config.batch_size / (now - self.time), 1)
-        self.since, self.time = step, now
+        figures["samples_per_second"] = round((step - before) * self.loop.config.batch_size / (self.loop.seconds - seconds), 1)
+        self.since = step, self.loop.seconds
         self.loop.record(**figures)
         if self.board:
             for name, value in figures.items():
