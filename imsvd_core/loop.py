@@ -171,19 +171,22 @@ class Loop:
         rate = learning_rate(self.optim, self.step, self.total_steps, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        generator = torch.Generator(self.device).manual_seed(stream_seed(self.config.seed, "step", self.step))
+        seed = stream_seed(self.config.seed, "step", self.step)
+        generator = torch.Generator(self.device).manual_seed(seed)
         self.optimizer.zero_grad(set_to_none=True)
         precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.precision)
         sums: dict[str, Tensor] = {}
         for piece in indices.chunk(self.config.accumulate):
-            with torch.autocast(self.device.type, dtype=precision, enabled=precision is not None):
+            with torch.autocast(self.device.type, precision, enabled=precision is not None):
                 metrics = self.step_function(piece, generator)
             self.scaler.scale(metrics["loss"] / self.config.accumulate).backward()
             for name, value in metrics.items():
-                sums[name] = sums.get(name, 0) + value.detach().float() / self.config.accumulate
+                share = value.detach().float() / self.config.accumulate
+                sums[name] = sums.get(name, 0) + share
         self.scaler.unscale_(self.optimizer)
-        sums["grad_norm"] = torch.nn.utils.get_total_norm(
-            [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None])
+        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        sums["grad_norm"] = torch.nn.utils.get_total_norm(gradients)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return sums

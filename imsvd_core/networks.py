@@ -91,7 +91,7 @@ class TwinNetwork(nn.Module):
         return cls(backbone, build_projector(backbone.features, config.hidden, config.dim))
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-        """Two views (N, 3, H, W) → two logit tables (N, D). One after the other: batch-norm sees one view at a time."""
+        """Two views (N, 3, H, W) → two logit tables (N, D); batch-norm sees one view at a time."""
         return self.embed(x1), self.embed(x2)
 
     def embed(self, x: Tensor) -> Tensor:

@@ -35,16 +35,19 @@ class OptimConfig:
                 raise ValueError(f"{field}={getattr(self, field)} must be a finite number ≥ 0")
 
 
-def learning_rate(config: OptimConfig, step: int, total_steps: int, steps_per_epoch: int) -> float:
-    """The rate of `step` (from 0): (step + 1)/warm-up of the peak, then a cosine that ends at the final fraction.
+def learning_rate(config: OptimConfig, step: int, total_steps: int,
+                  steps_per_epoch: int) -> float:
+    """The rate of `step` (from 0): a straight rise, then a cosine to the final fraction.
 
-    Any warm-up fits any number of epochs: it is cut to `total_steps`, and the cosine takes what is left.
+    Any warm-up fits any number of epochs: it is cut to `total_steps`, and the cosine
+    takes what is left.
     """
     warmup = min(round(config.warmup_epochs * steps_per_epoch), total_steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup
     if config.milestones:
-        return config.lr * 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in config.milestones)
+        passed = sum(step >= epoch * steps_per_epoch for epoch in config.milestones)
+        return config.lr * 0.1**passed
     done = (step - warmup) / max(1, total_steps - warmup - 1)
     floor = config.final_lr_fraction
     return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
