@@ -111,8 +111,8 @@ def _peek(argv: Sequence[str], option: str) -> str | None:
 
 
 def _tell(path: Path) -> Path:
-    figures = read_result(path)["figures"]
-    Console().print(figures)
+    figures = read_result(path)["figures"]  # whole curves stay in the file
+    Console().print({name: value for name, value in figures.items() if not isinstance(value, list)})
     Console().print(f"written to {path}", highlight=False)
     return path
 
