@@ -26,9 +26,13 @@ def save(directory: Path | str, step: int, state: dict[str, Any], keep: int = 2)
     if keep < 1:
         raise ValueError(f"keep={keep} must be at least 1: the newest checkpoint has to stay")
     path = Path(directory) / f"step-{step:09d}.pt"
+    for left_over in Path(directory).glob(".step-*.part"):  # of a process that was killed while it saved
+        left_over.unlink(missing_ok=True)
     with atomic_write(path) as file:
         torch.save({"format": FORMAT, "step": step, "state": state}, file)
-    for old in [p for p in paths(directory) if p != path][max(0, keep - 1):]:
+    there = paths(directory)
+    now = there.index(path)  # files before it are of later steps: of a past that a resumption has undone
+    for old in there[:now] + there[now + keep:]:
         old.unlink(missing_ok=True)
     return path
 
@@ -43,7 +47,7 @@ def load(path: Path | str, map_location: str | torch.device = "cpu") -> dict[str
     """The state saved at `path`. Raises CheckpointError for a torn or foreign file; runs no code from it."""
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
-    except FileNotFoundError:
+    except OSError:
         raise
     except Exception as error:
         raise CheckpointError(f"{path} is not a readable checkpoint ({type(error).__name__}: the file is torn, or "

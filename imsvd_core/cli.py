@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -14,9 +15,9 @@ from rich.console import Console
 
 from imsvd_core import checkpoints, training
 from imsvd_core.evaluation import knn, linear
-from imsvd_core.loop import NonFiniteError, pick_device
+from imsvd_core.loop import PRECISIONS, NonFiniteError, pick_device
 from imsvd_core.recipes import RECIPES, Recipe, Scale, current_scale, recipe
-from imsvd_core.results import plain, provenance, read_result, write_result
+from imsvd_core.results import config_hash, plain, provenance, read_result, write_result
 from imsvd_core.views import EvalView
 
 USAGE = """usage: imsvd COMMAND ...
@@ -44,31 +45,38 @@ class PretrainCommand:
 
 @dataclass(frozen=True)
 class KNNCommand:
-    """Weighted kNN on a run's backbone; writes knn.json into the run's folder."""
+    """Weighted kNN on a run's backbone; writes knn.json into the run's folder (knn-DATA.json for other data)."""
 
     run: tyro.conf.Positional[Path]
-    config: Annotated[knn.KNNConfig, tyro.conf.arg(name="")]
+    config: Annotated[knn.KNNConfig, tyro.conf.arg(name="")] = knn.KNNConfig()
     data: str = "auto"
     """Data set to evaluate on; the run's own by default."""
     device: str = "auto"
+    overwrite: bool = False
+    """Replace a result that other settings have given."""
 
 
 @dataclass(frozen=True)
 class LinearCommand:
-    """Linear probe on a run's frozen backbone; the last epoch counts. Writes linear.json into the run's folder."""
+    """Linear probe on a run's frozen backbone; the last epoch counts. Writes linear.json into the run's folder
+    (linear-DATA.json for other data)."""
 
     run: tyro.conf.Positional[Path]
-    config: Annotated[linear.LinearConfig, tyro.conf.arg(name="")]
+    config: Annotated[linear.LinearConfig, tyro.conf.arg(name="")] = linear.LinearConfig()
     data: str = "auto"
     """Data set to evaluate on; the run's own by default."""
     progress: bool = True
+    overwrite: bool = False
+    """Replace a result that other settings have given."""
 
 
 def pretrain(argv: Sequence[str]) -> Path:
     scale = _peek(argv, "--scale") or current_scale()
     defaults = {name: (build.__doc__ or name, PretrainCommand(recipe(name, scale), scale=scale))
                 for name, build in RECIPES.items()}
-    command = tyro.extras.overridable_config_cli(defaults, prog="imsvd pretrain", args=argv)
+    command = tyro.extras.overridable_config_cli(
+        defaults, prog="imsvd pretrain", args=argv,
+        description=f"Train a recipe; `imsvd pretrain RECIPE --help` lists its settings.\n\n{PretrainCommand.__doc__}")
     name = next(word for word in argv if word in RECIPES)
     run_dir = command.run_dir or Path("runs") / f"{name}-{command.scale}-seed{command.recipe.loop.seed}"
     result = training.pretrain(command.recipe, run_dir, progress=command.progress)
@@ -77,28 +85,33 @@ def pretrain(argv: Sequence[str]) -> Path:
 
 def evaluate(argv: Sequence[str]) -> Path:
     kinds = {"knn": KNNCommand, "linear": LinearCommand}
+    if argv and argv[0] in ("-h", "--help"):
+        print(f"usage: imsvd evaluate {'|'.join(kinds)} RUN ...\n\n`imsvd evaluate KIND --help` lists its settings.")
+        raise SystemExit(0)
     if not argv or argv[0] not in kinds:
         raise ValueError(f"evaluation={argv[0] if argv else ''!r} must be one of {', '.join(kinds)}")
     kind, rest = argv[0], list(argv[1:])
-    positional = [word for word in rest[:1] if not word.startswith("-")]
-    if not positional:  # --help, or a run that is missing: the parser says so
-        return tyro.cli(kinds[kind], prog=f"imsvd evaluate {kind}", args=rest)
-    run = Path(positional[0])
+    parse = partial(tyro.cli, kinds[kind], prog=f"imsvd evaluate {kind}", args=rest)
+    run = parse().run  # which run decides what the other settings start from
     trained, backbone = training.load_run(run)
-    default = kinds[kind](run=run, config=getattr(trained, kind), data=trained.data)
-    command = tyro.cli(tyro.conf.AvoidSubcommands[kinds[kind]], prog=f"imsvd evaluate {kind}", args=rest, default=default)
+    command = parse(default=kinds[kind](run=run, config=getattr(trained, kind), data=trained.data))
 
+    path = run / (f"{kind}.json" if command.data == trained.data else f"{kind}-{command.data.replace('/', '_')}.json")
+    config = {"evaluation": plain(command.config), "pretraining": plain(trained)}
+    if path.exists() and not command.overwrite and read_result(path)["provenance"]["config_hash"] != config_hash(config):
+        raise FileExistsError(f"{path} was given by other settings: pass --overwrite to replace it")
     data = training.load_data(replace(trained, data=command.data))
     view, start = EvalView(**asdict(trained.eval_view)), time.perf_counter()
     if kind == "knn":
-        device = pick_device(command.device)
-        figures = knn.evaluate(backbone, data, command.config, view=view, device=device)
+        device, seed = pick_device(command.device), trained.loop.seed
+        figures = knn.evaluate(backbone, data, command.config, view=view, device=device,
+                               precision=PRECISIONS[trained.loop.precision])
     else:
-        device = pick_device(command.config.loop.device)
+        device, seed = pick_device(command.config.loop.device), command.config.loop.seed
         figures = linear.evaluate(backbone, data, command.config, view=view, run_dir=run / "linear", progress=command.progress)
-    origin = provenance(config={"evaluation": plain(command.config), "pretraining": plain(trained)}, device=device,
-                        seed=trained.loop.seed, dataset=data[0].title, seconds=time.perf_counter() - start)
-    return _tell(write_result(run / f"{kind}.json", kind, figures, origin, overwrite=True))
+    seconds = max(time.perf_counter() - start, figures.get("seconds", 0))  # of training before a kill, too
+    origin = provenance(config=config, device=device, seed=seed, dataset=data[0].title, seconds=seconds)
+    return _tell(write_result(path, kind, figures, origin, overwrite=True))
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], Path]] = {"pretrain": pretrain, "evaluate": evaluate}
@@ -126,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(0 if argv and argv[0] in ("-h", "--help") else 2)
     try:
         COMMANDS[argv[0]](argv[1:])
-    except (ValueError, FileNotFoundError, checkpoints.CheckpointError, NonFiniteError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError, checkpoints.CheckpointError, NonFiniteError) as error:
         print(f"imsvd {argv[0]}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

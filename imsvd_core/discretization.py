@@ -32,7 +32,7 @@ def unit_counts(units: Units, dim: int) -> tuple[int, ...]:
 
 def check_units(units: Units) -> None:
     """Raise ValueError unless `units` is an int ≥ 1 or a non-empty sequence of them."""
-    counts = (units,) if isinstance(units, int) else tuple(units)
+    counts = tuple(units) if isinstance(units, Sequence) and not isinstance(units, str) else (units,)
     if not counts or not all(isinstance(count, int) and not isinstance(count, bool) and count >= 1 for count in counts):
         raise ValueError(f"units={units!r}: need an integer ≥ 1, or a non-empty sequence with one such count per variable")
 
@@ -56,10 +56,11 @@ def merge_variables(x: Tensor, units: Units) -> Tensor:
 @lru_cache(maxsize=32)
 def _padding(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Column of each (variable, unit), and whether that unit exists; both (V, B)."""
-    count = torch.tensor(counts, device=device)
-    unit = torch.arange(max(counts), device=device)
-    present = unit < count[:, None]
-    return torch.where(present, (count.cumsum(0) - count)[:, None] + unit, 0), present
+    with torch.inference_mode(False):  # they are kept, and training must be able to use them
+        count = torch.tensor(counts, device=device)
+        unit = torch.arange(max(counts), device=device)
+        present = unit < count[:, None]
+        return torch.where(present, (count.cumsum(0) - count)[:, None] + unit, 0), present
 
 
 def soft_discretize(logits: Tensor, units: Units, temperature: float = 1.0) -> Tensor:

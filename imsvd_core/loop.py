@@ -3,8 +3,10 @@
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,21 +30,29 @@ class LoopConfig:
     """How long, how large, how precise, and where."""
 
     epochs: int = 3
+    """Times that every sample is visited."""
     batch_size: int = 512
     """Samples of one optimizer step; what is left of an epoch's last batch is dropped."""
     accumulate: int = 1
     """Pieces that a batch is cut into; their gradients are averaged. Each piece has a loss of its own."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Of the network's products and activations, by autocast; weights and losses stay fp32."""
     channels_last: bool = True
+    """Keep images and convolutions in the memory layout that is faster for most."""
     compile: bool = False
+    """Compile the trained modules with torch.compile."""
     device: str = "auto"
     """auto takes CUDA, else Apple's MPS, else the CPU."""
     seed: int = 0
+    """Of the first weights, the order of the data and every draw."""
     save_every: int = 0
     """Steps between checkpoints beside those at the end of every epoch; 0 for those alone."""
     keep: int = 2
+    """Checkpoints to keep."""
     log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
     tensorboard: bool = False
+    """Write the metrics for TensorBoard too."""
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("save_every", 0), ("keep", 1), ("log_every", 1)):
@@ -52,6 +62,18 @@ class LoopConfig:
             raise ValueError(f"batch_size={self.batch_size} cannot be cut into accumulate={self.accumulate} equal pieces")
         if self.precision not in ("fp32", "bf16", "fp16"):
             raise ValueError(f"precision={self.precision!r} must be 'fp32', 'bf16' or 'fp16'")
+
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+#: Settings of a loop that touch the record and not the training: a run may be resumed under others.
+OPERATIONAL = ("save_every", "keep", "log_every", "tensorboard")
+
+
+def essential(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without what a resumption may change."""
+    kept = {name: value for name, value in settings.get("loop", {}).items() if name not in OPERATIONAL}
+    return {**settings, "loop": kept} if "loop" in settings else dict(settings)
 
 
 class NonFiniteError(RuntimeError):
@@ -106,7 +128,7 @@ class Loop:
             raise ValueError(f"batch_size={config.batch_size} exceeds the {samples} samples: take a smaller batch or more data")
         self.step_function, self.modules, self.samples = step, dict(modules), samples
         self.config, self.optim, self.run_dir = config, optim, Path(run_dir)
-        self.settings = json.loads(json.dumps(settings))
+        self.settings = json.loads(json.dumps({"samples": samples, **essential(settings or {})}))
         self.progress = progress
         self.device = pick_device(config.device)
         for module in self.modules.values():
@@ -120,6 +142,7 @@ class Loop:
         self.step = 0
         self.seconds = 0.0  #: wall time of the steps so far, those before a resumption included
         self._last_good: Path | None = None
+        self._suspects: list[Tensor] = []  # losses and gradient norms that nobody has looked at yet
         self._resume()
 
     def __iter__(self) -> Iterator[Progressed]:
@@ -128,17 +151,16 @@ class Loop:
         for module in self.modules.values():
             module.train()
         with _Record(self, self.progress) as record:
-            suspects: list[Tensor] = []
             while self.step < self.total_steps:
                 start = time.perf_counter()
                 metrics = self._train_one(self._batch(self.step))
-                suspects.append(torch.stack([metrics["loss"], metrics["grad_norm"]]))
+                self._suspects.append(torch.stack([metrics["loss"], metrics["grad_norm"]]))
                 self.step += 1
                 ends_epoch = self.step % self.steps_per_epoch == 0
                 saves = ends_epoch or (self.config.save_every and self.step % self.config.save_every == 0)
                 logs = saves or self.step % self.config.log_every == 0
                 if logs or self.device.type == "cpu":
-                    self._guard(suspects)
+                    self._guard()
                 self.seconds += time.perf_counter() - start
                 if logs:
                     record.write(metrics)
@@ -152,8 +174,10 @@ class Loop:
 
         They survive a resumption from this step on; look with `records()` whether they are there already.
         """
+        line = {"step": self.step, "epoch": self.step / self.steps_per_epoch}
+        line |= {name: value if math.isfinite(value) else None for name, value in figures.items()}  # JSON has no NaN
         with open(self._metrics_path, "a") as file:
-            file.write(json.dumps({"step": self.step, "epoch": self.step / self.steps_per_epoch, **figures}) + "\n")
+            file.write(json.dumps(line) + "\n")
 
     def records(self, key: str = "loss") -> list[dict[str, float]]:
         """The lines of metrics.jsonl that hold `key`, oldest first; "loss" for those that the loop wrote itself."""
@@ -174,10 +198,10 @@ class Loop:
         seed = stream_seed(self.config.seed, "step", self.step)
         generator = torch.Generator(self.device).manual_seed(seed)
         self.optimizer.zero_grad(set_to_none=True)
-        precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.precision)
+        precision = PRECISIONS[self.config.precision]
         sums: dict[str, Tensor] = {}
-        for piece in indices.chunk(self.config.accumulate):
-            with torch.autocast(self.device.type, precision, enabled=precision is not None):
+        for number, piece in enumerate(indices.chunk(self.config.accumulate)):
+            with self._chance(seed + number), torch.autocast(self.device.type, precision, enabled=precision is not None):
                 metrics = self.step_function(piece, generator)
             self.scaler.scale(metrics["loss"] / self.config.accumulate).backward()
             for name, value in metrics.items():
@@ -191,10 +215,22 @@ class Loop:
         self.scaler.update()
         return sums
 
-    def _guard(self, suspects: list[Tensor]) -> None:
-        """Raise for the first step whose loss or gradient was no number; fp16's scaler may skip a gradient, never a loss."""
+    @contextmanager
+    def _chance(self, seed: int) -> Iterator[None]:
+        """Let what draws without a generator (dropout, say) draw from this step's seed, and nobody else notice."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
+
+    def _guard(self) -> None:
+        """Raise for the first step whose loss or gradient was no number.
+
+        fp16's scaler may skip a gradient while it looks for its scale, which never needs to fall below 1.
+        """
+        suspects = self._suspects
         finite = torch.stack(suspects).isfinite()
-        finite = finite[:, 0] if self.scaler.is_enabled() else finite.all(1)
+        searching = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        finite = finite[:, 0] if searching else finite.all(1)
         if not finite.all():
             bad = self.step - len(suspects) + int((~finite).nonzero()[0])
             good = f"the last good checkpoint is {self._last_good}" if self._last_good else "no checkpoint had been saved yet"
@@ -210,7 +246,7 @@ class Loop:
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []},
+            "rng": torch.get_rng_state(),
             "seconds": self.seconds,
             "settings": self.settings,
         }
@@ -230,10 +266,8 @@ class Loop:
             module.load_state_dict(state["modules"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"]["cpu"].cpu())
-        if state["rng"]["cuda"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state_all([rng.cpu() for rng in state["rng"]["cuda"]])
-        lines = self._metrics_path.read_text().splitlines(keepends=True)
+        torch.set_rng_state(state["rng"])
+        lines = self._metrics_path.read_text().splitlines(keepends=True) if self._metrics_path.exists() else []
         with atomic_write(self._metrics_path) as file:  # what was written after the checkpoint is written again
             file.writelines(line.encode() for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"])
         self.step, self.seconds, self._last_good = state["step"], state["seconds"], path
@@ -259,7 +293,7 @@ class _Record:
         if self.loop.config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-            self.board = SummaryWriter(str(self.loop.run_dir / "tensorboard"), purge_step=self.loop.step)
+            self.board = SummaryWriter(str(self.loop.run_dir / "tensorboard"), purge_step=self.loop.step + 1)
         self.since = self.loop.step, self.loop.seconds
         return self
 

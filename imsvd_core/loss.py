@@ -4,6 +4,7 @@
 `CrossJointEntropyLoss` never holds more than a slab of that matrix and writes its gradient by hand: train with it.
 """
 
+import itertools
 import math
 from typing import Literal, NamedTuple
 
@@ -32,8 +33,8 @@ def cross_joint_entropy(z1: Tensor, z2: Tensor, units: Units, *,
                         temperature: float = 1.0) -> LossTerms:
     """Eq. 11 as it is written: logits (N, D) of two views → `LossTerms`, by autograd.
 
-    Needs several D×D matrices, so D of a few thousand at most. Raises ValueError as
-    `CrossJointEntropyLoss` does.
+    Needs several D×D matrices, so D of a few thousand at most, and logits whose softmax does not
+    underflow. Raises ValueError as `CrossJointEntropyLoss` does.
     """
     _check_settings(units, diagonal_weight, off_diagonal_weight, invariance_weight,
                     invariance, temperature)
@@ -68,7 +69,7 @@ class CrossJointEntropyLoss(nn.Module):
     Calling it with logits z1, z2 of shape (N, D) returns `LossTerms`. Only `total` carries a gradient (once
     differentiable); the terms are for reading. Arithmetic is float32 under any autocast and for half-precision
     logits (float64 for float64 logits); value and gradient are finite for any finite logits. Memory beyond the
-    inputs is about four N×D tables and two slabs of the matrix; time is that of three products of 2ND² operations.
+    inputs is about four N×D tables and two slabs of the matrix (an eighth of it at most); time is that of three products of 2ND² operations.
 
     Raises ValueError for impossible settings at construction, for shapes that do not fit at the call.
     """
@@ -94,14 +95,15 @@ class CrossJointEntropyLoss(nn.Module):
 class _StreamedLoss(torch.autograd.Function):
     """Value and both gradients in one sweep; backward only scales what forward has found.
 
-    Everything per sample runs over chunks of rows, everything per pair over slabs of variables, so that four
+    Everything per sample runs over chunks of rows, everything per pair over slabs of the matrix, so that four
     N×D tables (p1, p2 and their gradients) are all that is ever held whole.
     """
 
     @staticmethod
     def forward(ctx, z1, z2, units, weights, invariance, temperature):
         diagonal_weight, off_diagonal_weight, invariance_weight = weights
-        counts, rows = unit_counts(units, z1.shape[1]), _row_chunks(*z1.shape)
+        counts = unit_counts(units, z1.shape[1])
+        rows = _row_chunks(len(z1), len(counts) * max(counts))
         wide = torch.float64 if z1.dtype == torch.float64 else torch.float32
         p1, p2 = (torch.empty(z.shape, dtype=wide, device=z.device) for z in (z1, z2))
         agreement = INVARIANCES[invariance]
@@ -128,6 +130,8 @@ class _StreamedLoss(torch.autograd.Function):
                 for p, other, g, d in ((p1, p2, g1, d1), (p2, p1, g2, d2)):
                     of_p = g[chunk].mul_(off_diagonal_weight).addcmul_(other[chunk], slope)
                     g[chunk] = _through_softmax(p[chunk], of_p, units).add_(d, alpha=invariance_weight).mul_(scale)
+            if z1.dtype == torch.float16:  # TIC's gradient at extreme logits; what a GradScaler makes of it is its own
+                g1, g2 = (g.clamp_(-FP16_LARGEST, FP16_LARGEST) for g in (g1, g2))
             ctx.save_for_backward(g1, g2)
             ctx.dtype = z1.dtype
 
@@ -153,17 +157,20 @@ def _off_diagonal_sweep(p1: Tensor, p2: Tensor, counts: tuple[int, ...],
     if len(counts) == 1:
         return value, g1, g2
     tiny, others = torch.finfo(p1.dtype).tiny, len(counts) - 1
-    for slab in _slabs(counts, SLAB_CELLS // dim):
-        first, last = slab[0][0], slab[-1][1]
+    edges = [0, *itertools.accumulate(counts)]
+    step = max(1, min(SLAB_CELLS // dim, dim // 8))
+    for first in range(0, dim, step):
+        last = min(first + step, dim)
         codes = p1[:, first:last]
         cells = torch.mm(codes.T, p2).div_(samples)
         logs = cells.clamp_min(tiny).log_()
-        for start, stop in slab:
-            logs[start - first:stop - first, start:stop] = 0
-        value += torch.dot(cells.flatten(), logs.flatten()) / (len(counts) * others)
+        for start, stop in itertools.pairwise(edges):  # what the slab holds of the diagonal blocks
+            if start < last and first < stop:
+                logs[max(start - first, 0):stop - first, start:stop] = 0
         if wants_gradient:
             torch.mm(p2, logs.T, out=g1[:, first:last])
             g2.addmm_(codes, logs)
+        value += cells.mul_(logs).sum() / (len(counts) * others)
     return value, g1.div_(others), g2.div_(others)
 
 
@@ -196,25 +203,14 @@ def _log_codes(z: Tensor, dtype: torch.dtype, units: Units, temperature: float) 
 
 
 LARGEST_LOGIT = 1e30
-SLAB_CELLS = 4_000_000  # cells of the matrix held at once: 16 MB in float32, enough for full-speed products
+FP16_LARGEST = torch.finfo(torch.float16).max
+SLAB_CELLS = 4_000_000  # cells of the matrix held at once, at most: 16 MB in float32, enough for full-speed products
 CHUNK_ENTRIES = 1_000_000  # entries of an N×D table worked on at once
 
 
-def _row_chunks(samples: int, dim: int) -> list[slice]:
-    step = max(1, CHUNK_ENTRIES // dim)
+def _row_chunks(samples: int, width: int) -> list[slice]:
+    step = max(1, CHUNK_ENTRIES // width)
     return [slice(start, start + step) for start in range(0, samples, step)]
-
-
-def _slabs(counts: tuple[int, ...], rows: int) -> list[list[tuple[int, int]]]:
-    """Consecutive variables as (start, stop) columns, gathered into slabs of about `rows` rows."""
-    slabs: list[list[tuple[int, int]]] = [[]]
-    stop = 0
-    for count in counts:
-        start, stop = stop, stop + count
-        if slabs[-1] and stop - slabs[-1][0][0] > rows:
-            slabs.append([])
-        slabs[-1].append((start, stop))
-    return slabs
 
 
 def _check_logits(z1: Tensor, z2: Tensor, units: Units) -> tuple[int, ...]:

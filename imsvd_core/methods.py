@@ -3,9 +3,11 @@
 A built method is a module: logits of two views, (N, D) each → a dict of scalars whose "loss" is minimised.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from imsvd_core.discretization import unit_counts
@@ -19,9 +21,13 @@ class IMSVD:
     units: int | tuple[int, ...] = 32
     """Units of every variable (B), or one count per variable."""
     temperature: float = 1.0
+    """Temperature of the softmax (τ)."""
     diagonal_weight: float = 1.0
+    """Weight of DE, the entropy on the diagonal."""
     off_diagonal_weight: float = 1.0
+    """Weight of OE, the entropy of the off-diagonal blocks."""
     invariance_weight: float = 1.0
+    """Weight of TI, the agreement of the views (λ)."""
     invariance: Invariance = "inner_product"
     name: Literal["imsvd"] = "imsvd"
 
@@ -51,6 +57,9 @@ class VICReg:
     covariance_weight: float = 1.0
     name: Literal["vicreg"] = "vicreg"
 
+    def __post_init__(self) -> None:
+        _check_weights(self)
+
     def build(self, dim: int) -> nn.Module:
         from lightly.loss import VICRegLoss  # slow to import
 
@@ -65,10 +74,20 @@ class BarlowTwins:
     redundancy_weight: float = 5e-3
     name: Literal["barlow_twins"] = "barlow_twins"
 
+    def __post_init__(self) -> None:
+        _check_weights(self)
+
     def build(self, dim: int) -> nn.Module:
         from lightly.loss import BarlowTwinsLoss  # slow to import
 
         return _Peer(BarlowTwinsLoss(lambda_param=self.redundancy_weight))
+
+
+def _check_weights(method: "VICReg | BarlowTwins") -> None:
+    for field in fields(method):
+        weight = getattr(method, field.name)
+        if field.name.endswith("_weight") and not (weight >= 0 and math.isfinite(weight)):
+            raise ValueError(f"{field.name}={weight} must be a finite number ≥ 0 (default {field.default})")
 
 
 class _Peer(nn.Module):
@@ -77,7 +96,8 @@ class _Peer(nn.Module):
         self.loss = loss
 
     def forward(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
-        return {"loss": self.loss(z1.float(), z2.float())}
+        with torch.autocast(z1.device.type, enabled=False):  # float32 throughout, as for IMSVD
+            return {"loss": self.loss(z1.float(), z2.float())}
 
 
 Method = IMSVD | VICReg | BarlowTwins

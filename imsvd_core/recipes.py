@@ -66,7 +66,10 @@ def recipe(name: str, scale: Scale | None = None) -> Recipe:
     """The recipe `name` at a scale (IMSVD_SCALE's by default). Raises ValueError naming the recipes there are."""
     if name not in RECIPES:
         raise ValueError(f"recipe={name!r} is unknown; there are: {', '.join(RECIPES)}")
-    return RECIPES[name](scale or current_scale())
+    scale = scale or current_scale()
+    if scale not in get_args(Scale):
+        raise ValueError(f"scale={scale!r} must be one of {', '.join(get_args(Scale))}")
+    return RECIPES[name](scale)
 
 
 def _cifar10(scale: Scale) -> Recipe:
@@ -80,7 +83,7 @@ def _cifar10(scale: Scale) -> Recipe:
             loop=LoopConfig(epochs=800, batch_size=512),
             eval_view=EvalViewConfig(resize=36, size=32),
             linear=LinearConfig(OptimConfig(name="sgd", lr=30.0, weight_decay=0.0, warmup_epochs=0, milestones=(60, 80)),
-                                LoopConfig(epochs=100, batch_size=256), view=probe))
+                                LoopConfig(epochs=100, batch_size=256), view=probe, augment=True))
     laptop = Recipe(
         method=IMSVD(units=32, temperature=0.25),
         network=NetworkConfig(backbone="narrow", hidden=(1024, 1024), dim=1024),
@@ -117,7 +120,10 @@ def from_plain(kind: Any, value: Any) -> Any:
     Raises ValueError for a field that `kind` does not have.
     """
     if get_origin(kind) is types.UnionType and isinstance(value, Mapping):  # of methods, or a view that may be None
-        kind = next(one for one in get_args(kind) if is_dataclass(one) and value.get("name") == getattr(one, "name", None))
+        named = [one for one in get_args(kind) if is_dataclass(one) and value.get("name") == getattr(one, "name", None)]
+        if not named:
+            raise ValueError(f"name={value.get('name')!r} is none of {kind}")
+        kind = named[0]
     if is_dataclass(kind) and isinstance(value, Mapping):
         hints = get_type_hints(kind)
         if unknown := sorted(set(value) - set(hints)):

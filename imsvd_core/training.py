@@ -14,7 +14,7 @@ from imsvd_core import datasets
 from imsvd_core.discretization import hardness, joint, soft_discretize
 from imsvd_core.evaluation import knn
 from imsvd_core.files import atomic_write
-from imsvd_core.loop import Loop, Progressed, pick_device, stream_seed
+from imsvd_core.loop import PRECISIONS, Loop, Progressed, pick_device, stream_seed
 from imsvd_core.methods import IMSVD
 from imsvd_core.networks import NetworkConfig, TwinNetwork, build_backbone
 from imsvd_core.recipes import Recipe, from_plain
@@ -47,9 +47,10 @@ class Pretraining:
         self.views = TwoViews(recipe.views)
         self.eval_view = EvalView(**asdict(recipe.eval_view))
         self._images = self.train.images.to(self.device)
-        settings = {**plain(recipe), "data": self.train.name}
-        for operational in ("save_every", "keep", "log_every", "tensorboard"):  # these touch the record, not the run
-            settings["loop"].pop(operational)
+        for name in ("knn", "watch"):
+            getattr(recipe, name).check(self.gallery, self.test, name)
+        evaluations = ("knn", "watch", "linear", "eval_view")  # they judge the run, and may change after it
+        settings = {name: value for name, value in plain(recipe).items() if name not in evaluations} | {"data": self.train.name}
         self.loop = Loop(self._step, {"network": self.network}, len(self.train), recipe.loop, recipe.optim, self.run_dir,
                          settings=settings, progress=progress)
         write_json(self.run_dir / "config.json", {**plain(recipe), "data": self.train.name})
@@ -64,7 +65,7 @@ class Pretraining:
 
     @property
     def precision(self) -> torch.dtype | None:
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.recipe.loop.precision)
+        return PRECISIONS[self.recipe.loop.precision]
 
     def knn(self) -> dict[str, float]:
         """Weighted kNN accuracy of the backbone as it is now (`recipe.knn`)."""
@@ -73,7 +74,7 @@ class Pretraining:
 
     def watch(self) -> dict[str, float]:
         """Record what accompanies training, unless it is recorded for this step: kNN (`recipe.watch`) and hardness."""
-        done = self.loop.records("knn_20")
+        done = self.loop.records("gallery")
         if done and done[-1]["step"] == self.loop.step:
             return done[-1]
         figures = knn.evaluate(self.network.backbone, (self.gallery, self.test), self.recipe.watch, view=self.eval_view,
@@ -88,7 +89,7 @@ class Pretraining:
 
     @torch.no_grad()
     def look(self, samples: int = 2048) -> tuple[Tensor, Tensor]:
-        """Soft codes p1, p2 (samples, D) of two views of the first test images: always the same views. IMSVD only."""
+        """Soft codes p1, p2 (samples, D) of two views of test images: always the same. IMSVD only."""
         if not isinstance(self.recipe.method, IMSVD):
             raise ValueError(f"method={self.recipe.method.name!r} has no soft codes: look() needs IMSVD")
         generator = torch.Generator(self.device).manual_seed(stream_seed(self.recipe.loop.seed, "look", 0))
@@ -107,7 +108,7 @@ class Pretraining:
         weights = {name: value.contiguous().cpu() for name, value in self.network.backbone.state_dict().items()}
         with atomic_write(self.run_dir / "backbone.safetensors") as file:
             file.write(safetensors.torch.save(weights, {"backbone": self.recipe.network.backbone}))
-        figures = {**self.knn(), "steps": self.loop.records(), "watched": self.loop.records("knn_20")}
+        figures = {**self.knn(), "steps": self.loop.records(), "watched": self.loop.records("gallery")}
         origin = provenance(config=self.recipe, seed=self.recipe.loop.seed, device=self.device,
                             dataset=self.train.title, seconds=self.loop.seconds)
         return write_result(self.run_dir / "result.json", "pretrain", figures, origin, overwrite=True)

@@ -76,6 +76,25 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
     assert target.read_bytes() == b"old"
 
 
+def test_what_a_killed_save_left_and_what_a_resumption_undid_goes_with_the_next_save(tmp_path):
+    for step in (10, 15):
+        checkpoints.save(tmp_path, step, STATE)
+    checkpoints.paths(tmp_path)[0].write_bytes(b"torn")
+    (tmp_path / ".step-000000012.pt.abc.part").write_bytes(b"half")
+    for step in (12, 14):
+        checkpoints.save(tmp_path, step, STATE, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000012.pt", "step-000000014.pt"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, original=original: (calls.append(name), original(*a))[1])
+    checkpoints.save(tmp_path, 1, STATE)
+    assert calls == ["fsync", "replace", "fsync"]
+
+
 def test_keep_must_leave_one(tmp_path):
     with pytest.raises(ValueError, match="keep=0"):
         checkpoints.save(tmp_path, 1, STATE, keep=0)

@@ -22,18 +22,24 @@ def test_pretrain_then_evaluate(capsys):
     run = Path("runs/cifar10-smoke-seed0")
     config = json.loads((run / "config.json").read_text())
     assert config["optim"]["lr"] == 0.003 and config["loop"]["batch_size"] == 64 and config["data"] == "attributes"
-    main(["evaluate", "knn", str(run), "--neighbors", "10", "20", "--gallery", "300"])
-    main(["evaluate", "linear", str(run), "--loop.epochs", "1", "--no-progress"])
+    main(["evaluate", "knn", "--neighbors", "10", "20", "--gallery", "300", str(run)])
+    with pytest.raises(SystemExit):
+        main(["evaluate", "knn", str(run), "--neighbors", "10"])
+    assert "pass --overwrite" in capsys.readouterr().err
+    main(["evaluate", "linear", str(run), "--loop.epochs", "1", "--loop.seed", "5", "--no-progress"])
     knn, linear = (json.loads((run / f"{name}.json").read_text()) for name in ("knn", "linear"))
     assert set(knn["figures"]) == {"knn_10", "knn_20", "gallery", "queries"} and knn["figures"]["gallery"] == 300
     assert linear["figures"]["epochs"] == 1 and 0 <= linear["figures"]["linear"] <= 100
-    assert knn["provenance"]["dataset"] == "attributes (drawn)"
-    assert "written to runs/cifar10-smoke-seed0/knn.json" in capsys.readouterr().out.replace("\n", "")
+    assert knn["provenance"]["dataset"] == "attributes (drawn)" and linear["provenance"]["seed"] == 5
+    assert "written to runs/cifar10-smoke-seed0/linear.json" in capsys.readouterr().out.replace("\n", "")
 
 
 @pytest.mark.parametrize("words, message", [
     (["evaluate", "knn", "nowhere"], "nowhere has no config.json"),
     (["evaluate", "svd", "run"], "evaluation='svd' must be one of knn, linear"),
+    (["pretrain", "cifar10", "--scale", "huge"], "scale='huge' must be one of"),
+    (["pretrain", "cifar10", "--knn.gallery", "100", "--no-progress"], "knn.neighbors=(20, 200): k = 200 exceeds the gallery of 100"),
+    (["pretrain", "cifar10", "--knn.queries", "300", "--no-progress"], "knn.queries=300 must lie between 1 and the 200"),
     (["pretrain", "cifar10", "--loop.epochs", "0"], "epochs=0 must be at least 1"),
     (["pretrain", "cifar10", "--method.units", "7"], "units=7 does not divide"),
     (["pretrain", "cifar10", "--loop.device", "tpu", "--no-progress"], "device='tpu' is not here"),
@@ -55,7 +61,7 @@ def test_help_lists_settings_with_their_meaning(capsys):
 
 
 def test_no_command_and_a_wrong_one_show_the_usage(capsys):
-    for words, code in (([], 2), (["train"], 2), (["--help"], 0)):
+    for words, code in (([], 2), (["train"], 2), (["--help"], 0), (["evaluate", "--help"], 0)):
         with pytest.raises(SystemExit) as stop:
             main(words)
-        assert stop.value.code == code and "pretrain RECIPE" in capsys.readouterr().out
+        assert stop.value.code == code and "usage: imsvd" in capsys.readouterr().out

@@ -68,6 +68,24 @@ def test_a_run_left_at_any_step_and_resumed_ends_bit_identical(tmp_path, save_ev
     assert record("cut") == record("whole")
 
 
+def test_chance_without_a_generator_is_the_steps_own_too(tmp_path):
+    """The model has dropout; a run killed before its first checkpoint starts over with the same masks."""
+    ends = []
+    for name, noise in (("first", 1), ("again", 2)):
+        loop, model, _ = make(tmp_path / name)
+        torch.manual_seed(noise)
+        list(loop)
+        ends.append(weights(model))
+    assert identical(*ends)
+
+
+def test_more_data_do_not_resume_a_run(tmp_path, monkeypatch):
+    run(tmp_path, stop_after=6)
+    monkeypatch.setitem(globals(), "SAMPLES", 40)
+    with pytest.raises(ValueError, match="samples: 22 before, 40 now"):
+        make(tmp_path)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_lower_precisions_train_and_resume_alike(tmp_path, precision):
     config = replace(CONFIG, precision=precision)
@@ -88,8 +106,9 @@ def test_the_position_in_the_data_survives_a_torn_newest_checkpoint(tmp_path):
     assert identical(weights(whole), weights(resumed))
 
 
-def test_a_finished_run_trains_no_further(tmp_path):
-    run(tmp_path)
+def test_a_finished_run_trains_no_further_and_keeps_its_seconds(tmp_path):
+    before, _, _ = run(tmp_path)
+    assert make(tmp_path)[0].seconds == before.seconds > 0
     _, _, seen = run(tmp_path)
     assert seen == []
 
@@ -111,25 +130,32 @@ def test_nan_stops_with_its_step_and_the_last_good_checkpoint(tmp_path, step):
                for value in checkpoints.load(path)["modules"]["model"].values())
 
 
-def test_a_gradient_that_is_no_number_stops_too(tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_gradient_that_is_no_number_stops_too(tmp_path, precision):
+    """At once in fp32; in fp16 when the scaler has searched in vain. What was logged until then is valid JSON."""
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
     loop = Loop(lambda i, g: {"loss": model(torch.ones(4, 1)).abs().sqrt().sum()}, {"model": model}, 8,
-                replace(CONFIG, batch_size=4), OptimConfig(), tmp_path, progress=False)
-    with pytest.raises(NonFiniteError, match="step 0 "):
+                replace(CONFIG, batch_size=4, precision=precision, epochs=50), OptimConfig(), tmp_path, progress=False)
+    with pytest.raises(NonFiniteError, match=r"step 0 " if precision == "fp32" else r"step 1\d "):
         list(loop)
+    for line in open(tmp_path / "metrics.jsonl"):
+        json.loads(line, parse_constant=lambda word: pytest.fail(word))
 
 
 def test_accumulated_gradients_are_the_mean_over_the_pieces(tmp_path):
     ends = []
+    means = []
     for accumulate in (1, 4):
         torch.manual_seed(0)
         model, x = nn.Linear(3, 1), torch.randn(8, 3)
         config = replace(CONFIG, batch_size=8, accumulate=accumulate)
-        list(Loop(lambda i, g: {"loss": model(x[i]).square().mean()}, {"model": model}, 8, config, OptimConfig(name="sgd", lr=0.1),
-                  tmp_path / str(accumulate), progress=False))
+        loop = Loop(lambda i, g: {"loss": model(x[i]).square().mean()}, {"model": model}, 8, config,
+                    OptimConfig(name="sgd", lr=0.1), tmp_path / str(accumulate), progress=False)
+        means.append([progressed.metrics["loss"] for progressed in loop])
         ends.append(weights(model)["weight"])
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(*means, rtol=1e-5, atol=1e-7)
 
 
 def test_other_settings_do_not_resume_a_run(tmp_path):
@@ -156,15 +182,27 @@ def test_what_the_caller_recorded_at_a_checkpoint_survives_and_a_torn_line_does_
     assert [line["step"] for line in loop.records("step")] == [2, 4, 5, 5] and loop.records("knn_20")
 
 
-def test_tensorboard_files_appear_when_asked(tmp_path):
-    run(tmp_path, replace(CONFIG, epochs=1, tensorboard=True))
-    assert list((tmp_path / "tensorboard").glob("events*"))
+def test_tensorboard_has_every_point_once_over_a_resumption(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = replace(CONFIG, log_every=1, save_every=2, epochs=1, tensorboard=True)
+    run(tmp_path, config, stop_after=3)
+    run(tmp_path, config)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5]
 
 
 def test_compiled_and_plain_runs_share_their_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setattr(nn.Module, "compile", lambda self: setattr(self, "compiled", True))
     loop, model, _ = run(tmp_path, replace(CONFIG, epochs=1, compile=True))
     assert model.compiled and "0.weight" in checkpoints.load_latest(tmp_path / "checkpoints")[0]["modules"]["model"]
+
+
+def test_convolutions_are_laid_out_channels_last(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 1))
+    Loop(lambda i, g: {}, {"model": model}, 8, CONFIG, OptimConfig(), tmp_path, progress=False)
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_seeds_of_streams_differ_and_are_fixed():

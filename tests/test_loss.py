@@ -106,7 +106,8 @@ def test_hard_codes_give_minus_three_entropies_plus_information():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("invariance", ["inner_product", "cross_entropy"])
 @pytest.mark.parametrize("units", [4, [3, 5, 4]])
-def test_any_finite_logits_give_finite_value_and_gradient(dtype, invariance, units):
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_any_finite_logits_give_finite_value_and_gradient(dtype, invariance, units, temperature):
     generator = torch.Generator().manual_seed(1)
     largest = torch.finfo(dtype).max
     for magnitude in (0.0, 1e-3, 30.0, 300.0, 6e4, largest):
@@ -114,7 +115,7 @@ def test_any_finite_logits_give_finite_value_and_gradient(dtype, invariance, uni
         z[0][:4] = magnitude * torch.randint(0, 2, (4, 12), generator=generator).mul(2).sub(1).to(dtype)
         z = [x.clamp(-largest, largest).requires_grad_() for x in z]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32):
-            terms = CrossJointEntropyLoss(units, invariance=invariance)(*z)
+            terms = CrossJointEntropyLoss(units, invariance=invariance, temperature=temperature)(*z)
         terms.total.backward()
         assert all(term.isfinite() for term in terms), (magnitude, terms)
         assert all(x.grad.isfinite().all() for x in z), magnitude
@@ -147,9 +148,10 @@ def test_gradient_scales_with_what_comes_from_above_and_can_be_asked_for_twice()
     torch.testing.assert_close(thrice, 3 * once)
 
 
-def test_never_holds_the_matrix():
-    """At N = 4 and D = 20,000 the matrix is 1.6 GB: not even one eighth of it may be allocated at once."""
-    z = torch.randn(4, 20_000, requires_grad=True)
+@pytest.mark.parametrize("dim, units", [(1024, 32), (2000, 500), (20_000, 20), (3000, [1000] + [2] * 1000)])
+def test_never_holds_the_matrix(dim, units):
+    """No allocation may reach a quarter of the matrix, whatever the number and the sizes of the variables."""
+    z = torch.randn(4, dim, requires_grad=True)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -162,12 +164,26 @@ def test_never_holds_the_matrix():
             return out
 
     with Watch():
-        CrossJointEntropyLoss(20)(z, z).total.backward()
-    assert largest < 20_000**2 * 4 / 8
+        CrossJointEntropyLoss(units)(z, z).total.backward()
+    assert 0 < largest < max(dim**2, 4e6) * 4 / 4
+
+
+def test_sums_over_a_large_matrix_stay_exact_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    z1, z2 = torch.randn(2, 64, 4080, generator=generator) * 10
+    ours, exact = (CrossJointEntropyLoss(80)(z1.to(dtype), z2.to(dtype)) for dtype in (torch.float32, torch.float64))
+    for mine, true in zip(ours, exact):
+        torch.testing.assert_close(mine.double(), true, rtol=1e-6, atol=1e-6)
+
+
+def test_evaluating_without_gradients_first_does_not_spoil_training():
+    with torch.inference_mode():
+        textbook(*logits(3, [3, 2, 6]), [3, 2, 6])
+    textbook(*logits(3, [3, 2, 6]), [3, 2, 6]).total.backward()
 
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(units=0), "units=0"), (dict(units=[3, 0]), "units="), (dict(units=[]), "units="),
+    (dict(units=0), "units=0"), (dict(units=2.0), "units=2.0"), (dict(units=[3, 0]), "units="), (dict(units=[]), "units="),
     (dict(units=2, diagonal_weight=-1), "diagonal_weight=-1"), (dict(units=2, invariance_weight=math.nan), "invariance_weight"),
     (dict(units=2, off_diagonal_weight=math.inf), "off_diagonal_weight"), (dict(units=2, invariance="cosine"), "cosine"),
     (dict(units=2, temperature=0), "temperature=0"),

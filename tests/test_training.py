@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
-from torchvision.io import write_png
 
 from imsvd_core import datasets
 from imsvd_core.methods import BarlowTwins, VICReg
@@ -30,7 +30,7 @@ def images(tmp_path_factory):
             (folder / split / name).mkdir(parents=True)
             for number in range(count):
                 image = torch.randint(100, (3, 32, 32), generator=generator) + 140 * label
-                write_png(image.to(torch.uint8), str(folder / split / name / f"{number}.png"))
+                Image.fromarray(image.permute(1, 2, 0).to(torch.uint8).numpy()).save(folder / split / name / f"{number}.png")
     return folder
 
 
@@ -134,6 +134,28 @@ def test_other_settings_do_not_resume_and_saving_more_often_does(small, tmp_path
     list(Pretraining(replace(small, loop=replace(small.loop, save_every=1)), tmp_path, progress=False))
     with pytest.raises(ValueError, match="method.temperature: 0.25 before, 1.0 now"):
         Pretraining(replace(small, method=replace(small.method, temperature=1.0)), tmp_path, progress=False)
+
+
+def test_peers_compute_in_float32_under_autocast():
+    z1, z2 = torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(0)) * 12
+    for peer in (VICReg(), BarlowTwins()):
+        plain = peer.build(32)(z1, z2)["loss"]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(peer.build(32)(z1, z2)["loss"], plain)
+    with pytest.raises(ValueError, match="variance_weight=-3"):
+        VICReg(variance_weight=-3)
+
+
+def test_a_run_killed_between_an_epochs_end_and_its_record_watches_again_and_only_then(small, tmp_path):
+    run = Pretraining(small, tmp_path, progress=False)
+    run.watch()
+    for progressed in run:
+        if progressed.ends_epoch:
+            break  # saved, but not watched
+    pretrain(small, tmp_path, progress=False)
+    pretrain(small, tmp_path, progress=False)
+    lines = [json.loads(line) for line in open(tmp_path / "metrics.jsonl")]
+    assert [line["step"] for line in lines if "knn_20" in line] == [0, 5, 10]
 
 
 def test_an_unfinished_run_cannot_be_evaluated(tmp_path):

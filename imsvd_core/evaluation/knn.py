@@ -26,16 +26,28 @@ class KNNConfig:
     """Test images to use, class-balanced; all of them by default."""
 
     def __post_init__(self) -> None:
-        if not self.neighbors or min(self.neighbors) < 1:
-            raise ValueError(f"neighbors={self.neighbors} must be counts ≥ 1 (the paper's: 20, 200)")
+        if not self.neighbors or min(self.neighbors) < 1 or len(set(self.neighbors)) < len(self.neighbors):
+            raise ValueError(f"neighbors={self.neighbors} must be different counts ≥ 1 (the paper's: 20, 200)")
         if not self.temperature > 0 or self.chunk < 1:
             raise ValueError(f"temperature={self.temperature} and chunk={self.chunk} must be positive")
+
+    def check(self, train: ImageData, test: ImageData, name: str = "knn") -> None:
+        """Raise ValueError, naming the setting, if the data cannot serve this protocol."""
+        gallery = len(train) if self.gallery is None else self.gallery
+        if not 1 <= gallery <= len(train):
+            raise ValueError(f"{name}.gallery={self.gallery} must lie between 1 and the {len(train)} training images")
+        if self.queries is not None and not 1 <= self.queries <= len(test):
+            raise ValueError(f"{name}.queries={self.queries} must lie between 1 and the {len(test)} test images")
+        if max(self.neighbors) > gallery:
+            raise ValueError(f"{name}.neighbors={self.neighbors}: k = {max(self.neighbors)} exceeds the gallery of {gallery}; "
+                             "take smaller k or a larger gallery")
 
 
 def evaluate(backbone: nn.Module, data: tuple[ImageData, ImageData], config: KNNConfig, *, view: EvalView,
              device: torch.device | str = "cpu", precision: torch.dtype | None = None) -> dict[str, float]:
     """Top-1 accuracy in percent for every k: {"knn_20": …, "knn_200": …}, with the sizes that gave it."""
     train, test = data
+    config.check(train, test)
     gallery = train if config.gallery is None else train.subset(config.gallery)
     queries = test if config.queries is None else test.subset(config.queries)
     features = [embed(backbone, part, view, device=device, precision=precision) for part in (gallery, queries)]
@@ -70,7 +82,7 @@ def weighted_knn(gallery: Tensor, labels: Tensor, queries: Tensor, classes: int,
             near, place = similarity.topk(min(most, similarity.shape[1]), dim=1)
             best, keep = torch.cat([best, near], 1).topk(min(most, best.shape[1] + near.shape[1]), dim=1)
             which = torch.cat([which, labels[start + place]], 1).gather(1, keep)
-        weight = ((best - 1) / temperature).exp()  # similarity ≤ 1, so no weight overflows
+        weight = ((best - best[:, :1]) / temperature).exp()  # the nearest weighs 1: nothing overflows or all vanishes
         for k in neighbors:
             votes = weight.new_zeros(len(some), classes).scatter_add_(1, which[:, :k], weight[:, :k])
             predictions[k].append(votes.argmax(1))

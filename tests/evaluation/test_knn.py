@@ -79,5 +79,13 @@ def test_what_cannot_be_is_refused():
         weighted_knn(gallery, labels, gallery, 2, neighbors=(5, 20))
     with pytest.raises(ValueError, match="labels has 9"):
         weighted_knn(gallery, labels[:9], gallery, 2, neighbors=(5,))
-    with pytest.raises(ValueError, match="neighbors=\\(0,\\)"):
-        KNNConfig(neighbors=(0,))
+    for wrong in ((0,), (), (5, 5)):
+        with pytest.raises(ValueError, match="neighbors="):
+            KNNConfig(neighbors=wrong)
+
+
+def test_no_temperature_makes_every_vote_vanish():
+    """With similarity 0.7 at best and a tiny temperature, the nearest neighbour still decides: class 2, never 0."""
+    gallery = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.9, 0.9]])
+    found = weighted_knn(gallery, torch.tensor([2, 1]), torch.tensor([[1.0, 0.0, 0.0]]), 3, neighbors=(2,), temperature=1e-3)
+    assert found[2].tolist() == [2]

@@ -33,8 +33,10 @@ def backbone():
     return nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).train()
 
 
-@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, normalize=True),
-                                    replace(CONFIG, view=ViewConfig(size=8, scale=(0.8, 1.0)))])
+AUGMENTED = replace(CONFIG, augment=True, view=ViewConfig(size=8, scale=(0.8, 1.0)))
+
+
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, normalize=True), AUGMENTED])
 def test_a_planted_answer_is_found(backbone, tmp_path, config):
     found = linear.evaluate(backbone, (data("train", 400), data("test", 200)), config, view=VIEW, run_dir=tmp_path, progress=False)
     assert found["linear"] > 97
@@ -46,10 +48,10 @@ def test_shuffled_labels_give_chance(backbone, tmp_path):
     assert found["linear"] < 60  # a third is chance; a classifier that has learned nothing may favour one class
 
 
-@pytest.mark.parametrize("view", [None, ViewConfig(size=8, scale=(0.8, 1.0))])
-def test_the_backbone_is_frozen_batch_norm_too(backbone, tmp_path, view):
+@pytest.mark.parametrize("config", [CONFIG, AUGMENTED])
+def test_the_backbone_is_frozen_batch_norm_too(backbone, tmp_path, config):
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    linear.evaluate(backbone, (data("train", 100), data("test", 50)), replace(CONFIG, view=view), view=VIEW, run_dir=tmp_path,
+    linear.evaluate(backbone, (data("train", 100), data("test", 50)), config, view=VIEW, run_dir=tmp_path,
                     progress=False)
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
 
@@ -63,7 +65,19 @@ def test_the_last_epoch_is_reported_not_the_best(backbone, tmp_path, monkeypatch
     assert found["linear"] < 60
 
 
-def test_normalizing_augmented_features_is_refused(backbone, tmp_path):
-    config = replace(CONFIG, normalize=True, view=ViewConfig(size=8, scale=(0.8, 1.0)))
+def test_normalizing_augmented_features_is_refused():
     with pytest.raises(ValueError, match="normalize=True"):
-        linear.evaluate(backbone, (data("train", 100), data("test", 50)), config, view=VIEW, run_dir=tmp_path)
+        replace(AUGMENTED, normalize=True)
+
+
+def test_a_finished_probe_is_reused_for_the_same_backbone_and_data_only(backbone, tmp_path, monkeypatch):
+    pair = (data("train", 200), data("test", 100))
+    swapped = tuple(replace(part, labels=(part.labels + 1) % 3) for part in pair)
+    for _ in range(2):
+        assert linear.evaluate(backbone, pair, CONFIG, view=VIEW, run_dir=tmp_path, progress=False)["linear"] > 97
+    assert len(list(tmp_path.iterdir())) == 1
+    assert linear.evaluate(backbone, swapped, CONFIG, view=VIEW, run_dir=tmp_path, progress=False)["linear"] > 97
+    with torch.no_grad():
+        backbone[0].weight.neg_()
+    assert linear.evaluate(backbone, pair, CONFIG, view=VIEW, run_dir=tmp_path, progress=False)["linear"] > 97
+    assert len(list(tmp_path.iterdir())) == 3
