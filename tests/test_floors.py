@@ -40,6 +40,9 @@ def test_the_mathematics_needs_torch_alone():
 def _imports(path: Path, known) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.removeprefix("imsvd_core.") for alias in node.names if alias.name.startswith("imsvd_core.")}
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path} imports relatively: name the package"
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("imsvd_core"):
             inside = node.module.removeprefix("imsvd_core").lstrip(".")
             found |= {inside} if inside in known else {f"{inside}.{alias.name}".lstrip(".") for alias in node.names}
