@@ -209,7 +209,7 @@ def _pairs(values: dict[str, Any]) -> nodes.Node:
     """A small list of names and values; long values (a curve) only say how long they are."""
     block = nodes.bullet_list(classes=["imsvd-pairs"])
     for name, value in values.items():
-        if isinstance(value, list | dict) and len(value) > 4:
+        if isinstance(value, list | dict) and (len(value) > 4 or any(isinstance(one, dict) for one in value)):
             value = f"{len(value)} values"
         text = f"{value:.4g}" if isinstance(value, float) else str(value)
         line = nodes.paragraph("", "", nodes.inline("", f"{name}: "), nodes.literal("", text))
