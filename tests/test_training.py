@@ -158,6 +158,12 @@ def test_a_run_killed_between_an_epochs_end_and_its_record_watches_again_and_onl
     assert [line["step"] for line in lines if "knn_20" in line] == [0, 5, 10]
 
 
+def test_what_is_watched_is_kept_whatever_its_neighbors(small, tmp_path):
+    other = replace(small, watch=replace(small.watch, neighbors=(10,)))
+    figures = read_result(pretrain(other, tmp_path, progress=False))["figures"]
+    assert [set(line) >= {"knn_10", "mean_top"} for line in figures["watched"]] == [True] * 3
+
+
 def test_an_unfinished_run_cannot_be_evaluated(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no config.json"):
         load_run(tmp_path)
