@@ -38,7 +38,7 @@ class LoopConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Of the network's products and activations, by autocast; weights and losses stay fp32."""
     channels_last: bool = True
-    """Keep images and convolutions in the memory layout that is faster for most."""
+    """Keep convolutions, and with them what flows through, in the memory layout that is faster for most."""
     compile: bool = False
     """Compile the trained modules with torch.compile."""
     device: str = "auto"
@@ -141,6 +141,7 @@ class Loop:
         self.total_steps = config.epochs * self.steps_per_epoch
         self.step = 0
         self.seconds = 0.0  #: wall time of the steps so far, those before a resumption included
+        self._order: Tensor | None = None  # of the samples in the epoch under way
         self._last_good: Path | None = None
         self._suspects: list[Tensor] = []  # losses and gradient norms that nobody has looked at yet
         self._resume()
@@ -186,7 +187,7 @@ class Loop:
 
     def _batch(self, step: int) -> Tensor:
         epoch, place = divmod(step, self.steps_per_epoch)
-        if place == 0 or not hasattr(self, "_order"):
+        if place == 0 or self._order is None:
             generator = torch.Generator().manual_seed(stream_seed(self.config.seed, "order", epoch))
             self._order = torch.randperm(self.samples, generator=generator).to(self.device)
         return self._order[place * self.config.batch_size:(place + 1) * self.config.batch_size]

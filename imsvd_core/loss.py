@@ -112,7 +112,7 @@ class _StreamedLoss(torch.autograd.Function):
         for chunk in rows:
             log_p1, log_p2 = (_log_codes(z[chunk], wide, units, temperature) for z in (z1, z2))
             p1[chunk], p2[chunk] = log_p1.exp(), log_p2.exp()
-            value, *_ = agreement(log_p1, log_p2, p1[chunk], p2[chunk], units)
+            value, *_ = agreement(log_p1, log_p2, p1[chunk], p2[chunk], units, gradient=False)
             disagreement += value.mean() * (len(value) / len(z1))
             occupancy += (p1[chunk] * p2[chunk]).sum(0) / len(z1)
         log_occupancy = occupancy.clamp_min(torch.finfo(wide).tiny).log()
@@ -174,17 +174,26 @@ def _off_diagonal_sweep(p1: Tensor, p2: Tensor, counts: tuple[int, ...],
     return value, g1.div_(others), g2.div_(others)
 
 
-def _inner_product(log_p1: Tensor, log_p2: Tensor, p1: Tensor, p2: Tensor, units: Units) -> tuple[Tensor, Tensor, Tensor]:
-    """−log⟨p¹, p²⟩ per sample and variable, (N, V), and its gradient in both logits, in logarithms throughout."""
+Agreement = tuple[Tensor, Tensor | None, Tensor | None]  # per sample and variable (N, V); gradients in both logits (N, D)
+
+
+def _inner_product(log_p1: Tensor, log_p2: Tensor, p1: Tensor, p2: Tensor, units: Units, gradient: bool = True) -> Agreement:
+    """−log⟨p¹, p²⟩, in logarithms throughout."""
     both = split_variables(log_p1 + log_p2, units, fill=-torch.inf)
     log_inner = both.logsumexp(-1, keepdim=True)
+    value = -log_inner.squeeze(-1)
+    if not gradient:
+        return value, None, None
     shared = merge_variables((both - log_inner).exp_(), units)
-    return -log_inner.squeeze(-1), p1 - shared, p2 - shared
+    return value, p1 - shared, p2 - shared
 
 
-def _cross_entropy(log_p1: Tensor, log_p2: Tensor, p1: Tensor, p2: Tensor, units: Units) -> tuple[Tensor, Tensor, Tensor]:
-    """−Σ p¹ log p² per sample and variable, (N, V), and its gradient in both logits."""
-    return split_variables(-p1 * log_p2, units).sum(-1), _through_softmax(p1, -log_p2, units), p2 - p1
+def _cross_entropy(log_p1: Tensor, log_p2: Tensor, p1: Tensor, p2: Tensor, units: Units, gradient: bool = True) -> Agreement:
+    """−Σ p¹ log p²."""
+    value = split_variables(-p1 * log_p2, units).sum(-1)
+    if not gradient:
+        return value, None, None
+    return value, _through_softmax(p1, -log_p2, units), p2 - p1
 
 
 INVARIANCES = {"inner_product": _inner_product, "cross_entropy": _cross_entropy}

@@ -60,7 +60,7 @@ class Pretraining:
 
     def _step(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         x1, x2 = self.views(self._images[indices], generator)
-        z1, z2 = self.network(_channels_last(x1), _channels_last(x2))
+        z1, z2 = self.network(x1, x2)
         return self.method(z1, z2)
 
     @property
@@ -98,7 +98,7 @@ class Pretraining:
         self.network.eval()
         codes = []
         for view in (self.views.first, self.views.second):
-            logits = torch.cat([self.network.embed(_channels_last(view(part, generator))) for part in images.split(500)])
+            logits = torch.cat([self.network.embed(view(part, generator)) for part in images.split(500)])
             codes.append(soft_discretize(logits.float(), self.recipe.method.units, self.recipe.method.temperature).cpu())
         self.network.train(was_training)
         return codes[0], codes[1]
@@ -147,7 +147,3 @@ def load_run(run_dir: Path | str) -> tuple[Recipe, ResNet]:
     backbone = build_backbone(recipe.network.backbone, recipe.network.cifar_stem)
     backbone.load_state_dict(safetensors.torch.load_file(run_dir / "backbone.safetensors"))
     return recipe, backbone
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
