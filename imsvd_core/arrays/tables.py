@@ -1,0 +1,130 @@
+"""Codes without a network: tables of free numbers, and hard codes, driven to the least loss that a search finds."""
+
+import math
+import random
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from imsvd_core.discretization import soft_discretize, split_variables
+from imsvd_core.loss import cross_joint_entropy
+
+
+class FreeTables(NamedTuple):
+    """The best codes of a search, and the loss of every restart."""
+
+    loss: float  #: of the best, in nats
+    p1: Tensor  #: its codes of view 1, (N, V·B)
+    p2: Tensor  #: its codes of view 2, (N, V·B)
+    mean_top: float  #: mean over samples, variables and views of the top probability; 1 for hard codes
+    restarts: Tensor  #: final loss of every restart, (R,)
+
+
+def optimise_tables(samples: int, units: int, variables: int, *, restarts: int = 32, steps: int = 1500,
+                    learning_rate: float = 0.1, scale: float = 2.0, seed: int = 0, **settings) -> FreeTables:
+    """Minimise the loss over the logits of both views as free numbers: Adam, from `restarts` random starts at once.
+
+    What is found is an upper bound of the least value, not proved to be it. The learning rate falls along a cosine;
+    starts are normal with standard deviation `scale`, the two views near each other. `settings` go to
+    `cross_joint_entropy` (weights, invariance). In float64, in memory for `restarts` matrices of (V·B)² cells.
+    Raises ValueError unless there are at least 1 sample, 2 units, 2 variables, 1 restart and 1 step.
+    """
+    _check_sizes(samples=(samples, 1), units=(units, 2), variables=(variables, 2), restarts=(restarts, 1), steps=(steps, 1))
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal() -> Tensor:
+        return torch.randn(restarts, samples, variables * units, dtype=torch.float64, generator=generator)
+
+    common = scale * normal()
+    views = [(common + 0.1 * scale * normal()).requires_grad_() for _ in range(2)]
+    losses = torch.vmap(lambda z1, z2: cross_joint_entropy(z1, z2, units, **settings).total)
+    optimizer = torch.optim.Adam(views, lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        losses(*views).sum().backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        final = losses(*views)
+        best = final.argmin()
+        p1, p2 = (soft_discretize(z[best], units) for z in views)
+        tops = torch.stack([split_variables(p, units).amax(-1) for p in (p1, p2)])
+    return FreeTables(final[best].item(), p1, p2, tops.mean().item(), final)
+
+
+def search_hard_codes(samples: int, units: int, variables: int, *, restarts: int = 20, sweeps: int = 400,
+                      seed: int = 0, target: float = -math.inf) -> tuple[float, Tensor]:
+    """(loss, values (N, V)) of the best hard codes that simulated annealing finds, the same in both views.
+
+    Each move gives one variable of one sample another value; the temperature falls to zero over the sweeps.
+    Stops early at `target` (say `hard_bound`, which nothing hard can beat). Meant for tens of samples.
+    Raises ValueError unless there are at least 1 sample, 2 units, 2 variables, 1 restart and 1 sweep.
+    """
+    _check_sizes(samples=(samples, 1), units=(units, 2), variables=(variables, 2), restarts=(restarts, 1), sweeps=(sweeps, 1))
+    chance = random.Random(seed)
+    best, values = math.inf, None
+    for _ in range(restarts):
+        counted = _CountedCodes(samples, units, variables, chance)
+        for sweep in range(sweeps):
+            heat = 0.5 * (1 - sweep / sweeps) ** 2
+            for _ in range(samples * variables):
+                move = chance.randrange(samples), chance.randrange(variables), chance.randrange(units)
+                change = counted.change(*move)
+                if change <= 0 or chance.random() < math.exp(-change / heat):
+                    counted.make(*move)
+        if counted.loss() < best:
+            best, values = counted.loss(), torch.tensor(counted.values).T.contiguous()
+        if best <= target + 1e-12:
+            break
+    return best, values
+
+
+class _CountedCodes:
+    """Hard codes, and how many samples hold each value and each pair of values, kept up with every move."""
+
+    def __init__(self, samples: int, units: int, variables: int, chance: random.Random):
+        self.values = [chance.sample([n % units for n in range(samples)], samples) for _ in range(variables)]
+        self.single = [[column.count(b) for b in range(units)] for column in self.values]
+        self.pair = {(v, j): [[0] * units for _ in range(units)] for v in range(variables) for j in range(variables) if j != v}
+        for (v, j), table in self.pair.items():  # table[c][b]: X_j = c, X_v = b
+            for b, c in zip(self.values[v], self.values[j], strict=True):
+                table[c][b] += 1
+        self.xlogx = [0.0] + [count * math.log(count) for count in range(1, samples + 1)]
+
+    def change(self, n: int, v: int, new: int) -> float:
+        """Change of N·V times the loss, up to its constant, if variable v of sample n took another value."""
+        old, others = self.values[v][n], len(self.values) - 1
+        pairs = sum(self._moved(self.pair[v, j][self.values[j][n]], old, new) for j in range(others + 1) if j != v)
+        return self._moved(self.single[v], old, new) + 2 * pairs / others
+
+    def _moved(self, counts: list[int], old: int, new: int) -> float:
+        """Change of Σ k log k over `counts` when one sample moves from cell `old` to cell `new`."""
+        if old == new:
+            return 0.0
+        x, a, b = self.xlogx, counts[old], counts[new]
+        return x[a - 1] - x[a] + x[b + 1] - x[b]
+
+    def make(self, n: int, v: int, new: int) -> None:
+        old, self.values[v][n] = self.values[v][n], new
+        for step, b in ((-1, old), (1, new)):
+            self.single[v][b] += step
+            for j, column in enumerate(self.values):
+                if j != v:
+                    self.pair[v, j][column[n]][b] += step
+                    self.pair[j, v][b][column[n]] += step
+
+    def loss(self) -> float:
+        """−H̄_1 − H̄_2: DE + OE of hard codes that agree, where TI is 0."""
+        samples = len(self.values[0])
+        crowds = [[self.xlogx[k] for counts in self.single for k in counts],
+                  [self.xlogx[k] for table in self.pair.values() for counts in table for k in counts]]
+        means = [sum(crowd) / tables for crowd, tables in zip(crowds, (len(self.single), len(self.pair)), strict=True)]
+        return sum(means) / samples - 2 * math.log(samples)
+
+
+def _check_sizes(**sizes: tuple[int, int]) -> None:
+    for name, (value, least) in sizes.items():
+        if value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
