@@ -110,8 +110,18 @@ def _barlow_twins(scale: Scale) -> Recipe:
     return replace(_cifar10(scale), method=BarlowTwins())
 
 
+def _units(scale: Scale) -> Recipe:
+    """The short run that `book/studies/units.py` repeats for several numbers of units and batch sizes."""
+    base = _cifar10(scale)
+    shorter = replace(base, loop=replace(base.loop, epochs=100 if scale == "full" else 1))
+    if scale == "laptop":
+        return replace(shorter, samples=25_600, knn=KNNConfig(neighbors=(20,), gallery=10_000, queries=5_000))
+    return shorter
+
+
 RECIPES: dict[str, Callable[[Scale], Recipe]] = {
-    "cifar10": _cifar10, "cifar10-vicreg": _vicreg, "cifar10-barlow-twins": _barlow_twins}
+    "cifar10": _cifar10, "cifar10-vicreg": _vicreg, "cifar10-barlow-twins": _barlow_twins,
+    "cifar10-units": _units}
 
 
 def from_plain(kind: Any, value: Any) -> Any:
