@@ -119,9 +119,24 @@ def _units(scale: Scale) -> Recipe:
     return shorter
 
 
+def _two_views(scale: Scale) -> Recipe:
+    """The short runs that show collapse and what prevents it; an embedding of fewer dimensions than the batch has samples."""
+    base = replace(_cifar10(scale), method=VICReg())
+    if scale == "full":
+        return replace(base, network=replace(base.network, dim=256), loop=replace(base.loop, epochs=100))
+    laptop = replace(
+        base, network=NetworkConfig(backbone="narrow", cifar_stem=False, hidden=(512,), dim=128),
+        optim=replace(base.optim, warmup_epochs=1), loop=LoopConfig(epochs=6, batch_size=256), samples=4_096,
+        watch=KNNConfig(neighbors=(20,), gallery=4_000, queries=1_000))
+    if scale == "laptop":
+        return laptop
+    return replace(laptop, network=replace(laptop.network, hidden=(128,), dim=32),
+                   loop=LoopConfig(epochs=6, batch_size=64, log_every=1), samples=256, watch=base.watch)
+
+
 RECIPES: dict[str, Callable[[Scale], Recipe]] = {
     "cifar10": _cifar10, "cifar10-vicreg": _vicreg, "cifar10-barlow-twins": _barlow_twins,
-    "cifar10-units": _units}
+    "cifar10-units": _units, "two-views": _two_views}
 
 
 def from_plain(kind: Any, value: Any) -> Any:
