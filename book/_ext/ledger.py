@@ -16,7 +16,9 @@ import ast
 import builtins
 import contextlib
 import copy
+import fcntl
 import gc
+import hashlib
 import importlib
 import inspect
 import io
@@ -25,8 +27,10 @@ import math
 import os
 import re
 import signal
+import subprocess
 import symtable
 import sys
+import tempfile
 import textwrap
 import time
 import tomllib
@@ -682,6 +686,54 @@ def totals(jobs: dict[str, Job]) -> dict[str, int]:
             "caught": sum(len(job.caught()) for job in distinct)}
 
 
+def found(root: Path = REPOSITORY) -> dict[str, Any]:
+    """What the checker finds, from a fresh process, or from the last one if nothing that it reads has changed.
+
+    Only a ledger without faults is kept, in _build/ledger.
+    """
+    digest = hashlib.sha256(sys.version.encode())
+    files = [path for folder, ending in (("imsvd_core", "py"), ("tests", "py"), ("book", "md"), ("book/_ext", "py"))
+             for path in (root / folder).rglob(f"*.{ending}")]
+    for path in sorted([*files, root / "_toc.yml", root / "book" / "ledger.toml", root / "requirements.txt"]):
+        if path.exists():
+            digest.update(f"{path.relative_to(root)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    folder = root / "_build" / "ledger"
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / f"{digest.hexdigest()[:16]}.json"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the build and the tests may ask at the same time
+        if kept.exists():
+            return json.loads(kept.read_text(encoding="utf-8"))
+        with tempfile.TemporaryDirectory() as scratch:
+            answer = Path(scratch, "found.json")
+            environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+            done = subprocess.run([sys.executable, __file__, "--root", str(root), "--json", str(answer)], text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment | {"OMP_NUM_THREADS": "1"})
+            if not answer.exists():
+                raise RuntimeError(f"the formula ledger could not be checked:\n{done.stdout[-4000:]}")
+            text = answer.read_text(encoding="utf-8")
+        if done.returncode == 0:
+            for old in folder.glob("*.json"):
+                old.unlink()
+            kept.write_text(text, encoding="utf-8")
+    return json.loads(text)
+
+
+def markdown(found: dict[str, Any]) -> list[str]:
+    """The ledger's table and its totals, as lines of MyST."""
+    counts = found["totals"]
+    lines = [f"{counts['labels']} formulas and theorems, {counts['functions']} functions, {counts['tests']} tests: "
+             f"{counts['tried']} perturbations tried, {counts['caught']} caught.", "",
+             "| Formula | Computed by | Checked by | Caught |", "|:--|:--|:--|--:|"]
+    for label, job in found["labels"].items():
+        kind, of_job = job["kind"], Job(job["functions"], job["tests"], [Trial(**trial) for trial in job["trials"]])
+        place = f"Eq. {{eq}}`{label}`" if kind == "equation" else f"{{prf:ref}}`{label}`"
+        functions, tests = (" ".join(f"`{name.removeprefix('imsvd_core.').rsplit('::', 1)[-1]}`" for name in names)
+                            for names in (of_job.functions, of_job.tests))
+        lines.append(f"| {place} | {functions} | {tests} | {len(of_job.caught())} of {len(of_job.tried())} |")
+    return lines
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the result for every label; the status is 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -700,9 +752,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for fault in ledger.faults:
         print("FAULT", fault)
     if chosen.json:
-        found = {"totals": counts, "faults": ledger.faults, "labels": {label: asdict(job) for label, job in jobs.items()}}
+        kinds = {entry.label: entry.kind for entry in ledger.entries}
+        found = {"totals": counts, "faults": ledger.faults,
+                 "labels": {label: {"kind": kinds[label], **asdict(job)} for label, job in jobs.items()}}
         chosen.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 1 if ledger.faults else 0
+
+
+def setup(app: Any) -> dict[str, Any]:
+    """{formula-ledger}: the table, for Sphinx."""
+    from docutils import nodes
+    from docutils.statemachine import StringList
+    from sphinx.util import logging
+    from sphinx.util.docutils import SphinxDirective
+
+    class FormulaLedger(SphinxDirective):
+        def run(self) -> list[nodes.Node]:
+            self.env.note_reread()
+            what = found()
+            for fault in what["faults"]:
+                logging.getLogger(__name__).warning("formula ledger: %s", fault, location=self.get_location())
+            block = nodes.container(classes=["imsvd-ledger"])
+            self.state.nested_parse(StringList(markdown(what), source=""), self.content_offset, block)
+            return [block]
+
+    app.add_directive("formula-ledger", FormulaLedger)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
 
 
 if __name__ == "__main__":

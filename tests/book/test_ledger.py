@@ -73,16 +73,31 @@ def run(root: Path, *arguments: str) -> tuple[int, dict, str]:
     return done.returncode, json.loads(found.read_text()), done.stdout
 
 
-@pytest.mark.slow  # some two hundred perturbations of the whole package, each with its test: about a minute
+@pytest.mark.slow  # some two hundred perturbations of the package, each with its tests: about a minute
 @pytest.mark.timeout(900)
-def test_every_labelled_formula_has_a_test_that_catches_every_perturbation_of_its_function(tmp_path: Path) -> None:
-    found = tmp_path / "found.json"
-    done = subprocess.run([sys.executable, str(REPOSITORY / "book" / "_ext" / "ledger.py"), "--json", str(found)], text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    totals = json.loads(found.read_text())["totals"]
-    assert totals["labels"] >= 36
-    assert totals["tried"] == totals["caught"] >= 180
+def test_every_labelled_formula_has_a_test_that_catches_every_perturbation_of_its_function() -> None:
+    found = ledger.found()
+    assert found["faults"] == []
+    assert found["totals"]["labels"] >= 36
+    assert found["totals"]["tried"] == found["totals"]["caught"] >= 180
+
+
+def test_what_was_found_is_kept_until_something_changes_and_faults_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, runs, run_once = small_book(tmp_path), [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: runs.append(1) or run_once(*a, **k))
+    assert ledger.found(root) == ledger.found(root)
+    assert len(runs) == 1
+    (root / "tests" / "test_lines.py").write_text(WEAK)
+    for number in (2, 3):
+        assert "eq-line: nothing caught" in ledger.found(root)["faults"][0]
+        assert len(runs) == number
+
+
+def test_the_page_lists_every_label_with_its_function_its_test_and_what_was_caught(tmp_path: Path) -> None:
+    lines = ledger.markdown(run(small_book(tmp_path))[1])
+    assert lines[0] == "2 formulas and theorems, 1 functions, 1 tests: 5 perturbations tried, 5 caught."
+    assert lines[-2:] == ["| Eq. {eq}`eq-line` | `01-lines:line` | `test_line` | 5 of 5 |",
+                          "| {prf:ref}`thm-line` | `01-lines:line` | `test_line` | 5 of 5 |"]
 
 
 def test_a_sound_ledger_passes_and_counts_what_labels_share_once(tmp_path: Path) -> None:
