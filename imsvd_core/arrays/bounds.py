@@ -9,6 +9,7 @@ from math import comb, log
 
 import torch
 
+SMALLEST = 1e-12  # agreement that is looked at: f is infinite, or 0, at 0
 
 def population_bound(units: int, invariance_weight: float = 1.0, strength: int = 2) -> float:
     """Least value of DE + OE + λ·TI over all codes, for any number of samples; −3 log B if λ ≥ 1 − log B (Theorem 1).
@@ -21,7 +22,17 @@ def population_bound(units: int, invariance_weight: float = 1.0, strength: int =
     _check(units=units, least=2)
     if strength < 2 or not invariance_weight >= 0:
         raise ValueError(f"strength={strength}, invariance_weight={invariance_weight}: need strength ≥ 2 and a weight ≥ 0")
-    return _least(lambda s: _agreement(s, units, invariance_weight), 1e-12, 1.0)[1] - strength * log(units)
+    return _least(lambda s: agreement_cost(s, units, invariance_weight), SMALLEST, 1.0)[1] - strength * log(units)
+
+
+def agreement_cost(s: float, units: int, invariance_weight: float = 1.0) -> float:
+    """f(s) = s log(s/B) − λ log s: least DE + λ·TI of a variable whose views agree with probability s.
+
+    Raises ValueError unless 0 < s ≤ 1.
+    """
+    if not 0 < s <= 1:
+        raise ValueError(f"s={s} must be a probability above 0")
+    return s * log(s / units) - invariance_weight * log(s)
 
 
 def hard_bound(samples: int, units: int) -> float:
@@ -67,9 +78,11 @@ def fano_entropy(agreement: float, units: int) -> float:
     """F_B(s): largest entropy of a distribution on B units that agrees with another with probability s, in nats.
 
     Its top probability is at least s, so F_B(s) = −s log s − (1 − s) log((1 − s)/(B − 1)) for s ≥ 1/B, log B below.
+    Raises ValueError unless B ≥ 2.
     """
+    _check(units=units, least=2)
     s = max(agreement, 1 / units)
-    return -_xlogx(s) - _xlogx(1 - s) + (1 - s) * log(max(units - 1, 1))
+    return -_xlogx(s) - _xlogx(1 - s) + (1 - s) * log(units - 1)
 
 
 def fano_bound(samples: int, units: int, invariance_weight: float = 1.0) -> float:
@@ -82,9 +95,9 @@ def fano_bound(samples: int, units: int, invariance_weight: float = 1.0) -> floa
 
     def bound(s: float) -> float:
         pair = min(2 * log(units), log(samples) + 2 * fano_entropy(s, units))
-        return _agreement(s, units, invariance_weight) - pair
+        return agreement_cost(s, units, invariance_weight) - pair
 
-    return _least(bound, 1e-12, 1.0)[1]
+    return _least(bound, SMALLEST, 1.0)[1]
 
 
 def smoothed_packing_loss(theta: float, samples: int, units: int, invariance_weight: float = 1.0) -> float:
@@ -101,7 +114,7 @@ def smoothed_packing_loss(theta: float, samples: int, units: int, invariance_wei
     cells = units**2
     empty = (1 - theta) / cells
     off_diagonal = samples * _xlogx(theta / samples + empty) + (cells - samples) * _xlogx(empty)
-    return _agreement(theta + (1 - theta) / units, units, invariance_weight) + off_diagonal
+    return agreement_cost(theta + (1 - theta) / units, units, invariance_weight) + off_diagonal
 
 
 def smoothed_packing_optimum(samples: int, units: int, invariance_weight: float = 1.0) -> tuple[float, float]:
@@ -121,7 +134,7 @@ def expected_entropy(samples: int, cells: int) -> float:
     _check(samples=samples, cells=cells)
     if cells == 1:
         return 0.0
-    count = torch.arange(1, samples + 1, dtype=torch.float64)
+    count = torch.arange(2, samples + 1, dtype=torch.float64)
     ways = math.lgamma(samples + 1) - torch.lgamma(count + 1) - torch.lgamma(samples - count + 1)
     chance = (ways - count * log(cells) + (samples - count) * math.log1p(-1 / cells)).exp()
     return log(samples) - cells / samples * (chance * torch.xlogy(count, count)).sum().item()
@@ -154,38 +167,36 @@ def visible_share(samples: int, units: int) -> float:
 
 
 def suggest_units(batch_size: int, *, dim: int | None = None, visible: float = 0.25) -> int:
-    """A number of units B for a (global) batch of N: the largest whose last unit the batch still shows.
+    """A number of units B for a (global) batch of N: the largest whose last unit still shows.
 
-    More units let a variable say more, up to log B, but the loss sees a pair's B² cells through N samples. The rule
-    adds units while at least the share `visible` of the pair entropy that each adds shows up in a batch
-    (`visible_share`), which comes to about N/B² = 1.07, 0.43 or 0.15 samples a cell for a half, a quarter, a tenth.
-    With `dim` it takes the divisor of D nearest to that, by ratio, among those that leave two variables or more.
+    More units let a variable say more, up to log B, but the loss sees a pair's B² cells
+    through N samples. The rule adds units while at least the share `visible` of the pair
+    entropy that each adds shows up in a batch (`visible_share`); a half, a quarter, a tenth
+    are about N/B² = 1.07, 0.43, 0.15 samples a cell. With `dim` it takes the divisor of D
+    nearest to that, by ratio, among those that leave two variables or more.
 
-    Limits: derived for hard, uniform, independent variables and for pairs; soft codes hide less, so more units can
-    pay. The default, a quarter, is set by the two choices the paper's authors made by accuracy ((2048, 80) and
-    (512, 32)), not derived. It knows nothing of images, networks or the length of training: a place to start from.
+    Limits: derived for hard, uniform, independent variables and for pairs; soft codes hide
+    less, so more units can pay. The default, a quarter, is set by the two choices that the
+    paper's authors made by accuracy, (2048, 80) and (512, 32), not derived. It knows nothing
+    of images, networks or the length of training: a place to start from.
     Raises ValueError unless N ≥ 2, 0 < visible < 1, and D has a divisor to offer.
     """
     _check(batch_size=batch_size, least=2)
     if not 0 < visible < 1:
-        raise ValueError(f"visible={visible} must lie between 0 and 1 (a quarter is the default)")
+        raise ValueError(f"visible={visible} must lie between 0 and 1 (0.25 is the default)")
     low, high = 2, 3
     while visible_share(batch_size, high) >= visible:  # the share falls with B
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if visible_share(batch_size, middle) >= visible else (low, middle)
+        shows = visible_share(batch_size, middle) >= visible
+        low, high = (middle, high) if shows else (low, middle)
     if dim is None:
         return low
     divisors = [units for units in range(2, dim // 2 + 1) if dim % units == 0]
     if not divisors:
-        raise ValueError(f"dim={dim} has no divisor between 2 and dim/2: take an embedding that splits into variables")
+        raise ValueError(f"dim={dim} has no divisor between 2 and dim/2: take one that has")
     return min(divisors, key=lambda units: (abs(log(units / low)), units))
-
-
-def _agreement(s: float, units: int, invariance_weight: float) -> float:
-    """f(s) = s log(s/B) − λ log s, the least DE + λ·TI of codes whose views agree with probability s."""
-    return s * log(s / units) - invariance_weight * log(s)
 
 
 def _xlogx(x: float) -> float:

@@ -55,20 +55,21 @@ def _number(poly: list[int], prime: int) -> int:
 
 
 def orthogonal_array(units: int, strength: int = 2, variables: int | None = None) -> Tensor:
-    """OA(Bᵏ, V, B, k) of `strength` k for B = `units`: every k columns show every k-tuple exactly once.
+    """OA(Bᵏ, V, B, k): every k columns show every k-tuple of B = `units` values exactly once.
 
-    Rows are the polynomials of degree < k over GF(B); columns are their values at the field's B elements, and the
-    leading coefficient (Bush, 1952; for k = 2 the lines of an affine plane). Returns integers (Bᵏ, V), V = B + 1
-    unless fewer `variables` are asked for.
-    Raises ValueError unless B is a prime power, 1 ≤ k ≤ V ≤ B + 1, and the array fits into memory.
+    Rows are the polynomials of degree < k over GF(B); columns are their values at the
+    field's B elements, and the leading coefficient (Bush, 1952; for k = 2 the lines of an
+    affine plane). Returns integers (Bᵏ, V), V = B + 1 unless fewer `variables` are asked for.
+    Raises ValueError unless B is a prime power, 1 ≤ k ≤ V ≤ B + 1, and the array fits.
     """
     field = galois_field(units)
     variables = units + 1 if variables is None else variables
     if not 1 <= strength <= variables <= units + 1:
-        raise ValueError(f"strength={strength}, variables={variables}: need 1 ≤ strength ≤ variables ≤ units + 1 = {units + 1}")
+        raise ValueError(f"strength={strength}, variables={variables}: need "
+                         f"1 ≤ strength ≤ variables ≤ units + 1 = {units + 1}")
     if units**strength * variables > MAX_ENTRIES:
-        raise ValueError(f"units={units}, strength={strength}: the array would have {units**strength:,} rows; "
-                         f"take smaller ones, {MAX_ENTRIES:,} entries are the limit")
+        raise ValueError(f"units={units}, strength={strength}: {units**strength:,} rows are "
+                         f"too many; take smaller ones, up to {MAX_ENTRIES:,} entries")
     polynomials = torch.cartesian_prod(*[torch.arange(units)] * strength).reshape(-1, strength)
     leading, *rest = polynomials[:, :, None].unbind(1)
     point, values = torch.arange(units), leading.expand(-1, units)

@@ -21,20 +21,24 @@ class FreeTables(NamedTuple):
     restarts: Tensor  #: final loss of every restart, (R,)
 
 
-def optimise_tables(samples: int, units: int, variables: int, *, restarts: int = 32, steps: int = 1500,
-                    learning_rate: float = 0.1, scale: float = 2.0, seed: int = 0, **settings) -> FreeTables:
-    """Minimise the loss over the logits of both views as free numbers: Adam, from `restarts` random starts at once.
+def optimise_tables(samples: int, units: int, variables: int, *, restarts: int = 32,
+                    steps: int = 1500, learning_rate: float = 0.1, scale: float = 2.0,
+                    seed: int = 0, **settings) -> FreeTables:
+    """Minimise the loss over the logits of both views: Adam, from many random starts at once.
 
-    What is found is an upper bound of the least value, not proved to be it. The learning rate falls along a cosine;
-    starts are normal with standard deviation `scale`, the two views near each other. `settings` go to
-    `cross_joint_entropy` (weights, invariance). In float64, in memory for `restarts` matrices of (V·B)² cells.
-    Raises ValueError unless there are at least 1 sample, 2 units, 2 variables, 1 restart and 1 step.
+    What is found is an upper bound of the least value, not proved to be it. The learning
+    rate falls along a cosine; starts are normal with standard deviation `scale`, the two
+    views near each other. `settings` go to `cross_joint_entropy` (weights, invariance).
+    In float64, in memory for `restarts` matrices of (V·B)² cells.
+    Raises ValueError unless there are 1 sample, restart and step, 2 units and 2 variables.
     """
-    _check_sizes(samples=(samples, 1), units=(units, 2), variables=(variables, 2), restarts=(restarts, 1), steps=(steps, 1))
+    _check_sizes(samples=(samples, 1), units=(units, 2), variables=(variables, 2),
+                 restarts=(restarts, 1), steps=(steps, 1))
     generator = torch.Generator().manual_seed(seed)
 
     def normal() -> Tensor:
-        return torch.randn(restarts, samples, variables * units, dtype=torch.float64, generator=generator)
+        return torch.randn(restarts, samples, variables * units, generator=generator,
+                           dtype=torch.float64)
 
     common = scale * normal()
     views = [(common + 0.1 * scale * normal()).requires_grad_() for _ in range(2)]

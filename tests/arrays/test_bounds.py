@@ -1,11 +1,12 @@
 """Bounds, biases and the suggested number of units."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
 
-from imsvd_core.arrays import (balanced_entropy, expected_entropy, fano_bound, fano_entropy, hard_bound, hard_packing,
+from imsvd_core.arrays import (agreement_cost, balanced_entropy, expected_entropy, fano_bound, fano_entropy, hard_bound, hard_packing,
                                one_hot_codes, orthogonal_array, plotkin_bound, population_bound, rao_bound, simulated_entropy,
                                smoothed_packing_loss, smoothed_packing_optimum, suggest_units, visible_share)
 from imsvd_core.discretization import soft_discretize, split_variables
@@ -16,6 +17,23 @@ from imsvd_core.loss import cross_joint_entropy
 @pytest.mark.parametrize(("units", "weight"), [(3, 0.0), (80, 0.0), (80, 1.0), (2, 1.0), (2, 1 - math.log(2))])
 def test_the_bound_is_three_logarithms_under_its_condition(units, weight):
     assert population_bound(units, weight) == pytest.approx(-3 * math.log(units), abs=1e-12)
+
+
+@pytest.mark.parametrize(("units", "weight"), [(2, 0.0), (3, 1.0), (5, 0.4)])
+def test_disagreement_costs_what_the_formula_says_and_never_less(units, weight):
+    def diagonal_terms(p1, p2):
+        terms = cross_joint_entropy(p1.log(), p2.log(), units)
+        agreement = (p1 * p2).sum(1).mean().item() / 2  # two copies of one variable
+        return terms.diagonal_entropy.item() + weight * terms.transform_invariance.item(), agreement
+
+    torch.manual_seed(0)
+    for scale in (0.3, 1.0, 3.0):
+        p1, p2 = (soft_discretize(scale * torch.randn(7, units, dtype=torch.float64), units).repeat(1, 2) for _ in range(2))
+        value, agreement = diagonal_terms(p1, p2)
+        assert value > agreement_cost(agreement, units, weight)
+    even = torch.eye(units, dtype=torch.float64) * 0.7 + 0.3 / units  # every value once, equally soft
+    value, agreement = diagonal_terms(even.repeat(1, 2), even.repeat(1, 2))
+    assert value == pytest.approx(agreement_cost(agreement, units, weight), abs=1e-12)
 
 
 def test_below_the_condition_softer_codes_win():
@@ -136,6 +154,29 @@ def test_expected_entropy_of_three_samples_in_two_cells_by_enumeration():
     assert expected_entropy(7, 1) == 0
 
 
+def test_the_mean_entropy_of_a_batch_rises_with_every_sample_towards_the_truth():
+    def by_enumeration(samples, cells):
+        outcomes = [torch.tensor(draw).bincount(minlength=cells).double() / samples for draw in product(range(cells), repeat=samples)]
+        return torch.stack([entropy(outcome) for outcome in outcomes]).mean().item()
+
+    for cells in (2, 4):
+        means = [expected_entropy(samples, cells) for samples in range(1, 6)]
+        assert means == pytest.approx([by_enumeration(samples, cells) for samples in range(1, 6)], abs=1e-12)
+        assert all(later > earlier for earlier, later in zip(means, means[1:], strict=False))
+        assert expected_entropy(3, 1) == 0
+        assert expected_entropy(20_000, cells) == pytest.approx(math.log(cells), abs=1e-4)
+
+
+@pytest.mark.parametrize(("samples", "units"), [(2, 2), (3, 3), (5, 2)])
+def test_the_visible_share_by_enumeration_of_all_batches(samples, units):
+    def mean_entropy(cells):
+        draws = [torch.tensor(draw).bincount(minlength=cells).double() / samples for draw in product(range(cells), repeat=samples)]
+        return torch.stack([entropy(draw) for draw in draws]).mean().item()
+
+    added = mean_entropy(units**2) - mean_entropy((units - 1) ** 2)
+    assert visible_share(samples, units) == pytest.approx(added / (2 * math.log(units / (units - 1))), abs=1e-12)
+
+
 def test_the_visible_share_falls_from_one_to_nothing():
     shares = [visible_share(2048, units) for units in range(2, 300)]
     assert all(later < earlier for earlier, later in zip(shares, shares[1:], strict=False))
@@ -171,7 +212,7 @@ def test_the_suggestion_divides_the_embedding():
     (lambda: population_bound(3, strength=1), "strength=1"), (lambda: balanced_entropy(0, 3), "samples=0"),
     (lambda: expected_entropy(3, 0), "cells=0"), (lambda: simulated_entropy(3, 3, draws=1), "draws=1"),
     (lambda: smoothed_packing_loss(1.2, 6, 3), "theta=1.2"), (lambda: smoothed_packing_loss(0.5, 10, 3), "samples=10"),
-    (lambda: rao_bound(9, 1), "units=1"), (lambda: plotkin_bound(9, True), "units=True"), (lambda: visible_share(9, 1), "units=1")])
+    (lambda: agreement_cost(0.0, 3), "s=0.0"), (lambda: rao_bound(9, 1), "units=1"), (lambda: plotkin_bound(9, True), "units=True"), (lambda: visible_share(9, 1), "units=1")])
 def test_what_makes_no_sense_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()

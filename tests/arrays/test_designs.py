@@ -59,6 +59,8 @@ def test_strength_three_attains_four_log_b(units):
 @pytest.mark.parametrize(("samples", "units", "variables"), [(6, 3, 3), (12, 4, 4), (20, 5, 5), (64, 8, 8), (80, 16, 4), (512, 32, 32)])
 def test_packings_use_no_pair_twice_and_every_value_alike(samples, units, variables):
     values = hard_packing(samples, units, variables)
+    assert values.shape == (samples, variables)
+    assert set(values.flatten().tolist()) == set(range(units))
     p = one_hot_codes(values, units)
     cells = joint(p).reshape(variables, units, variables, units)
     for i, j in combinations(range(variables), 2):
