@@ -115,7 +115,9 @@ def read(root: Path) -> Ledger:
     ledger = Ledger(equivalent=written.pop("equivalent", {}))
     labels: dict[str, str] = {}
     for page in chapters(root):
-        labels |= labels_of(page.read_text(encoding="utf-8"))
+        here = labels_of(page.read_text(encoding="utf-8"))
+        ledger.faults += [f"{label}: {page.name} uses a label that an earlier page has" for label in here if label in labels]
+        labels |= here
     ledger.faults += [f"{label}: no entry in book/ledger.toml" for label in labels if label not in written]
     ledger.faults += [f"{label}: an entry, but no label of a chapter" for label in written if label not in labels]
     for label, kind in labels.items():
@@ -724,13 +726,14 @@ def markdown(found: dict[str, Any]) -> list[str]:
     counts = found["totals"]
     lines = [f"{counts['labels']} formulas and theorems, {counts['functions']} functions, {counts['tests']} tests: "
              f"{counts['tried']} perturbations tried, {counts['caught']} caught.", "",
-             "| Formula | Computed by | Checked by | Caught |", "|:--|:--|:--|--:|"]
+             "| Formula | Caught | Computed by | Checked by |", "|:--|:--|:--|:--|"]
     for label, job in found["labels"].items():
         kind, of_job = job["kind"], Job(job["functions"], job["tests"], [Trial(**trial) for trial in job["trials"]])
         place = f"Eq. {{eq}}`{label}`" if kind == "equation" else f"{{prf:ref}}`{label}`"
-        functions, tests = (" ".join(f"`{name.removeprefix('imsvd_core.').rsplit('::', 1)[-1]}`" for name in names)
-                            for names in (of_job.functions, of_job.tests))
-        lines.append(f"| {place} | {functions} | {tests} | {len(of_job.caught())} of {len(of_job.tried())} |")
+        functions = " ".join(f"`{name.removeprefix('imsvd_core.')}`" for name in of_job.functions)
+        tests = "; ".join(f"{name.split('::')[-1].removeprefix('test_').replace('_', ' ')} (`{Path(name.split('::')[0]).name}`)"
+                          for name in of_job.tests)
+        lines.append(f"| {place} | {len(of_job.caught())} of {len(of_job.tried())} | {functions} | {tests} |")
     return lines
 
 

@@ -96,8 +96,8 @@ def test_what_was_found_is_kept_until_something_changes_and_faults_are_not(tmp_p
 def test_the_page_lists_every_label_with_its_function_its_test_and_what_was_caught(tmp_path: Path) -> None:
     lines = ledger.markdown(run(small_book(tmp_path))[1])
     assert lines[0] == "2 formulas and theorems, 1 functions, 1 tests: 5 perturbations tried, 5 caught."
-    assert lines[-2:] == ["| Eq. {eq}`eq-line` | `01-lines:line` | `test_line` | 5 of 5 |",
-                          "| {prf:ref}`thm-line` | `01-lines:line` | `test_line` | 5 of 5 |"]
+    assert lines[-2:] == ["| Eq. {eq}`eq-line` | 5 of 5 | `01-lines:line` | line (`test_lines.py`) |",
+                          "| {prf:ref}`thm-line` | 5 of 5 | `01-lines:line` | line (`test_lines.py`) |"]
 
 
 def test_a_sound_ledger_passes_and_counts_what_labels_share_once(tmp_path: Path) -> None:
@@ -168,6 +168,12 @@ def test_a_perturbation_declared_to_be_without_effect_is_passed_over_and_must_be
 def test_a_label_without_entry_fails(tmp_path: Path) -> None:
     found = ledger.read(small_book(tmp_path, ENTRY.format(label="eq-line")))
     assert found.faults == ["thm-line: no entry in book/ledger.toml"]
+
+
+def test_a_label_used_twice_fails(tmp_path: Path) -> None:
+    root = small_book(tmp_path)
+    (root / "book" / "index.md").write_text("# A book\n\n$$\nx\n$$ (eq-line)\n")
+    assert ledger.read(root).faults == ["eq-line: 01-lines.md uses a label that an earlier page has"]
 
 
 def test_an_entry_without_label_fails(tmp_path: Path) -> None:
