@@ -19,6 +19,9 @@ import torch
 from imsvd_core.files import atomic_write
 
 
+STORE = Path(__file__).parent.parent / "book" / "results"  #: of the book's own results
+
+
 @dataclass(frozen=True)
 class Provenance:
     """What somebody needs to get a figure again."""
@@ -94,11 +97,16 @@ def read_result(path: Path | str) -> dict[str, Any]:
 
 def stored(name: str) -> dict[str, Any]:
     """The result that the book keeps under `name`. Raises FileNotFoundError naming those there are."""
-    folder = Path(__file__).parent.parent / "book" / "results"
-    if not (folder / f"{name}.json").exists():
-        there = ", ".join(sorted(path.stem for path in folder.glob("*.json"))) or "none"
-        raise FileNotFoundError(f"no stored result {name!r} in {folder}; there are: {there}")
-    return read_result(folder / f"{name}.json")
+    return read_result(stored_path(f"{name}.json"))
+
+
+def stored_path(file: str) -> Path:
+    """Where the book keeps `file`, a result (.json) or a model (.safetensors). Raises FileNotFoundError naming those there are."""
+    path = STORE / file
+    if not path.exists():
+        there = ", ".join(sorted(other.name for other in STORE.glob(f"*{path.suffix}"))) or "none"
+        raise FileNotFoundError(f"no stored result {file!r} in {STORE}; there are: {there}")
+    return path
 
 
 def device_name(device: torch.device | str) -> str:

@@ -105,9 +105,7 @@ class Pretraining:
 
     def finish(self) -> Path:
         """Export the backbone, evaluate it, and write result.json with provenance; returns its path."""
-        weights = {name: value.contiguous().cpu() for name, value in self.network.backbone.state_dict().items()}
-        with atomic_write(self.run_dir / "backbone.safetensors") as file:
-            file.write(safetensors.torch.save(weights, {"backbone": self.recipe.network.backbone}))
+        save_backbone(self.run_dir / "backbone.safetensors", self.network.backbone, self.recipe.network)
         figures = {**self.knn(), "steps": self.loop.records(), "watched": self.loop.records("gallery")}
         origin = provenance(config=self.recipe, seed=self.recipe.loop.seed, device=self.device,
                             dataset=self.train.title, seconds=self.loop.seconds)
@@ -144,6 +142,23 @@ def load_run(run_dir: Path | str) -> tuple[Recipe, ResNet]:
         if not (run_dir / name).exists():
             raise FileNotFoundError(f"{run_dir} has no {name}: give the folder of a finished `imsvd pretrain`")
     recipe = from_plain(Recipe, json.loads((run_dir / "config.json").read_text()))
-    backbone = build_backbone(recipe.network.backbone, recipe.network.cifar_stem)
-    backbone.load_state_dict(safetensors.torch.load_file(run_dir / "backbone.safetensors"))
-    return recipe, backbone
+    return recipe, load_backbone(run_dir / "backbone.safetensors")
+
+
+def save_backbone(path: Path | str, backbone: ResNet, config: NetworkConfig, dtype: torch.dtype | None = None) -> None:
+    """Write weights and what is needed to build the network again; floating-point ones in `dtype`, if given."""
+    weights = {name: value.to(dtype if dtype and value.is_floating_point() else value.dtype).contiguous().cpu()
+               for name, value in backbone.state_dict().items()}
+    with atomic_write(path) as file:
+        file.write(safetensors.torch.save(weights, {"backbone": config.backbone, "cifar_stem": str(config.cifar_stem)}))
+
+
+def load_backbone(path: Path | str) -> ResNet:
+    """The backbone that `save_backbone` wrote. Raises ValueError for a file that does not say which network it holds."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        about = file.metadata() or {}
+    if not {"backbone", "cifar_stem"} <= about.keys():
+        raise ValueError(f"{path} does not say which backbone it holds: give a file that `imsvd pretrain` wrote")
+    backbone = build_backbone(about["backbone"], about["cifar_stem"] == "True")
+    backbone.load_state_dict(safetensors.torch.load_file(path))
+    return backbone

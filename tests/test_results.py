@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from imsvd_core.loop import LoopConfig
-from imsvd_core.results import config_hash, provenance, read_result, write_result
+from imsvd_core.results import config_hash, provenance, read_result, stored, stored_path, write_result
 
 
 @pytest.fixture
@@ -44,3 +44,11 @@ def test_a_file_that_is_no_result_is_named(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps({"figures": {}}))
     with pytest.raises(ValueError, match="r.json is not a stored result"):
         read_result(tmp_path / "r.json")
+
+
+def test_a_stored_result_that_is_not_there_is_named_with_those_that_are():
+    assert stored("cifar10-laptop-imsvd-seed0")["name"] == "cifar10-laptop-imsvd-seed0"
+    with pytest.raises(FileNotFoundError, match=r"'nothing\.json'.*cifar10-laptop-imsvd-seed0\.json"):
+        stored("nothing")
+    with pytest.raises(FileNotFoundError, match=r"'nothing\.safetensors'"):
+        stored_path("nothing.safetensors")

@@ -11,13 +11,14 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from imsvd_core import datasets
 from imsvd_core.methods import BarlowTwins, VICReg
 from imsvd_core.recipes import recipe
 from imsvd_core.results import read_result
-from imsvd_core.training import Pretraining, build_network, load_data, load_run, pretrain
+from imsvd_core.training import (Pretraining, build_network, load_backbone, load_data, load_run, pretrain,
+                                 save_backbone)
 
 
 @pytest.fixture(scope="session")
@@ -162,6 +163,22 @@ def test_what_is_watched_is_kept_whatever_its_neighbors(small, tmp_path):
     other = replace(small, watch=replace(small.watch, neighbors=(10,)))
     figures = read_result(pretrain(other, tmp_path, progress=False))["figures"]
     assert [set(line) >= {"knn_10", "mean_top"} for line in figures["watched"]] == [True] * 3
+
+
+def test_a_backbone_in_half_precision_keeps_its_network(small, tmp_path):
+    backbone = build_network(small.network, 0).backbone
+    save_backbone(tmp_path / "half.safetensors", backbone, small.network, torch.float16)
+    loaded = load_backbone(tmp_path / "half.safetensors").state_dict()
+    assert load_file(tmp_path / "half.safetensors")["conv1.weight"].dtype == torch.float16
+    for name, value in backbone.state_dict().items():
+        assert loaded[name].dtype == value.dtype
+        assert torch.allclose(loaded[name], value, rtol=1e-3, atol=1e-4), name
+
+
+def test_weights_that_do_not_say_their_network_are_refused(tmp_path):
+    save_file({"weight": torch.zeros(3)}, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"w\.safetensors does not say which backbone"):
+        load_backbone(tmp_path / "w.safetensors")
 
 
 def test_an_unfinished_run_cannot_be_evaluated(tmp_path):

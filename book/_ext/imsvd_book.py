@@ -61,7 +61,7 @@ def what_cells_depend_on(book: Path) -> list[Path]:
     """Return the files that a cell may read or import."""
     package = Path(find_spec("imsvd_core").origin).parent
     sources = [path for pattern in ("*.py", "*.js") for path in package.rglob(pattern)]
-    return [*sources, *book.joinpath("results").rglob("*.json"), REPOSITORY / "requirements.txt"]
+    return [*sources, *book.joinpath("results").rglob("*.*"), REPOSITORY / "requirements.txt"]
 
 
 def cache_key(files: Iterable[Path], *values: Any) -> str:

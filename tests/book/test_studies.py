@@ -1,19 +1,30 @@
 """The scripts whose results the book stores."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
+from imsvd_core.recipes import recipe
 from imsvd_core.results import read_result
+from imsvd_core.training import load_backbone, pretrain
 
 STUDIES = Path(__file__).parents[2] / "book" / "studies"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, STUDIES / f"{name}.py")
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    return study
 
 
 def test_the_grid_of_units_runs_every_setting_once(tmp_path, monkeypatch):
     monkeypatch.setenv("IMSVD_SCALE", "smoke")
     monkeypatch.setenv("IMSVD_DATASET", "attributes")
-    spec = importlib.util.spec_from_file_location("units", STUDIES / "units.py")
-    study = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(study)
+    study = load("units")
     monkeypatch.setattr(study, "BATCH_SIZES", (64,))
     monkeypatch.setattr(study, "UNITS", (4, 8))
     monkeypatch.setattr(study, "SEEDS", (0,))
@@ -24,3 +35,20 @@ def test_the_grid_of_units_runs_every_setting_once(tmp_path, monkeypatch):
     monkeypatch.setattr(study.Pretraining, "__iter__", lambda self: 1 / 0)  # nothing is trained again
     study.main(tmp_path)
     assert read_result(tmp_path / "result.json")["figures"] == first
+
+
+def test_a_run_is_kept_with_its_model_and_its_matrices(tmp_path):
+    small = replace(recipe("cifar10", "smoke"), data="attributes")
+    pretrain(small, tmp_path / "run", progress=False)
+    (tmp_path / "store").mkdir()
+    load("keep").main(tmp_path / "run", "kept", tmp_path / "store")
+    before, after = read_result(tmp_path / "run" / "result.json"), read_result(tmp_path / "store" / "kept.json")
+    assert after["name"] == "kept"
+    assert after["provenance"] == before["provenance"]
+    assert after["figures"].items() >= before["figures"].items()
+    assert abs(after["figures"]["knn_20_as_kept"] - before["figures"]["knn_20"]) <= 2  # of 200 queries
+    matrices = load_file(tmp_path / "store" / "kept-joints.safetensors")
+    assert len(matrices) == 1 + small.loop.epochs
+    trained, kept = (load_backbone(path) for path in (tmp_path / "run" / "backbone.safetensors", tmp_path / "store" / "kept.safetensors"))
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.allclose(trained.eval()(images), kept.eval()(images), rtol=0.02, atol=0.02)
