@@ -5,7 +5,7 @@
 
 A symbol is a Latin or Greek letter, a letter with an accent or in another alphabet (`\\hat P`, `\\mathcal L`), or a name in
 `\\mathrm` that begins with a capital (`\\mathrm{DE}`). Indices, primes and arguments are symbols of their own: `B_v` is B and v.
-Operators (`\\log`, `\\mathbb E`, `\\operatorname`) and the constants e and π are none.
+Operators (`\\log`, `\\mathbb E`, `\\operatorname`, an order O(x)) and the constants e and π are none.
 
 A chapter says where it defines symbols by an invisible line, right above the paragraph or formula that does it in words:
 
@@ -45,9 +45,11 @@ EVERYWHERE = 0  # the chapter of what holds from the first page on
 
 def symbols(tex: str) -> list[str]:
     """Symbols of a formula, in their order, each as often as it occurs."""
-    tex = re.sub(r"\\[dt]?frac\{d(\^\d)?", r"\\frac{", tex)  # the d of a derivative
+    tex = re.sub(r"\\[dt]?frac(?:\{d(?:\^\d)?| d\{d)(?=[\\A-Za-z}])", r"\\frac{", tex)  # the d of a derivative
     tex = re.sub(r"\}\{d(?=\\?[A-Za-z])", "}{", tex)
+    tex = re.sub(r"(?<![A-Za-z\\])O(?=\()", "", tex)  # the order of magnitude
     tex = re.sub(r"(?<![A-Za-z\\])e(?=\^)", "", tex)  # the base of the exponential function
+    tex = re.sub(r"_\{\\rm [^{}]*\}", "", tex)  # a label
     found = []
     for match in TOKEN.finditer(tex):
         if match["accent"]:
@@ -137,9 +139,9 @@ def blocks(page: str) -> Iterator[Block]:
 
 
 def _listed(text: str) -> tuple[str, ...]:
-    """Symbols of a list with commas; two capitals or more are a name."""
+    """Symbols of a list with commas; a word with a capital is a name."""
     items = [item.strip() for item in text.split(",")]
-    return tuple(one for item in items for one in ([item] if re.fullmatch(r"[A-Z]{2,}", item) else symbols(item)))
+    return tuple(one for item in items for one in ([item] if re.fullmatch(r"[A-Z][A-Za-z]+", item) else symbols(item)))
 
 
 def notation(page: str) -> dict[str, int]:

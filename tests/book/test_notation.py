@@ -126,9 +126,10 @@ def test_a_notation_page_that_does_not_fit_the_chapters_is_a_fault(tmp_path: Pat
 
 @pytest.mark.parametrize(("tex", "found"), [
     (r"\hat P(X_{v_1}=b_1,\dots)\le\bar{H}_K", [r"\hat P", "X", "v", "b", r"\bar H", "K"]),
-    (r"\mathcal L=\mathrm{DE}+\lambda\,\mathrm{TI}_{\rm bal}", [r"\mathcal L", "DE", r"\lambda", "TI", "b", "a", "l"]),
+    (r"\mathcal L=\mathrm{DE}+\lambda\,\mathrm{TI}_{\rm bal}", [r"\mathcal L", "DE", r"\lambda", "TI"]),
     (r"\mathbb E\log x\,\operatorname{Var}z\text{ where }y\in\mathbb R^{N}", ["x", "z", "y", "N"]),
-    (r"\frac{d}{ds}\frac{dH}{ds}e^{sz_b}\frac{\partial p}{\partial z}", ["s", "H", "s", "s", "z", "b", "p", "z"]),
+    (r"\frac{d}{ds}\frac{dH}{ds}e^{sz_b}\frac{\partial p}{\partial z}\frac d{dt}", ["s", "H", "s", "s", "z", "b", "p", "z", "t"]),
+    (r"\mathcal L_{\mathrm{BT}}+O(u)+w_{\mathrm{red}}", [r"\mathcal L", "BT", "u", "w"]),
     (r"\begin{aligned}a'&=\hat\theta\\b\end{aligned}", ["a", r"\hat \theta", "b"]),
 ])
 def test_formulas_are_read_as_symbols(tex: str, found: list[str]) -> None:
