@@ -15,6 +15,7 @@ from ledger import of_chapter
 from torch import Tensor
 
 from imsvd_core import information, loss
+from imsvd_core.arrays import orthogonal_array
 from imsvd_core.discretization import joint, soft_discretize
 from imsvd_core.information import joint_entropy, mean_subset_entropy, total_correlation
 from imsvd_core.loss import cross_joint_entropy
@@ -371,3 +372,17 @@ def test_the_gradient_by_hand_is_that_of_autograd(temperature: float, weight: fl
     expected, = torch.autograd.grad(total, z1)
     p1, p2 = (soft_discretize(z.detach(), 4, temperature) for z in (z1, z2))
     assert torch.allclose(by_hand(p1, p2, 4, temperature, weight), expected, rtol=0, atol=1e-15)
+
+
+# --- chapter 05 ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("B", "K"), [(2, 2), (3, 2), (3, 3), (4, 3)])
+def test_arrays_of_strength_k_show_every_tuple_of_values_once_and_reach_the_bound(B: int, K: int) -> None:
+    rows = [tuple(row) for row in orthogonal_array(B, K).tolist()]
+    assert {len(row) for row in rows} == {B + 1}
+    for subset in combinations(range(B + 1), K):
+        assert sorted(tuple(row[v] for v in subset) for row in rows) == list(product(range(B), repeat=K))
+    single = sum(counted(rows, v) for v in range(B + 1)) / (B + 1)
+    together = [counted(rows, *subset) for subset in combinations(range(B + 1), K)]
+    assert -single - sum(together) / len(together) == close(-(1 + K) * math.log(B))

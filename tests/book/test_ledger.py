@@ -122,7 +122,7 @@ def test_a_test_that_only_crashes_has_not_bitten(tmp_path: Path) -> None:
     crash = GOOD.replace("assert", "if not").replace("== 7", "== 7:\n        raise RuntimeError('not seven')")
     status, found, _ = run(small_book(tmp_path, test=crash))
     assert status == 1
-    assert "eq-line: no perturbation of 01-lines:line is caught" in found["faults"]
+    assert "eq-line: 0 perturbations of 01-lines:line are caught, and 2 must be" in found["faults"]
 
 
 def test_a_test_that_fails_by_itself_fails(tmp_path: Path) -> None:
