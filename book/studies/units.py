@@ -3,11 +3,12 @@
     python book/studies/units.py RUN_DIR
 
 Every run is the recipe `cifar10-units` with another N, B and seed (the embedding keeps its D, so V = D / B). Runs
-that RUN_DIR holds are not run again; the result goes to RUN_DIR/result.json.
+that RUN_DIR holds are not run again; the result goes to RUN_DIR/result.json after every seed.
 """
 
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from imsvd_core.loop import pick_device
@@ -23,30 +24,28 @@ SEEDS = (0, 1)
 def main(run_dir: Path) -> None:
     base = recipe("cifar10-units")
     data = load_data(base)
-    rows, seconds = [], 0.0
-    for seed in SEEDS:
-        for batch_size in BATCH_SIZES:
-            for units in UNITS:
-                one = replace(base, method=replace(base.method, units=units),
-                              loop=replace(base.loop, batch_size=batch_size, seed=seed))
-                folder = run_dir / f"batch{batch_size}-units{units}-seed{seed}"
-                if not (folder / "result.json").exists():
-                    run = Pretraining(one, folder, data=data, progress=False)
-                    for _ in run:
-                        pass
-                    run.watch()
-                    run.finish()
-                result = read_result(folder / "result.json")
-                figures, last = result["figures"], result["figures"]["watched"][-1]
-                seconds += result["provenance"]["seconds"]
-                rows.append({"batch_size": batch_size, "units": units, "seed": seed, "knn_20": figures["knn_20"],
-                             "above_90": last["above_90"], "mean_top": last["mean_top"]})
-                print(rows[-1], flush=True)
     untrained = Pretraining(base, run_dir / "untrained", data=data, progress=False)
-    origin = provenance(config=base, seed=SEEDS[0], device=pick_device(base.loop.device), dataset=data[0].title, seconds=seconds)
-    write_result(run_dir / "result.json", "cifar10-laptop-units-grid",
-                 {"untrained_knn_20": untrained.knn()["knn_20"], "dim": base.network.dim,
-                  "samples": len(untrained.train), "runs": rows}, origin, overwrite=True)
+    figures = {"untrained_knn_20": untrained.knn()["knn_20"], "dim": base.network.dim, "samples": len(untrained.train), "runs": []}
+    seconds = 0.0
+    for seed, batch_size, units in product(SEEDS, BATCH_SIZES, UNITS):
+        one = replace(base, method=replace(base.method, units=units),
+                      loop=replace(base.loop, batch_size=batch_size, seed=seed))
+        folder = run_dir / f"batch{batch_size}-units{units}-seed{seed}"
+        if not (folder / "result.json").exists():
+            run = Pretraining(one, folder, data=data, progress=False)
+            for _ in run:
+                pass
+            run.watch()
+            run.finish()
+        result = read_result(folder / "result.json")
+        last = result["figures"]["watched"][-1]
+        seconds += result["provenance"]["seconds"]
+        figures["runs"].append({"batch_size": batch_size, "units": units, "seed": seed, "knn_20": result["figures"]["knn_20"],
+                                "above_90": last["above_90"], "mean_top": last["mean_top"]})
+        print(figures["runs"][-1], flush=True)
+        if (batch_size, units) == (BATCH_SIZES[-1], UNITS[-1]):  # a seed is complete
+            origin = provenance(config=base, seed=SEEDS[0], device=pick_device(base.loop.device), dataset=data[0].title, seconds=seconds)
+            write_result(run_dir / "result.json", "cifar10-laptop-units-grid", figures, origin, overwrite=True)
 
 
 if __name__ == "__main__":
