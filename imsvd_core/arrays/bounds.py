@@ -12,7 +12,9 @@ import torch
 SMALLEST = 1e-12  # agreement that is looked at: f is infinite, or 0, at 0
 
 def population_bound(units: int, invariance_weight: float = 1.0, strength: int = 2) -> float:
-    """Least value of DE + OE + λ·TI over all codes, for any number of samples; −3 log B if λ ≥ 1 − log B (Theorem 1).
+    """Least value of DE + OE + λ·TI over batches of all sizes; −3 log B if λ ≥ 1 − log B (Theorem 1).
+
+    No batch goes below, and not every batch attains it (`rao_bound`, `hard_bound`, `fano_bound`).
 
     With `strength` K it bounds the loss that has the joint entropy of K variables in place of that of pairs.
     Below 1 − log B, which needs B = 2, softer codes win, and the value is min f(s) − K log B over 0 < s ≤ 1
@@ -36,7 +38,7 @@ def agreement_cost(s: float, units: int, invariance_weight: float = 1.0) -> floa
 
 
 def hard_bound(samples: int, units: int) -> float:
-    """Least value of DE + OE + λ·TI that hard codes of N samples might have: −H_bal(N, B) − H_bal(N, B²).
+    """Least value of DE + OE + λ·TI that hard codes which agree might have: −H_bal(N, B) − H_bal(N, B²).
 
     Attained by `hard_packing`, and by orthogonal arrays; not by every N, B and V (`plotkin_bound`).
     """
@@ -55,14 +57,14 @@ def balanced_entropy(samples: int, cells: int) -> float:
 
 
 def rao_bound(samples: int, units: int) -> int:
-    """Most variables of an orthogonal array of strength 2 with N rows: V ≤ (N − 1) / (B − 1) (Rao, 1947)."""
+    """No more variables than this has an orthogonal array of strength 2 with N rows: V ≤ (N − 1) / (B − 1) (Rao, 1947)."""
     _check(samples=samples)
     _check(units=units, least=2)
     return (samples - 1) // (units - 1)
 
 
 def plotkin_bound(samples: int, units: int) -> float:
-    """Most variables of N hard samples whose values agree in at most one variable, for any two samples.
+    """No more variables than this have N hard samples of which any two agree in at most one variable.
 
     That is what balanced marginals and pairs that occur at most once each ask for; B(N − 1)/(N − B) if B divides N.
     Infinite for N ≤ B, where no two samples need ever agree.
@@ -75,13 +77,15 @@ def plotkin_bound(samples: int, units: int) -> float:
 
 
 def fano_entropy(agreement: float, units: int) -> float:
-    """F_B(s): largest entropy of a distribution on B units that agrees with another with probability s, in nats.
+    """F_B(s): largest entropy of a distribution on B units that agrees with another with probability s or more, in nats.
 
     Its top probability is at least s, so F_B(s) = −s log s − (1 − s) log((1 − s)/(B − 1)) for s ≥ 1/B, log B below.
-    Raises ValueError unless B ≥ 2.
+    Raises ValueError unless B ≥ 2 and 0 ≤ s ≤ 1.
     """
     _check(units=units, least=2)
-    s = max(agreement, 1 / units)
+    if not 0 <= agreement <= 1 + 1e-9:
+        raise ValueError(f"agreement={agreement} must be a probability")
+    s = min(max(agreement, 1 / units), 1.0)
     return -_xlogx(s) - _xlogx(1 - s) + (1 - s) * log(units - 1)
 
 
@@ -118,9 +122,9 @@ def smoothed_packing_loss(theta: float, samples: int, units: int, invariance_wei
 
 
 def smoothed_packing_optimum(samples: int, units: int, invariance_weight: float = 1.0) -> tuple[float, float]:
-    """(θ, loss) at the best smoothing of a packing: 0 < θ < 1 whenever N < B² (to about 1e-8 in θ).
+    """(θ, loss) at the best smoothing of a packing: 0 < θ < 1 whenever N < B², to about 1e-8 in θ.
 
-    The top probability of its codes is √θ + (1 − √θ)/B. Raises ValueError as `smoothed_packing_loss` does.
+    Where 1 − θ is smaller than that (N near B²), 1 may be returned. The top probability of its codes is √θ + (1 − √θ)/B. Raises ValueError as `smoothed_packing_loss` does.
     """
     return _least(lambda theta: smoothed_packing_loss(theta, samples, units, invariance_weight), 0.0, 1.0)
 
@@ -172,7 +176,7 @@ def suggest_units(batch_size: int, *, dim: int | None = None, visible: float = 0
     More units let a variable say more, up to log B, but the loss sees a pair's B² cells
     through N samples. The rule adds units while at least the share `visible` of the pair
     entropy that each adds shows up in a batch (`visible_share`); a half, a quarter, a tenth
-    are about N/B² = 1.07, 0.43, 0.15 samples a cell. With `dim` it takes the divisor of D
+    are about N/B² = 1.09, 0.43, 0.15 samples a cell. Never below 2. With `dim` it takes the divisor of D
     nearest to that, by ratio, among those that leave two variables or more.
 
     Limits: derived for hard, uniform, independent variables and for pairs; soft codes hide
