@@ -176,8 +176,8 @@ def suggest_units(batch_size: int, *, dim: int | None = None, visible: float = 0
     More units let a variable say more, up to log B, but the loss sees a pair's B² cells
     through N samples. The rule adds units while at least the share `visible` of the pair
     entropy that each adds shows up in a batch (`visible_share`); a half, a quarter, a tenth
-    are about N/B² = 1.09, 0.43, 0.15 samples a cell. Never below 2. With `dim` it takes the divisor of D
-    nearest to that, by ratio, among those that leave two variables or more.
+    are about N/B² = 1.09, 0.43, 0.15 samples a cell. B is never below 2. With `dim` it is
+    the divisor of D nearest to that, by ratio, among those that leave two variables.
 
     Limits: derived for hard, uniform, independent variables and for pairs; soft codes hide
     less, so more units can pay. The default, a quarter, is set by the two choices that the
