@@ -115,6 +115,24 @@ def test_equal_coordinates_satisfy_invariance_and_variance_and_are_seen_by_covar
     assert vicreg(z, -z, (1, 0, 0)).item() == close(4 * (samples - 1) / samples)
 
 
+def test_without_covariance_vicreg_is_the_mean_of_one_loss_per_coordinate_blind_to_signs_and_constants():
+    z1, z2 = pair(scale=0.4)  # where some coordinates vary enough and some do not
+
+    def alone(g1: Tensor, g2: Tensor) -> float:
+        spread = sum(max(0.0, 1 - math.sqrt(np.var(g.numpy(), ddof=1) + 1e-4)) for g in (g1, g2)) / 2
+        return 25 * np.square((g1 - g2).numpy()).mean() + 25 * spread
+
+    each = [alone(*coordinates) for coordinates in zip(z1.T, z2.T)]
+    whole = vicreg(z1, z2, (25, 25, 0)).item()
+    assert whole == close(sum(each) / 6, abs=1e-10) and z1.std(0).min() < 0.9 < 1.1 < z1.std(0).max()
+    signs, shift = torch.tensor([1.0, -1, 1, -1, -1, 1]), torch.arange(6)
+    assert vicreg(signs * z1 + shift, signs * z2 + shift, (25, 25, 0)).item() == close(whole, abs=1e-10)
+    least = each.index(min(each))
+    repeated = [signs * z[:, [least]] + shift for z in (z1, z2)]
+    assert vicreg(*repeated, (25, 25, 0)).item() == close(min(each), abs=1e-10)
+    assert torch.linalg.matrix_rank(repeated[0].T.cov()) == 1
+
+
 def test_standardised_coordinates_have_the_mean_zero_and_the_variance_one():
     z = pair(scale=0.01)[0]  # where the guard matters
     x = z.numpy()
