@@ -15,6 +15,7 @@ import torch
 
 from imsvd_core.evaluation import knn
 from imsvd_core.files import atomic_write
+from imsvd_core.loop import PRECISIONS
 from imsvd_core.networks import build_backbone
 from imsvd_core.recipes import Recipe, from_plain
 from imsvd_core.results import STORE, read_result, write_json
@@ -30,7 +31,8 @@ def main(run_dir: Path, name: str, store: Path = STORE) -> None:
     save_backbone(store / f"{name}.safetensors", backbone, config.network, torch.float16)
 
     view = EvalView(**vars(config.eval_view))
-    kept = knn.evaluate(load_backbone(store / f"{name}.safetensors"), load_data(config), config.knn, view=view)
+    kept = knn.evaluate(load_backbone(store / f"{name}.safetensors"), load_data(config), config.knn, view=view,
+                        precision=PRECISIONS[config.loop.precision])
     figures = result["figures"] | {f"{key}_as_kept": value for key, value in kept.items() if key.startswith("knn")}
     write_json(store / f"{name}.json", result | {"name": name, "figures": figures})
 
