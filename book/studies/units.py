@@ -6,14 +6,16 @@ Every run is the recipe `cifar10-units` with another N, B and seed (the embeddin
 that RUN_DIR holds are not run again; the result goes to RUN_DIR/result.json after every seed.
 """
 
+import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
+from imsvd_core.discretization import hardness
 from imsvd_core.loop import pick_device
 from imsvd_core.recipes import recipe
-from imsvd_core.results import provenance, read_result, write_result
+from imsvd_core.results import provenance, write_json, write_result
 from imsvd_core.training import Pretraining, load_data
 
 BATCH_SIZES = (128, 512)
@@ -26,24 +28,21 @@ def main(run_dir: Path) -> None:
     data = load_data(base)
     untrained = Pretraining(base, run_dir / "untrained", data=data, progress=False)
     figures = {"untrained_knn_20": untrained.knn()["knn_20"], "dim": base.network.dim, "samples": len(untrained.train), "runs": []}
-    seconds = 0.0
     for seed, batch_size, units in product(SEEDS, BATCH_SIZES, UNITS):
-        one = replace(base, method=replace(base.method, units=units),
-                      loop=replace(base.loop, batch_size=batch_size, seed=seed))
-        folder = run_dir / f"batch{batch_size}-units{units}-seed{seed}"
-        if not (folder / "result.json").exists():
-            run = Pretraining(one, folder, data=data, progress=False)
+        path = run_dir / f"batch{batch_size}-units{units}-seed{seed}" / "row.json"
+        if not path.exists():
+            one = replace(base, method=replace(base.method, units=units),
+                          loop=replace(base.loop, batch_size=batch_size, seed=seed))
+            run = Pretraining(one, path.parent, data=data, progress=False)
             for _ in run:
                 pass
-            run.watch()
-            run.finish()
-        result = read_result(folder / "result.json")
-        last = result["figures"]["watched"][-1]
-        seconds += result["provenance"]["seconds"]
-        figures["runs"].append({"batch_size": batch_size, "units": units, "seed": seed, "knn_20": result["figures"]["knn_20"],
-                                "above_90": last["above_90"], "mean_top": last["mean_top"]})
+            softness = asdict(hardness(run.look()[0], units))
+            write_json(path, {"batch_size": batch_size, "units": units, "seed": seed, "knn_20": run.knn()["knn_20"],
+                              **softness, "seconds": run.loop.seconds})
+        figures["runs"].append(json.loads(path.read_text()))
         print(figures["runs"][-1], flush=True)
         if (batch_size, units) == (BATCH_SIZES[-1], UNITS[-1]):  # a seed is complete
+            seconds = sum(one["seconds"] for one in figures["runs"])
             origin = provenance(config=base, seed=SEEDS[0], device=pick_device(base.loop.device), dataset=data[0].title, seconds=seconds)
             write_result(run_dir / "result.json", "cifar10-laptop-units-grid", figures, origin, overwrite=True)
 
