@@ -114,7 +114,7 @@ def hard_codes(p: Tensor, units: Units) -> Tensor:
 
 @dataclass(frozen=True)
 class Hardness:
-    """How close soft codes are to one-hot (Sec. V-B of the paper reports 91.18 % and 81.25 %)."""
+    """How close soft codes are to one-hot (Sec. V-C of the paper reports 91.18 % and 81.25 %)."""
 
     above_90: float  #: share of (sample, variable) pairs whose top probability exceeds 0.9
     above_99: float  #: the same for 0.99
