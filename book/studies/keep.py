@@ -6,7 +6,6 @@ writes results/NAME.json, NAME.safetensors and NAME-joints.safetensors beside th
 file; what it does to the accuracy is measured and kept with the other figures.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -16,18 +15,14 @@ import torch
 from imsvd_core.evaluation import knn
 from imsvd_core.files import atomic_write
 from imsvd_core.loop import PRECISIONS
-from imsvd_core.networks import build_backbone
-from imsvd_core.recipes import Recipe, from_plain
 from imsvd_core.results import STORE, read_result, write_json
-from imsvd_core.training import load_backbone, load_data, save_backbone
+from imsvd_core.training import load_backbone, load_data, load_run, save_backbone
 from imsvd_core.views import EvalView
 
 
 def main(run_dir: Path, name: str, store: Path = STORE) -> None:
     result = read_result(run_dir / "result.json")
-    config = from_plain(Recipe, json.loads((run_dir / "config.json").read_text()))
-    backbone = build_backbone(config.network.backbone, config.network.cifar_stem)
-    backbone.load_state_dict(safetensors.torch.load_file(run_dir / "backbone.safetensors"))
+    config, backbone = load_run(run_dir)
     save_backbone(store / f"{name}.safetensors", backbone, config.network, torch.float16)
 
     view = EvalView(**vars(config.eval_view))

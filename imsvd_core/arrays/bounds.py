@@ -11,6 +11,7 @@ import torch
 
 SMALLEST = 1e-12  # agreement that is looked at: f is infinite, or 0, at 0
 
+
 def population_bound(units: int, invariance_weight: float = 1.0, strength: int = 2) -> float:
     """Least value of DE + OE + λ·TI over batches of all sizes; −3 log B if λ ≥ 1 − log B (Theorem 1).
 
