@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from imsvd_core.distributed import Exchange
 from imsvd_core.discretization import (Units, check_units, joint, merge_variables, soft_discretize, split_variables,
                                        unit_counts)
 
@@ -65,6 +66,9 @@ class CrossJointEntropyLoss(nn.Module):
         diagonal_weight, off_diagonal_weight, invariance_weight: weights of DE, OE and TI (all 1 in the paper), ≥ 0.
         invariance: "inner_product" (TI, the paper's default) or "cross_entropy" (TIC).
         temperature: τ of Eq. 1, > 0.
+        gather_distributed: take the batch to be that of all ranks together, N = W·n. Value and terms are those of
+            the joined batch, on every rank; each rank owns D/W rows of the matrix. The gradient is W times its share,
+            so that the average over ranks that DDP takes is the gradient of the joined batch.
 
     Calling it with logits z1, z2 of shape (N, D) returns `LossTerms`. Only `total` carries a gradient (once
     differentiable); the terms are for reading. Arithmetic is float32 under any autocast and for half-precision
@@ -75,21 +79,25 @@ class CrossJointEntropyLoss(nn.Module):
     """
 
     def __init__(self, units: Units, *, diagonal_weight: float = 1.0, off_diagonal_weight: float = 1.0,
-                 invariance_weight: float = 1.0, invariance: Invariance = "inner_product", temperature: float = 1.0):
+                 invariance_weight: float = 1.0, invariance: Invariance = "inner_product", temperature: float = 1.0,
+                 gather_distributed: bool = False):
         super().__init__()
         _check_settings(units, diagonal_weight, off_diagonal_weight, invariance_weight, invariance, temperature)
         self.units = units if isinstance(units, int) else tuple(units)
         self.weights = (float(diagonal_weight), float(off_diagonal_weight), float(invariance_weight))
         self.invariance = invariance
         self.temperature = float(temperature)
+        self.gather_distributed = gather_distributed
 
     def forward(self, z1: Tensor, z2: Tensor) -> LossTerms:
         _check_logits(z1, z2, self.units)
         with torch.autocast(z1.device.type, enabled=False):
-            return LossTerms(*_StreamedLoss.apply(z1, z2, self.units, self.weights, self.invariance, self.temperature))
+            return LossTerms(*_StreamedLoss.apply(z1, z2, self.units, self.weights, self.invariance, self.temperature,
+                                                   self.gather_distributed))
 
     def extra_repr(self) -> str:
-        return f"units={self.units}, weights={self.weights}, invariance={self.invariance!r}, temperature={self.temperature}"
+        return f"units={self.units}, weights={self.weights}, invariance={self.invariance!r}, temperature={self.temperature}" + \
+            (", gather_distributed=True" if self.gather_distributed else "")
 
 
 class _StreamedLoss(torch.autograd.Function):
@@ -100,10 +108,11 @@ class _StreamedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, z1, z2, units, weights, invariance, temperature):
+    def forward(ctx, z1, z2, units, weights, invariance, temperature, gather_distributed):
         diagonal_weight, off_diagonal_weight, invariance_weight = weights
         counts = unit_counts(units, z1.shape[1])
         rows = _row_chunks(len(z1), len(counts) * max(counts))
+        ranks = Exchange(z1, gather_distributed)
         wide = torch.float64 if z1.dtype == torch.float64 else torch.float32
         p1, p2 = (torch.empty(z.shape, dtype=wide, device=z.device) for z in (z1, z2))
         agreement = INVARIANCES[invariance]
@@ -113,16 +122,21 @@ class _StreamedLoss(torch.autograd.Function):
             log_p1, log_p2 = (_log_codes(z[chunk], wide, units, temperature) for z in (z1, z2))
             p1[chunk], p2[chunk] = log_p1.exp(), log_p2.exp()
             value, *_ = agreement(log_p1, log_p2, p1[chunk], p2[chunk], units, gradient=False)
-            disagreement += value.mean() * (len(value) / len(z1))
-            occupancy += (p1[chunk] * p2[chunk]).sum(0) / len(z1)
+            disagreement += value.mean() * (len(value) / ranks.samples)
+            occupancy += (p1[chunk] * p2[chunk]).sum(0) / ranks.samples
+        ranks.sum(occupancy)
+        ranks.sum(disagreement)
         log_occupancy = occupancy.clamp_min(torch.finfo(wide).tiny).log()
         diagonal = occupancy.dot(log_occupancy) / len(counts)
 
         wants_gradient = any(ctx.needs_input_grad[:2])
-        off_diagonal, g1, g2 = _off_diagonal_sweep(p1, p2, counts, wants_gradient and off_diagonal_weight != 0)
+        off_diagonal, g1, g2 = _off_diagonal_sweep(ranks.to_columns(p1), ranks.gather(p2), ranks.own, counts,
+                                                   wants_gradient and off_diagonal_weight != 0)
+        ranks.sum(off_diagonal)
 
         if wants_gradient:
-            scale = 1 / (len(counts) * len(z1) * temperature)
+            g1, g2 = ranks.to_samples(g1), ranks.scatter_sum(g2)
+            scale = ranks.size / (len(counts) * ranks.samples * temperature)
             slope = diagonal_weight * (1 + log_occupancy)
             for chunk in rows:
                 log_p1, log_p2 = (_log_codes(z[chunk], wide, units, temperature) for z in (z1, z2))
@@ -143,32 +157,34 @@ class _StreamedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_total, *_):
         # The saved tables stay wide until the upstream factor (a GradScaler's, say) has lifted them out of fp16's dust.
-        return *((g * grad_total).to(ctx.dtype) for g in ctx.saved_tensors), None, None, None, None
+        return *((g * grad_total).to(ctx.dtype) for g in ctx.saved_tensors), None, None, None, None, None
 
 
-def _off_diagonal_sweep(p1: Tensor, p2: Tensor, counts: tuple[int, ...],
+def _off_diagonal_sweep(p1: Tensor, p2: Tensor, own: range, counts: tuple[int, ...],
                         wants_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """OE, and (V·N) ∂OE/∂p for both views: zeros where not wanted, up to constants that the softmax cannot feel.
+    """The `own` rows of the matrix: their part of OE, and (V·N) ∂OE/∂p for both views, zeros where not wanted.
 
+    p1 holds the own columns alone, p2 all of them. Gradients are up to constants that the softmax cannot feel:
     ∂(P log P)/∂P = 1 + log P; the 1 adds the same to every unit of a variable, so log P alone is carried.
     """
-    samples, dim = p1.shape
+    samples, dim = p2.shape
     g1, g2, value = torch.zeros_like(p1), torch.zeros_like(p2), p1.new_zeros(())
     if len(counts) == 1:
         return value, g1, g2
     tiny, others = torch.finfo(p1.dtype).tiny, len(counts) - 1
     edges = [0, *itertools.accumulate(counts)]
     step = max(1, min(SLAB_CELLS // dim, dim // 8))
-    for first in range(0, dim, step):
-        last = min(first + step, dim)
-        codes = p1[:, first:last]
+    for first in range(own.start, own.stop, step):
+        last = min(first + step, own.stop)
+        mine = slice(first - own.start, last - own.start)
+        codes = p1[:, mine]
         cells = torch.mm(codes.T, p2).div_(samples)
         logs = cells.clamp_min(tiny).log_()
         for start, stop in itertools.pairwise(edges):  # what the slab holds of the diagonal blocks
             if start < last and first < stop:
                 logs[max(start - first, 0):stop - first, start:stop] = 0
         if wants_gradient:
-            torch.mm(p2, logs.T, out=g1[:, first:last])
+            torch.mm(p2, logs.T, out=g1[:, mine])
             g2.addmm_(codes, logs)
         value += cells.mul_(logs).sum() / (len(counts) * others)
     return value, g1.div_(others), g2.div_(others)

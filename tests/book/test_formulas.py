@@ -323,7 +323,7 @@ def test_oe_is_minus_both_views_entropies_plus_the_information_between_them(unit
             information_of_pairs.append(sum(x * math.log(x / row[b,] / column[c,]) for (b, c), x in cells.items()))
     # unequal units weigh nothing here: the means run over variables and over pairs
     expected = -sum(entropies) + sum(information_of_pairs) / len(information_of_pairs)
-    assert loss._off_diagonal_sweep(p1, p2, units, True)[0].item() == close(expected)
+    assert loss._off_diagonal_sweep(p1, p2, range(sum(units)), units, True)[0].item() == close(expected)
 
 
 @pytest.mark.parametrize("units", [(3, 3), (5, 3, 4, 7, 5)])
@@ -331,7 +331,7 @@ def test_the_sweeps_slope_is_the_mean_log_occupancy_that_a_sample_would_meet(uni
     p1, p2 = codes(units, seed=1), codes(units, seed=2)
     V, starts = len(units), [sum(units[:v]) for v in range(len(units))]
     for view, (own, other) in enumerate(((p1, p2), (p2, p1))):
-        found = loss._off_diagonal_sweep(p1, p2, units, True)[1 + view]
+        found = loss._off_diagonal_sweep(p1, p2, range(sum(units)), units, True)[1 + view]
         rows, others = variables(own, units), variables(other, units)
         for n, v in product(range(len(rows)), range(V)):
             for b in range(units[v]):

@@ -1,0 +1,81 @@
+"""Ranks of one training: who holds which samples, and how tables change hands.
+
+Without a process group everything here is the identity, so that the code that uses it is the same on one process.
+"""
+
+import itertools
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world() -> tuple[int, int]:
+    """(rank, world size) of this process; (0, 1) outside a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+class Exchange:
+    """Tables (N, D) whose samples are spread over ranks, n to each, and whose columns each rank may own a share of.
+
+    Args:
+        table: this rank's rows of such a table, (n, D).
+        active: whether to look beyond this process at all.
+
+    Raises ValueError, on every rank, unless all ranks hold as many samples.
+    """
+
+    def __init__(self, table: Tensor, active: bool = True):
+        self.rank, self.size = world() if active else (0, 1)
+        self.rows, dim = table.shape
+        edges = [round(dim * rank / self.size) for rank in range(self.size + 1)]
+        self.widths = [right - left for left, right in itertools.pairwise(edges)]
+        self.own = range(edges[self.rank], edges[self.rank + 1])  #: the columns that this rank owns
+        self.samples = self.rows * self.size  #: N, over all ranks
+        if self.size > 1:
+            counts = torch.zeros(self.size, dtype=torch.int64, device=table.device)
+            counts[self.rank] = self.rows
+            dist.all_reduce(counts)
+            if (counts != self.rows).any():
+                raise ValueError(f"the ranks hold {counts.tolist()} samples: all need as many, so drop the last incomplete batch")
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over ranks, on all of them; in place."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def gather(self, table: Tensor) -> Tensor:
+        """(n, D) → (N, D): the rows of all ranks, in their order."""
+        if self.size == 1:
+            return table
+        everything = table.new_empty(self.samples, table.shape[1])
+        dist.all_gather_into_tensor(everything, table.contiguous())
+        return everything
+
+    def scatter_sum(self, table: Tensor) -> Tensor:
+        """(N, D), one on each rank → (n, D): this rank's rows of their sum."""
+        if self.size == 1:
+            return table
+        mine = table.new_empty(self.rows, table.shape[1])
+        dist.reduce_scatter_tensor(mine, table.contiguous())
+        return mine
+
+    def to_columns(self, table: Tensor) -> Tensor:
+        """(n, D) → (N, own): all samples, the columns that this rank owns."""
+        if self.size == 1:
+            return table
+        sent = torch.cat([part.flatten() for part in table.split(self.widths, dim=1)])
+        mine = table.new_empty(self.samples, len(self.own))
+        dist.all_to_all_single(mine.view(-1), sent, [self.rows * len(self.own)] * self.size, [self.rows * width for width in self.widths])
+        return mine
+
+    def to_samples(self, columns: Tensor) -> Tensor:
+        """(N, own) → (n, D): the inverse of `to_columns`."""
+        if self.size == 1:
+            return columns
+        received = columns.new_empty(self.rows * sum(self.widths))
+        dist.all_to_all_single(received, columns.contiguous().view(-1), [self.rows * width for width in self.widths],
+                               [self.rows * len(self.own)] * self.size)
+        return torch.cat([part.view(self.rows, width) for part, width in
+                          zip(received.split([self.rows * width for width in self.widths]), self.widths, strict=True)], dim=1)

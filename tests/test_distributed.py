@@ -1,0 +1,127 @@
+"""On W ranks the loss is that of the joined batch."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from imsvd_core.loss import CrossJointEntropyLoss
+
+
+def run(rank, size, port, work, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    try:
+        torch.save(work(rank, size), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def ranks(tmp_path, free_port):
+    """Call work(rank, size) on `size` processes; its results, in their order."""
+    def call(work, size):
+        mp.spawn(run, (size, free_port(), work, str(tmp_path)), nprocs=size)
+        return [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]
+
+    return call
+
+
+@pytest.fixture
+def free_port():
+    import socket
+
+    def port():
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            return one.getsockname()[1]
+
+    return port
+
+
+def logits(samples=24, dim=21, scale=2.0):
+    return scale * torch.randn(2, samples, dim, generator=torch.Generator().manual_seed(0))
+
+
+SETTINGS = dict(units=(5, 3, 4, 2, 7), diagonal_weight=0.7, off_diagonal_weight=1.3, invariance_weight=0.4, temperature=0.8)
+
+
+def share(rank, size):
+    z1, z2 = (z.chunk(size)[rank].clone().requires_grad_() for z in logits())
+    terms = CrossJointEntropyLoss(**SETTINGS, gather_distributed=True)(z1, z2)
+    terms.total.backward()
+    return torch.stack(terms).detach(), z1.grad, z2.grad
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_value_and_gradient_are_those_of_the_joined_batch(ranks, size):
+    z1, z2 = (z.requires_grad_() for z in logits())
+    terms = CrossJointEntropyLoss(**SETTINGS)(z1, z2)
+    terms.total.backward()
+    results = ranks(share, size)
+    for values, _, _ in results:
+        assert torch.allclose(values, torch.stack(terms), rtol=1e-6, atol=1e-6)
+    for view, z in enumerate((z1, z2), start=1):
+        averaged = torch.cat([result[view] for result in results]) / size  # what DDP's mean makes of it
+        assert torch.allclose(averaged, z.grad, rtol=1e-5, atol=1e-8)
+
+
+def test_terms_need_no_gradient(ranks):
+    z1, z2 = logits()
+    alone = torch.stack(CrossJointEntropyLoss(**SETTINGS)(z1, z2))
+    for values in ranks(value_alone, 2):
+        assert torch.allclose(values, alone, rtol=1e-6, atol=1e-6)
+
+
+def value_alone(rank, size):
+    with torch.no_grad():
+        return torch.stack(CrossJointEntropyLoss(**SETTINGS, gather_distributed=True)(*(z.chunk(size)[rank] for z in logits())))
+
+
+def under_ddp(rank, size):
+    """Two steps of SGD of a linear layer, its gradients averaged by DDP."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(6, 21, bias=False)
+    model = torch.nn.parallel.DistributedDataParallel(layer) if size > 1 else layer
+    loss = CrossJointEntropyLoss(**SETTINGS, gather_distributed=size > 1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=20.0)
+    x1, x2 = (x.chunk(size)[rank] for x in logits(dim=6))
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss(*model(torch.cat([x1, x2])).chunk(2)).total.backward()
+        optimizer.step()
+    return layer.weight.detach()
+
+
+def test_training_under_ddp_is_training_on_the_joined_batch(ranks):
+    """A factor of the world size, either way, would be seen at once at this learning rate."""
+    start = torch.nn.Linear(6, 21, bias=False)
+    alone = under_ddp(0, 1)
+    torch.manual_seed(0)
+    torch.nn.init.kaiming_uniform_(start.weight, a=5**0.5)
+    for weights in ranks(under_ddp, 2):
+        assert torch.allclose(weights, alone, atol=1e-5)
+        assert (weights - start.weight).abs().max() > 0.1
+
+
+def uneven(rank, size):
+    z1, z2 = (z[:5 + rank] for z in logits())
+    try:
+        CrossJointEntropyLoss(units=3, gather_distributed=True)(z1, z2)
+    except ValueError as error:
+        return str(error)
+
+
+def test_uneven_batches_are_refused_on_every_rank(ranks):
+    for message in ranks(uneven, 2):
+        assert "[5, 6] samples" in message
+        assert "drop the last incomplete batch" in message
+
+
+def test_outside_a_process_group_gathering_changes_nothing():
+    z1, z2 = logits()
+    plain, gathered = (CrossJointEntropyLoss(**SETTINGS, gather_distributed=flag)(z1, z2).total for flag in (False, True))
+    assert plain == gathered
