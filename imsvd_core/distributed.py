@@ -15,19 +15,27 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
+def of_first_rank(value: Tensor) -> Tensor:
+    """What rank 0 gave, on every rank; in place."""
+    if world()[1] > 1:
+        dist.broadcast(value, 0)
+    return value
+
+
 class Exchange:
     """Tables (N, D) whose samples are spread over ranks, n to each, and whose columns each rank may own a share of.
 
     Args:
         table: this rank's rows of such a table, (n, D).
+        columns: how many columns the ranks share out, D by default.
         active: whether to look beyond this process at all.
 
     Raises ValueError, on every rank, unless all ranks hold as many samples.
     """
 
-    def __init__(self, table: Tensor, active: bool = True):
+    def __init__(self, table: Tensor, columns: int | None = None, active: bool = True):
         self.rank, self.size = world() if active else (0, 1)
-        self.rows, dim = table.shape
+        self.rows, dim = len(table), table.shape[1] if columns is None else columns
         edges = [round(dim * rank / self.size) for rank in range(self.size + 1)]
         self.widths = [right - left for left, right in itertools.pairwise(edges)]
         self.own = range(edges[self.rank], edges[self.rank + 1])  #: the columns that this rank owns

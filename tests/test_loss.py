@@ -1,6 +1,8 @@
 """The loss: both versions against an independent float64 brute force, and what must never happen."""
 
+import itertools
 import math
+import shutil
 
 import pytest
 import torch
@@ -82,8 +84,8 @@ def test_slabs_and_chunks_do_not_change_the_result(monkeypatch):
     z1, z2 = logits(9, 4)
     whole = streaming(z1, z2, 4)
     gradient = torch.autograd.grad(whole.total, (z1, z2))
-    monkeypatch.setattr("imsvd_core.loss.SLAB_CELLS", 1)
-    monkeypatch.setattr("imsvd_core.loss.CHUNK_ENTRIES", 25)
+    monkeypatch.setattr("imsvd_core.streaming.SLAB_CELLS", 1)
+    monkeypatch.setattr("imsvd_core.streaming.CHUNK_ENTRIES", 25)
     pieces = streaming(z1, z2, 4)
     torch.testing.assert_close(tuple(pieces), tuple(whole), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(torch.autograd.grad(pieces.total, (z1, z2)), gradient, rtol=1e-12, atol=1e-12)
@@ -202,3 +204,76 @@ def test_impossible_settings_are_refused_at_construction(settings, message):
 def test_logits_that_do_not_fit_are_refused(version, z1, z2, message):
     with pytest.raises(ValueError, match=message):
         version(z1, z2, 2)
+
+
+def gradients(z, units, **settings):
+    terms = CrossJointEntropyLoss(units, **settings)(*z)
+    return terms, torch.autograd.grad(terms.total, z)
+
+
+@pytest.mark.parametrize("units, drawn", [(4, 1), (4, 2), ((2, 4, 3), 1), ((2, 4, 3), 2), ((2, 4, 3), 3)])
+def test_the_mean_over_all_draws_of_block_rows_is_the_whole_loss_and_gradient(monkeypatch, units, drawn):
+    z = logits(9, units)
+    whole, of_whole = gradients(z, units, temperature=0.7, **WEIGHTS)
+    parts = []
+    for order in itertools.permutations(range(3)):
+        monkeypatch.setattr(torch, "randperm", lambda n: torch.tensor(order))
+        parts.append(gradients(z, units, sampled_variables=drawn, temperature=0.7, **WEIGHTS))
+    for place, term in enumerate(whole):
+        torch.testing.assert_close(sum(terms[place] for terms, _ in parts) / 6, term)
+    for view, truth in enumerate(of_whole):
+        torch.testing.assert_close(sum(found[view] for _, found in parts) / 6, truth)
+    if drawn < 3:
+        assert len({terms.off_diagonal_entropy.item() for terms, _ in parts}) > 1
+
+
+@pytest.mark.parametrize("drawn", [None, 40])
+def test_bf16_products_change_the_gradient_by_less_than_a_percent(drawn):
+    z = logits(256, [8] * 51, torch.float32)
+    found = []
+    for products in ("fp32", "bf16"):
+        torch.manual_seed(0)
+        found.append(gradients(z, [8] * 51, products=products, sampled_variables=drawn))
+    (exact, of_exact), (rounded, of_rounded) = found
+    assert 0 < abs(rounded.total - exact.total) < 1e-3
+    assert exact.diagonal_entropy == rounded.diagonal_entropy and exact.transform_invariance == rounded.transform_invariance
+    for truth, gradient in zip(of_exact, of_rounded):
+        assert 0 < (gradient - truth).norm() < 0.01 * truth.norm()
+
+
+@pytest.mark.slow  # compiles three functions
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ for a CPU")
+@pytest.mark.parametrize("invariance, products", [("inner_product", "bf16"), ("cross_entropy", "fp32")])
+def test_fused_kernels_give_the_same_numbers(invariance, products):
+    z = logits(64, [8] * 9, torch.float32)
+    (plain, of_plain), (fused, of_fused) = (gradients(z, [8] * 9, invariance=invariance, products=products, fused=fused)
+                                            for fused in (False, True))
+    torch.testing.assert_close(tuple(fused), tuple(plain), rtol=1e-6, atol=1e-6)
+    tolerance = dict(rtol=1e-5, atol=1e-8) if products == "fp32" else dict(rtol=1e-2, atol=1e-6)
+    torch.testing.assert_close(of_fused, of_plain, **tolerance)
+
+
+@pytest.mark.slow  # ten thousand calls of each
+def test_ten_thousand_extreme_inputs_under_autocast_stay_finite_where_the_textbook_in_fp16_does_not():
+    generator = torch.Generator().manual_seed(0)
+    broken = 0
+    for call in range(10_000):
+        dtype = (torch.float16, torch.bfloat16)[call % 2]
+        magnitude = 10 ** (torch.rand((), generator=generator).item() * 6.8 - 2)  # 0.01 to 63,000, fp16's largest
+        z = [(torch.randn(4, 6, generator=generator) * magnitude).to(dtype).clamp(-65504, 65504).requires_grad_() for _ in "12"]
+        loss = CrossJointEntropyLoss(3, invariance=("inner_product", "cross_entropy")[call // 2 % 2],
+                                     products=("fp32", "bf16")[call // 4 % 2])
+        with torch.autocast("cpu", dtype=dtype):
+            terms = loss(*z)
+        found = torch.autograd.grad(terms.total, z)
+        assert torch.stack(terms).isfinite().all() and all(g.isfinite().all() for g in found), (call, magnitude)
+        if dtype is torch.float16:
+            broken += textbook_in_fp16(*z).isnan().item()
+    assert broken > 100
+
+
+def textbook_in_fp16(z1, z2):
+    """What autocast makes of the loss written plainly: products and clamps in half precision."""
+    p1, p2 = (z.unflatten(1, (2, 3)).softmax(-1).flatten(1) for z in (z1, z2))
+    cells = (p1.T @ p2 / len(p1)).clamp_min(1e-8)
+    return (cells * cells.log()).sum()

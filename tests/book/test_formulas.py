@@ -14,7 +14,7 @@ import torch
 from ledger import of_chapter
 from torch import Tensor
 
-from imsvd_core import information, loss
+from imsvd_core import information, streaming
 from imsvd_core.arrays import orthogonal_array
 from imsvd_core.discretization import joint, soft_discretize
 from imsvd_core.information import joint_entropy, mean_subset_entropy, total_correlation
@@ -126,7 +126,7 @@ def test_the_derivative_of_a_softmax_is_that_of_autograd(units: tuple[int, ...],
         g = torch.zeros_like(p)
         g[:, column] = 1
         expected, = torch.autograd.grad(p, z, g, retain_graph=True)
-        found = loss._through_softmax(p.detach(), g, units) / temperature
+        found = streaming._through_softmax(p.detach(), g, units) / temperature
         assert torch.allclose(found, expected, rtol=0, atol=1e-14)
 
 
@@ -323,7 +323,7 @@ def test_oe_is_minus_both_views_entropies_plus_the_information_between_them(unit
             information_of_pairs.append(sum(x * math.log(x / row[b,] / column[c,]) for (b, c), x in cells.items()))
     # unequal units weigh nothing here: the means run over variables and over pairs
     expected = -sum(entropies) + sum(information_of_pairs) / len(information_of_pairs)
-    assert loss._off_diagonal_sweep(p1, p2, range(sum(units)), units, True)[0].item() == close(expected)
+    assert streaming._off_diagonal_sweep(p1, p2, units, range(sum(units)))[0].item() == close(expected)
 
 
 @pytest.mark.parametrize("units", [(3, 3), (5, 3, 4, 7, 5)])
@@ -331,7 +331,7 @@ def test_the_sweeps_slope_is_the_mean_log_occupancy_that_a_sample_would_meet(uni
     p1, p2 = codes(units, seed=1), codes(units, seed=2)
     V, starts = len(units), [sum(units[:v]) for v in range(len(units))]
     for view, (own, other) in enumerate(((p1, p2), (p2, p1))):
-        found = loss._off_diagonal_sweep(p1, p2, range(sum(units)), units, True)[1 + view]
+        found = streaming._off_diagonal_sweep(p1, p2, units, range(sum(units)))[1 + view] / (V - 1)
         rows, others = variables(own, units), variables(other, units)
         for n, v in product(range(len(rows)), range(V)):
             for b in range(units[v]):
@@ -347,7 +347,7 @@ def test_the_sweeps_slope_is_the_mean_log_occupancy_that_a_sample_would_meet(uni
 def test_disagreement_and_its_slope_in_the_logits_are_those_of_its_formula(form: str, units: tuple[int, ...]) -> None:
     z = [codes(units, seed=seed).log().requires_grad_() for seed in (1, 2)]
     p1, p2 = (soft_discretize(x, units) for x in z)
-    found, *slopes = loss.INVARIANCES[form](p1.log(), p2.log(), p1.detach(), p2.detach(), units)
+    found, *slopes = streaming.INVARIANCES[form](p1.log(), p2.log(), p1.detach(), p2.detach(), units)
     rows1, rows2 = variables(p1, units), variables(p2, units)
     assert found.shape == (len(p1), len(units))
     for n, v in product(range(len(p1)), range(len(units))):
