@@ -10,7 +10,7 @@ FLOORS = """
 cli
 training
 recipes arrays
-evaluation.knn evaluation.linear methods arrays.tables
+evaluation.knn evaluation.linear methods variants arrays.tables
 evaluation.features loop loss information
 streaming
 discretization distributed networks views datasets optim checkpoints results plots
@@ -30,7 +30,7 @@ def test_every_import_goes_down():
 
 
 def test_the_mathematics_needs_torch_alone():
-    for name in ("discretization", "information", "streaming", "loss", "arrays/designs", "arrays/bounds", "arrays/tables"):
+    for name in ("discretization", "information", "streaming", "loss", "variants", "arrays/designs", "arrays/bounds", "arrays/tables"):
         roots = {node.module.split(".")[0] if isinstance(node, ast.ImportFrom) else alias.name.split(".")[0]
                  for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text()))
                  if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
