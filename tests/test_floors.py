@@ -11,7 +11,8 @@ cli
 training
 recipes arrays
 evaluation.knn evaluation.linear methods arrays.tables
-evaluation.features loop loss information
+evaluation.features loop
+gradients loss information
 discretization distributed networks views datasets optim checkpoints results plots
 files attributes arrays.designs arrays.bounds
 """
