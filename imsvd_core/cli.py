@@ -14,6 +14,7 @@ import tyro
 from rich.console import Console
 
 from imsvd_core import checkpoints, training
+from imsvd_core.distributed import first_to_say, process_group, world
 from imsvd_core.evaluation import knn, linear
 from imsvd_core.loop import PRECISIONS, NonFiniteError, pick_device
 from imsvd_core.recipes import RECIPES, Recipe, Scale, current_scale, recipe
@@ -71,6 +72,13 @@ class LinearCommand:
 
 
 def pretrain(argv: Sequence[str]) -> Path:
+    with process_group(_peek(argv, "--loop.device") or "auto"):
+        if world()[0]:
+            logging.getLogger().setLevel(logging.ERROR)  # rank 0 tells
+        return _pretrain(argv)
+
+
+def _pretrain(argv: Sequence[str]) -> Path:
     scale = _peek(argv, "--scale") or current_scale()
     defaults = {name: (build.__doc__ or name, PretrainCommand(recipe(name, scale), scale=scale))
                 for name, build in RECIPES.items()}
@@ -124,6 +132,8 @@ def _peek(argv: Sequence[str], option: str) -> str | None:
 
 
 def _tell(path: Path) -> Path:
+    if world()[0]:
+        return path
     figures = read_result(path)["figures"]  # whole curves stay in the file
     Console().print({name: value for name, value in figures.items() if not isinstance(value, list)})
     Console().print(f"written to {path}", highlight=False)
@@ -140,7 +150,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         COMMANDS[argv[0]](argv[1:])
     except (ValueError, FileNotFoundError, FileExistsError, checkpoints.CheckpointError, NonFiniteError) as error:
-        print(f"imsvd {argv[0]}: {error}", file=sys.stderr)
+        if first_to_say(str(error)):
+            print(f"imsvd {argv[0]}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -1,9 +1,16 @@
-"""Ranks of one training: who holds which samples, and how tables change hands.
+"""Ranks of one training: how they find each other, who holds which samples, and how tables change hands.
 
 Without a process group everything here is the identity, so that the code that uses it is the same on one process.
 """
 
+import functools
+import hashlib
 import itertools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +20,88 @@ from torch import Tensor
 def world() -> tuple[int, int]:
     """(rank, world size) of this process; (0, 1) outside a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+PATIENCE = timedelta(hours=2)  #: how long ranks wait for one of them, which may be evaluating
+P, T = ParamSpec("P"), TypeVar("T")
+
+
+@contextmanager
+def process_group(device: str = "auto") -> Iterator[None]:
+    """Join the ranks that torchrun, or a Slurm or submitit job of several tasks, has started; alone, do nothing.
+
+    NCCL where `device` is or may be CUDA, each rank on the GPU that its LOCAL_RANK counts; gloo elsewhere. An error leaves
+    the group standing: it is to end this process, and its launcher or the broken connection then ends the others.
+    Raises ValueError if a node has fewer GPUs than ranks.
+    """
+    tasks = os.environ.get("SUBMITIT_LOCAL_NTASKS") or os.environ.get("SLURM_STEP_NUM_TASKS") or "1"
+    if "WORLD_SIZE" not in os.environ and int(tasks) > 1:
+        from submitit.helpers import TorchDistributedEnvironment  # slow to import
+
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+    if "WORLD_SIZE" not in os.environ:
+        yield
+        return
+    gpu = None
+    if torch.cuda.is_available() and device.startswith(("auto", "cuda")):
+        number, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if number >= there:
+            raise ValueError(f"LOCAL_RANK={number} has no GPU of its own among {there}: start as many ranks as GPUs, or use device='cpu'")
+        gpu = torch.device("cuda", number)
+        torch.cuda.set_device(gpu)
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=PATIENCE, device_id=gpu)
+    yield
+    dist.destroy_process_group()
+
+
+def on_rank_0(work: Callable[P, T]) -> Callable[P, T]:
+    """Let rank 0 do `work` while the others wait; what it returns or raises there, it returns or raises on all."""
+    @functools.wraps(work)
+    def told(*args: P.args, **kwargs: P.kwargs) -> T:
+        rank, size = world()
+        if size == 1:
+            return work(*args, **kwargs)
+        result, error = None, None
+        if rank == 0:
+            try:
+                result = work(*args, **kwargs)
+            except Exception as raised:
+                error = raised
+        heard = [result, error]
+        dist.broadcast_object_list(heard)
+        if error or heard[1]:
+            raise error or heard[1]
+        return heard[0]
+
+    return told
+
+
+def rank_0_first(work: Callable[[], T]) -> T:
+    """Let rank 0 do `work`, then every other rank: what the first fetches, the others find."""
+    mine: list[T] = []
+    on_rank_0(lambda: mine.append(work()))()
+    return mine[0] if mine else work()
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of every rank's `value`, on all of them."""
+    size = world()[1]
+    if size > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+        value /= size
+    return value
+
+
+def first_to_say(message: str) -> bool:
+    """Whether no other rank has asked this before: what all ranks find, one reports."""
+    if world()[1] == 1:
+        return True
+    key = hashlib.sha256(message.encode()).hexdigest()
+    try:
+        return dist.distributed_c10d._get_default_store().add(f"said/{key}", 1) == 1
+    except RuntimeError:  # the rank that keeps the count is gone, and has said why
+        return False
 
 
 def of_first_rank(value: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
 """One resumable training loop over a step function; pretraining and every trained evaluation run on it."""
 
 import hashlib
+import itertools
 import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,13 +16,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from imsvd_core import checkpoints
+from imsvd_core.distributed import mean_over_ranks, on_rank_0, world
 from imsvd_core.files import atomic_write
+from imsvd_core.gradients import Gradients, Objective, Step
 from imsvd_core.optim import OptimConfig, build_optimizer, learning_rate
 
 log = logging.getLogger(__name__)
 
-#: (sample indices, generator of this step) → scalars to record; "loss" is the one that is minimised.
-Step = Callable[[Tensor, torch.Generator], Mapping[str, Tensor]]
+#: Plan of a training → what its steps are given. A plan yields, for every piece of every batch from the step to be done
+#: next to the last, (number of the step, indices of this rank's samples); it may be read ahead, and left early.
+Batches = Callable[[Iterator[tuple[int, Tensor]]], Iterator[Any]]
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,9 @@ class LoopConfig:
     epochs: int = 3
     """Times that every sample is visited."""
     batch_size: int = 512
-    """Samples of one optimizer step; what is left of an epoch's last batch is dropped."""
+    """Samples of one optimizer step, on all ranks together; what is left of an epoch's last batch is dropped."""
     accumulate: int = 1
-    """Pieces that a batch is cut into; their gradients are averaged. Each piece has a loss of its own."""
+    """Pieces that a batch is cut into, to fit memory. Pretraining's loss is that of the whole batch all the same."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Of the network's products and activations, by autocast; weights and losses stay fp32."""
     channels_last: bool = True
@@ -91,13 +94,16 @@ class Progressed:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """CUDA, else MPS, else the CPU; or the device that `name` says. Raises ValueError for one that is not there."""
+    """CUDA, else MPS, else the CPU; or the device that `name` says. Among ranks, CUDA is the rank's own GPU.
+
+    Raises ValueError for one that is not there.
+    """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(kind for kind, there in available.items() if there))
+        name = next(kind for kind, there in available.items() if there)
     if not available.get(name.split(":")[0], False):
         raise ValueError(f"device={name!r} is not here; there is: {', '.join(k for k, there in available.items() if there)}")
-    return torch.device(name)
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" and world()[1] > 1 else torch.device(name)
 
 
 def stream_seed(seed: int, stream: str, number: int) -> int:
@@ -111,39 +117,52 @@ class Loop:
     All randomness of step k is drawn from a generator seeded by (seed, k) and the order of epoch e by (seed, e):
     a run that was killed and resumed from its newest checkpoint repeats what it lost to the last bit (on a CPU).
 
+    In a process group every rank iterates a loop of its own, and all take every step together: each has its share of the
+    batch, and its draws; gradients are averaged; rank 0 alone writes.
+
     Args:
-        step: see `Step`; called with indices into `samples` on the loop's device.
+        step: see `Step`; called with what `batches` yields, by default indices into `samples` on the loop's device.
         modules: what is trained and saved, by name; they are moved to the device, in place.
         samples: how many samples there are; each epoch visits each once, but for the last incomplete batch.
         run_dir: receives checkpoints/ and metrics.jsonl; a run found there is resumed.
+        batches: see `Batches`; it may load, prefetch, or index.
+        objective: the loss of the whole batch, if there is one: `step` then returns embeddings.
         settings: everything else that fixes the run, stored with it; resuming under other settings is refused.
 
-    Raises ValueError if one batch needs more than `samples`, or if the run in `run_dir` had other settings;
-    NonFiniteError with the step and the last good checkpoint as soon as the loss is no number.
+    Raises ValueError if one batch needs more than `samples` or is not cut into equal pieces, or if the run in `run_dir` had
+    other settings or ranks; NonFiniteError with the step and the last good checkpoint as soon as the loss is no number.
     """
 
     def __init__(self, step: Step, modules: Mapping[str, nn.Module], samples: int, config: LoopConfig, optim: OptimConfig,
-                 run_dir: Path | str, *, settings: Any = None, progress: bool = True):
+                 run_dir: Path | str, *, batches: Batches | None = None, objective: Objective | None = None, settings: Any = None,
+                 progress: bool = True):
+        self.rank, self.ranks = world()
         if config.batch_size > samples:
             raise ValueError(f"batch_size={config.batch_size} exceeds the {samples} samples: take a smaller batch or more data")
-        self.step_function, self.modules, self.samples = step, dict(modules), samples
+        if config.batch_size % (self.ranks * config.accumulate):
+            raise ValueError(f"batch_size={config.batch_size} cannot be cut into equal pieces, accumulate={config.accumulate} on each of "
+                             f"{self.ranks} ranks: take a multiple of {self.ranks * config.accumulate}")
+        self.modules, self.samples = dict(modules), samples
         self.config, self.optim, self.run_dir = config, optim, Path(run_dir)
-        self.settings = json.loads(json.dumps({"samples": samples, **essential(settings or {})}))
+        self.settings = json.loads(json.dumps({"samples": samples, "world_size": self.ranks, **essential(settings or {})}))
         self.progress = progress
         self.device = pick_device(config.device)
         for module in self.modules.values():
             module.to(self.device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
             if config.compile:
                 module.compile()
+        self.batches = batches or (lambda plan: (indices.to(self.device) for _, indices in plan))
         self.optimizer = build_optimizer(optim, self.modules.values())
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.gradients = Gradients(step, objective, self.modules.values(), self.device, self.scaler,
+                                   PRECISIONS[config.precision], config.accumulate)
         self.steps_per_epoch = samples // config.batch_size
         self.total_steps = config.epochs * self.steps_per_epoch
         self.step = 0
         self.seconds = 0.0  #: wall time of the steps so far, those before a resumption included
-        self._order: Tensor | None = None  # of the samples in the epoch under way
         self._last_good: Path | None = None
         self._suspects: list[Tensor] = []  # losses and gradient norms that nobody has looked at yet
+        self._stopping = False
         self._resume()
 
     def __iter__(self) -> Iterator[Progressed]:
@@ -151,30 +170,42 @@ class Loop:
             return
         for module in self.modules.values():
             module.train()
+        batches = self.batches(self._plan(self.step))
         with _Record(self, self.progress) as record:
             while self.step < self.total_steps:
                 start = time.perf_counter()
-                metrics = self._train_one(self._batch(self.step))
+                metrics = self._train_one(batches)
                 self._suspects.append(torch.stack([metrics["loss"], metrics["grad_norm"]]))
                 self.step += 1
                 ends_epoch = self.step % self.steps_per_epoch == 0
                 saves = ends_epoch or (self.config.save_every and self.step % self.config.save_every == 0)
                 logs = saves or self.step % self.config.log_every == 0
-                if logs or self.device.type == "cpu":
-                    self._guard()
+                stops = self._look() if logs or self.device.type == "cpu" else False
                 self.seconds += time.perf_counter() - start
                 if logs:
+                    metrics = self._joined(metrics)
                     record.write(metrics)
-                if saves:
+                if saves or stops:
                     self._save()
                 record.advance()
                 yield Progressed(self.step, self.step / self.steps_per_epoch, ends_epoch, metrics)
+                if stops:
+                    return
+
+    def stop(self) -> None:
+        """Let all ranks save and leave the iteration together, soon: any rank may ask at any time, in a signal handler, say.
+
+        They finish the step at which the loop next looks at its losses: every step on a CPU, every logged one elsewhere.
+        """
+        self._stopping = True
 
     def record(self, **figures: float) -> None:
         """Append figures that the caller measured (an accuracy, say) to metrics.jsonl, under the current step.
 
-        They survive a resumption from this step on; look with `records()` whether they are there already.
+        They survive a resumption from this step on; look with `records()` whether they are there already. Rank 0's are kept.
         """
+        if self.rank:
+            return
         line = {"step": self.step, "epoch": self.step / self.steps_per_epoch}
         line |= {name: value if math.isfinite(value) else None for name, value in figures.items()}  # JSON has no NaN
         with open(self._metrics_path, "a") as file:
@@ -185,50 +216,39 @@ class Loop:
         lines = [json.loads(line) for line in self._metrics_path.read_text().splitlines()]
         return [line for line in lines if key in line]
 
-    def _batch(self, step: int) -> Tensor:
-        epoch, place = divmod(step, self.steps_per_epoch)
-        if place == 0 or self._order is None:
-            generator = torch.Generator().manual_seed(stream_seed(self.config.seed, "order", epoch))
-            self._order = torch.randperm(self.samples, generator=generator).to(self.device)
-        return self._order[place * self.config.batch_size:(place + 1) * self.config.batch_size]
+    def _plan(self, first: int) -> Iterator[tuple[int, Tensor]]:
+        """(step, indices of one of its pieces) for all that this rank has to do from step `first` on."""
+        share = self.config.batch_size // self.ranks
+        for step in range(first, self.total_steps):
+            epoch, place = divmod(step, self.steps_per_epoch)
+            if place == 0 or step == first:
+                generator = torch.Generator().manual_seed(stream_seed(self.config.seed, "order", epoch))
+                order = torch.randperm(self.samples, generator=generator)
+            start = place * self.config.batch_size + self.rank * share
+            yield from ((step, piece) for piece in order[start:start + share].chunk(self.config.accumulate))
 
-    def _train_one(self, indices: Tensor) -> dict[str, Tensor]:
+    def _train_one(self, batches: Iterator[Any]) -> dict[str, Tensor]:
         rate = learning_rate(self.optim, self.step, self.total_steps, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        seed = stream_seed(self.config.seed, "step", self.step)
-        generator = torch.Generator(self.device).manual_seed(seed)
+        seed = stream_seed(self.config.seed, f"step of rank {self.rank}" if self.rank else "step", self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        precision = PRECISIONS[self.config.precision]
-        sums: dict[str, Tensor] = {}
-        for number, piece in enumerate(indices.chunk(self.config.accumulate)):
-            with self._chance(seed + number), torch.autocast(self.device.type, precision, enabled=precision is not None):
-                metrics = self.step_function(piece, generator)
-            self.scaler.scale(metrics["loss"] / self.config.accumulate).backward()
-            for name, value in metrics.items():
-                share = value.detach().float() / self.config.accumulate
-                sums[name] = sums.get(name, 0) + share
+        metrics = self.gradients(itertools.islice(batches, self.config.accumulate), seed)
         self.scaler.unscale_(self.optimizer)
         parameters = (p for group in self.optimizer.param_groups for p in group["params"])
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        sums["grad_norm"] = torch.nn.utils.get_total_norm(gradients)
+        metrics["grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return sums
+        return metrics
 
-    @contextmanager
-    def _chance(self, seed: int) -> Iterator[None]:
-        """Let what draws without a generator (dropout, say) draw from this step's seed, and nobody else notice."""
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            yield
+    def _look(self) -> bool:
+        """Look at what nobody has looked at yet, all ranks at the same: does one of them want to stop?
 
-    def _guard(self) -> None:
-        """Raise for the first step whose loss or gradient was no number.
-
-        fp16's scaler may skip a gradient while it looks for its scale, which never needs to fall below 1.
+        Raises for the first step whose loss or gradient was no number. fp16's scaler may skip a gradient while it looks
+        for its scale, which never needs to fall below 1.
         """
-        suspects = self._suspects
+        told = torch.cat([*self._suspects, torch.full((1,), float(self._stopping), device=self.device)])
+        *suspects, (stopping,) = mean_over_ranks(told).split([2] * len(self._suspects) + [1])
         finite = torch.stack(suspects).isfinite()
         searching = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
         finite = finite[:, 0] if searching else finite.all(1)
@@ -237,11 +257,22 @@ class Loop:
             good = f"the last good checkpoint is {self._last_good}" if self._last_good else "no checkpoint had been saved yet"
             raise NonFiniteError(f"loss or gradient is not finite at step {bad} (loss {suspects[bad - self.step][0].item()}); "
                                  f"{good}. Lower the learning rate (optim.lr={self.optim.lr}), or use precision='fp32'")
-        suspects.clear()
+        self._suspects.clear()
+        return bool(stopping > 0)
+
+    def _joined(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The means over ranks."""
+        if self.ranks == 1:
+            return metrics
+        return dict(zip(metrics, mean_over_ranks(torch.stack(list(metrics.values()))), strict=True))
 
     # What survives a kill
 
     def _save(self) -> None:
+        self._last_good = self._write_checkpoint()
+
+    @on_rank_0
+    def _write_checkpoint(self) -> Path:
         state = {
             "step": self.step,
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
@@ -251,28 +282,48 @@ class Loop:
             "seconds": self.seconds,
             "settings": self.settings,
         }
-        self._last_good = checkpoints.save(self.run_dir / "checkpoints", self.step, state, self.config.keep)
+        return checkpoints.save(self.run_dir / "checkpoints", self.step, state, self.config.keep)
 
     def _resume(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        found = checkpoints.load_latest(self.run_dir / "checkpoints")
+        found = self._newest()
         if found is None:
-            self._metrics_path.write_text("")
+            if self.rank == 0:
+                self._metrics_path.write_text("")
             return
         state, path = found
-        if state["settings"] != self.settings:
+        before = {"world_size": 1, **state["settings"]}  # older checkpoints knew of no ranks
+        if before != self.settings:
             raise ValueError(f"run_dir={str(self.run_dir)!r} holds a run with other settings "
-                             f"({_differences(state['settings'], self.settings)}): give the same ones, or another folder")
+                             f"({_differences(before, self.settings)}): give the same ones, or another folder")
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
-        lines = self._metrics_path.read_text().splitlines(keepends=True) if self._metrics_path.exists() else []
-        with atomic_write(self._metrics_path) as file:  # what was written after the checkpoint is written again
-            file.writelines(line.encode() for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"])
         self.step, self.seconds, self._last_good = state["step"], state["seconds"], path
+        self._forget_later_records()
         log.info("resumed %s at step %d of %d", self.run_dir, self.step, self.total_steps)
+
+    def _newest(self) -> tuple[dict[str, Any], Path] | None:
+        """The newest whole checkpoint that rank 0 finds, read by every rank."""
+        found = None
+
+        @on_rank_0
+        def path() -> Path | None:
+            nonlocal found
+            found = checkpoints.load_latest(self.run_dir / "checkpoints")
+            return found and found[1]
+
+        newest = path()
+        return found if self.rank == 0 or newest is None else (checkpoints.load(newest), newest)
+
+    @on_rank_0
+    def _forget_later_records(self) -> None:
+        """What was written after the checkpoint is written again."""
+        lines = self._metrics_path.read_text().splitlines(keepends=True) if self._metrics_path.exists() else []
+        with atomic_write(self._metrics_path) as file:
+            file.writelines(line.encode() for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step)
 
     @property
     def _metrics_path(self) -> Path:
@@ -285,13 +336,13 @@ class _Record:
     def __init__(self, loop: Loop, progress: bool):
         self.loop = loop
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                            disable=not progress)
+                            disable=not progress or loop.rank > 0)
         self.task = self.bar.add_task("training", total=loop.total_steps, completed=loop.step)
 
     def __enter__(self) -> "_Record":
         self.bar.start()
         self.board = None
-        if self.loop.config.tensorboard:
+        if self.loop.config.tensorboard and self.loop.rank == 0:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
             self.board = SummaryWriter(str(self.loop.run_dir / "tensorboard"), purge_step=self.loop.step + 1)

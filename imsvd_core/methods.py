@@ -1,6 +1,7 @@
 """IMSVD and what it is compared with: one small configuration each, one interface.
 
-A built method is a module: logits of two views, (N, D) each → a dict of scalars whose "loss" is minimised.
+A built method is a module: logits of two views, (N, D) each → a dict of scalars whose "loss" is minimised. In a process
+group the batch is that of all ranks, and the gradient the one whose mean over ranks is the whole batch's.
 """
 
 import math
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from imsvd_core.discretization import unit_counts
+from imsvd_core.distributed import world
 from imsvd_core.loss import CrossJointEntropyLoss, Invariance
 
 
@@ -35,7 +37,8 @@ class IMSVD:
         unit_counts(self.units, dim)
         return _CrossJoint(CrossJointEntropyLoss(
             self.units, diagonal_weight=self.diagonal_weight, off_diagonal_weight=self.off_diagonal_weight,
-            invariance_weight=self.invariance_weight, invariance=self.invariance, temperature=self.temperature))
+            invariance_weight=self.invariance_weight, invariance=self.invariance, temperature=self.temperature,
+            gather_distributed=True))
 
 
 class _CrossJoint(nn.Module):
@@ -97,7 +100,16 @@ class _Peer(nn.Module):
 
     def forward(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
         with torch.autocast(z1.device.type, enabled=False):  # float32 throughout, as for IMSVD
-            return {"loss": self.loss(z1.float(), z2.float())}
+            return {"loss": self.loss(_of_all_ranks(z1.float()), _of_all_ranks(z2.float()))}
+
+
+def _of_all_ranks(z: Tensor) -> Tensor:
+    """(n, D) → (W·n, D), the rows of every rank; the gradient comes back summed over the ranks' losses."""
+    if world()[1] == 1:
+        return z
+    from lightly.utils.dist import gather  # slow to import
+
+    return torch.cat(gather(z.contiguous()))
 
 
 Method = IMSVD | VICReg | BarlowTwins

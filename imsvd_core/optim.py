@@ -13,13 +13,13 @@ from torch import nn
 class OptimConfig:
     """An optimizer and its schedule: linear warm-up, then cosine decay, per step."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "sgd", "lars"] = "adamw"
     lr: float = 2e-3
     """Peak learning rate, reached when the warm-up ends."""
     weight_decay: float = 1e-4
     """Decay of weights; biases and norms are never decayed."""
     momentum: float = 0.9
-    """For sgd."""
+    """For sgd and lars."""
     warmup_epochs: float = 0.5
     """Length of the linear warm-up, a fraction allowed; cut to the run's length where it exceeds it."""
     final_lr_fraction: float = 0.001
@@ -28,11 +28,13 @@ class OptimConfig:
     """Epochs at which the rate drops tenfold instead of following the cosine; empty for the cosine."""
 
     def __post_init__(self) -> None:
-        if self.name not in ("adamw", "sgd"):
-            raise ValueError(f"name={self.name!r} must be 'adamw' or 'sgd'")
+        if self.name not in ("adamw", "sgd", "lars"):
+            raise ValueError(f"name={self.name!r} must be 'adamw', 'sgd' or 'lars'")
         for field in ("lr", "weight_decay", "momentum", "warmup_epochs", "final_lr_fraction"):
             if not (getattr(self, field) >= 0 and math.isfinite(getattr(self, field))):
                 raise ValueError(f"{field}={getattr(self, field)} must be a finite number ≥ 0")
+        if self.name == "lars" and self.weight_decay == 0:
+            raise ValueError("weight_decay=0 would switch lars's adaptation off with the decay: give a small one (the paper's is 1e-6)")
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int,
@@ -54,7 +56,11 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int,
 
 
 def build_optimizer(config: OptimConfig, modules: Iterable[nn.Module]) -> torch.optim.Optimizer:
-    """One optimizer over every trainable parameter; one-dimensional ones (biases, norms) are exempt from decay."""
+    """One optimizer over every trainable parameter; one-dimensional ones (biases, norms) are exempt from decay.
+
+    LARS is lightly's, by the rule of You et al. (2017): g ← η·‖w‖ / (‖g‖ + λ‖w‖) · (g + λw), η = 0.001, then momentum;
+    what is exempt from decay is exempt from this adaptation too.
+    """
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("modules hold no trainable parameter: nothing to optimize")
@@ -63,4 +69,8 @@ def build_optimizer(config: OptimConfig, modules: Iterable[nn.Module]) -> torch.
     groups = [group for group in groups if group["params"]]
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    if config.name == "lars":
+        from lightly.utils.lars import LARS  # slow to import
+
+        return LARS(groups, lr=config.lr, momentum=config.momentum, trust_coefficient=0.001)
     return torch.optim.AdamW(groups, lr=config.lr)

@@ -35,16 +35,17 @@ class Provenance:
     seconds: float  #: wall time of the run
     date: str  #: UTC, ISO 8601
     versions: dict[str, str] = field(default_factory=dict)
+    world_size: int = 1  #: processes that ran it together
 
 
 def provenance(*, config: Any, seed: int, device: torch.device | str, dataset: str, seconds: float,
-               command: str | None = None) -> Provenance:
+               command: str | None = None, world_size: int = 1) -> Provenance:
     """Provenance of a run of this process, now. `config` is a dataclass or anything JSON can hold."""
     return Provenance(command=command or _command(), commit=_commit(), config_hash=config_hash(config), seed=seed,
                       device=device_name(device), dataset=dataset, seconds=round(seconds, 1),
                       date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
                       versions={name: metadata.version(name) for name in ("torch", "torchvision", "numpy")}
-                      | {"python": platform.python_version()})
+                      | {"python": platform.python_version()}, world_size=world_size)
 
 
 def config_hash(config: Any) -> str:

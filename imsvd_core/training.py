@@ -12,6 +12,7 @@ from torchvision.models.resnet import ResNet
 
 from imsvd_core import datasets
 from imsvd_core.discretization import hardness, joint, soft_discretize
+from imsvd_core.distributed import on_rank_0, rank_0_first
 from imsvd_core.evaluation import knn
 from imsvd_core.files import atomic_write
 from imsvd_core.loop import PRECISIONS, Loop, Progressed, pick_device, stream_seed
@@ -39,29 +40,30 @@ class Pretraining:
                  progress: bool = True):
         self.recipe, self.run_dir = recipe, Path(run_dir)
         self.device = pick_device(recipe.loop.device)
-        train, self.test = data or load_data(recipe)
+        train, self.test = data or rank_0_first(lambda: load_data(recipe))  # the first may download
         self.gallery = train
         self.train = train if recipe.samples is None else train.subset(recipe.samples)
         self.network = build_network(recipe.network, recipe.loop.seed)
         self.method = recipe.method.build(recipe.network.dim).to(self.device)
         self.views = TwoViews(recipe.views)
         self.eval_view = EvalView(**asdict(recipe.eval_view))
-        self._images = self.train.images.to(self.device)
+        images = self.train.images.to(self.device)
         for name in ("knn", "watch"):
             getattr(recipe, name).check(self.gallery, self.test, name)
         evaluations = ("knn", "watch", "linear", "eval_view")  # they judge the run, and may change after it
         settings = {name: value for name, value in plain(recipe).items() if name not in evaluations} | {"data": self.train.name}
         self.loop = Loop(self._step, {"network": self.network}, len(self.train), recipe.loop, recipe.optim, self.run_dir,
+                         batches=lambda plan: (images[indices.to(images.device)] for _, indices in plan), objective=self.method,
                          settings=settings, progress=progress)
-        write_json(self.run_dir / "config.json", {**plain(recipe), "data": self.train.name})
+        on_rank_0(write_json)(self.run_dir / "config.json", {**plain(recipe), "data": self.train.name})
 
     def __iter__(self) -> Iterator[Progressed]:
         yield from self.loop
 
-    def _step(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        x1, x2 = self.views(self._images[indices], generator)
+    def _step(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        x1, x2 = self.views(images, generator)
         z1, z2 = self.network(x1, x2)
-        return self.method(z1, z2)
+        return z1, z2
 
     @property
     def precision(self) -> torch.dtype | None:
@@ -72,8 +74,12 @@ class Pretraining:
         return knn.evaluate(self.network.backbone, (self.gallery, self.test), self.recipe.knn, view=self.eval_view,
                             device=self.device, precision=self.precision)
 
+    @on_rank_0
     def watch(self) -> dict[str, float]:
-        """Record what accompanies training, unless it is recorded for this step: kNN (`recipe.watch`) and hardness."""
+        """Record what accompanies training, unless it is recorded for this step: kNN (`recipe.watch`) and hardness.
+
+        Rank 0 does, while the others wait.
+        """
         done = self.loop.records("gallery")
         if done and done[-1]["step"] == self.loop.step:
             return done[-1]
@@ -103,12 +109,16 @@ class Pretraining:
         self.network.train(was_training)
         return codes[0], codes[1]
 
+    @on_rank_0
     def finish(self) -> Path:
-        """Export the backbone, evaluate it, and write result.json with provenance; returns its path."""
+        """Export the backbone, evaluate it, and write result.json with provenance; returns its path.
+
+        Rank 0 does, while the others wait.
+        """
         save_backbone(self.run_dir / "backbone.safetensors", self.network.backbone, self.recipe.network)
         figures = {**self.knn(), "steps": self.loop.records(), "watched": self.loop.records("gallery")}
         origin = provenance(config=self.recipe, seed=self.recipe.loop.seed, device=self.device,
-                            dataset=self.train.title, seconds=self.loop.seconds)
+                            dataset=self.train.title, seconds=self.loop.seconds, world_size=self.loop.ranks)
         return write_result(self.run_dir / "result.json", "pretrain", figures, origin, overwrite=True)
 
 

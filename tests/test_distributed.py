@@ -1,46 +1,11 @@
 """On W ranks the loss is that of the joined batch."""
 
 import functools
-import os
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from imsvd_core.loss import CrossJointEntropyLoss
-
-
-def run(rank, size, port, work, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=size)
-    try:
-        torch.save(work(rank, size), f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
-@pytest.fixture
-def ranks(tmp_path, free_port):
-    """Call work(rank, size) on `size` processes; its results, in their order."""
-    def call(work, size):
-        mp.spawn(run, (size, free_port(), work, str(tmp_path)), nprocs=size)
-        return [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]
-
-    return call
-
-
-@pytest.fixture
-def free_port():
-    import socket
-
-    def port():
-        with socket.socket() as one:
-            one.bind(("127.0.0.1", 0))
-            return one.getsockname()[1]
-
-    return port
 
 
 def logits(samples=24, dim=21, scale=2.0):

@@ -12,7 +12,7 @@ training
 recipes arrays
 evaluation.knn evaluation.linear methods variants arrays.tables
 evaluation.features loop loss information
-streaming
+gradients streaming
 discretization distributed networks views datasets optim checkpoints results plots
 files attributes arrays.designs arrays.bounds
 """

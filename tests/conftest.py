@@ -1,0 +1,41 @@
+"""What tests of several modules share: processes that form a group."""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _run(rank: int, size: int, port: int, work: Callable, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    try:
+        torch.save(work(rank, size), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def ranks(tmp_path: Path, free_port: Callable[[], int]) -> Callable:
+    """Call work(rank, size) on `size` processes; its results, in their order."""
+    def call(work: Callable, size: int) -> list:
+        mp.spawn(_run, (size, free_port(), work, str(tmp_path)), nprocs=size)
+        return [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]
+
+    return call
+
+
+@pytest.fixture
+def free_port() -> Callable[[], int]:
+    def port() -> int:
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            return one.getsockname()[1]
+
+    return port
