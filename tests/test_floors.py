@@ -12,6 +12,7 @@ training
 recipes arrays
 evaluation.knn evaluation.linear methods arrays.tables
 evaluation.features loop loss information
+folders
 discretization distributed networks views datasets optim checkpoints results plots
 files attributes arrays.designs arrays.bounds
 """
