@@ -9,7 +9,7 @@ PACKAGE = Path(imsvd_core.__file__).parent
 FLOORS = """
 cli
 training
-recipes arrays
+recipes arrays prepared
 evaluation.knn evaluation.linear methods arrays.tables
 evaluation.features loop loss information
 folders
