@@ -1,11 +1,12 @@
-"""The command line: `imsvd pretrain RECIPE` and `imsvd evaluate knn|linear RUN`, generated from the dataclasses."""
+"""The command line: `imsvd pretrain`, `imsvd evaluate` and `imsvd data`, generated from the dataclasses."""
 
 import argparse
+import json
 import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -13,9 +14,10 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from imsvd_core import checkpoints, training
+from imsvd_core import checkpoints, prepared, training
 from imsvd_core.distributed import first_to_say, process_group, world
 from imsvd_core.evaluation import knn, linear
+from imsvd_core.files import atomic_write
 from imsvd_core.loop import PRECISIONS, NonFiniteError, pick_device
 from imsvd_core.recipes import RECIPES, Recipe, Scale, current_scale, recipe
 from imsvd_core.results import config_hash, plain, provenance, read_result, write_result
@@ -27,6 +29,7 @@ commands:
   pretrain RECIPE        train a recipe; a run that was cut off goes on where its last checkpoint stands
   evaluate knn RUN       weighted k-nearest-neighbour accuracy of a run's backbone
   evaluate linear RUN    linear probe on a run's frozen backbone
+  data check NAME ROOT   whether a data root (imagenet, places205, voc07, coco) is whole, or how to prepare one
 
 `imsvd COMMAND --help` lists every setting. Environment: IMSVD_SCALE (smoke, laptop, full), IMSVD_DATA (data root),
 IMSVD_DATASET (auto, cifar10, attributes, ...)."""
@@ -69,6 +72,28 @@ class LinearCommand:
     progress: bool = True
     overwrite: bool = False
     """Replace a result that other settings have given."""
+
+
+@dataclass(frozen=True)
+class DataCheckCommand:
+    """Verify a prepared data root: classes, counts, annotations, unreadable files. Exits with 0 if all is well, else
+    with 2; leaves its report in the root as .imsvd-checked.json. Without a root it says how to prepare one."""
+
+    name: tyro.conf.Positional[str]
+    """imagenet, places205, voc07 or coco."""
+    root: tyro.conf.Positional[Path]
+    """Folder of the data set."""
+    decode: prepared.Decode = "header"
+    """What to read of every image: nothing, its two ends, or all of it."""
+    workers: int | None = None
+    """Threads that read; as many as cores by default."""
+    classes: int | None = None
+    """Expected classes, where the root holds a subset."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Expected images of a split, where the root holds a subset: --counts train 500 val 50."""
+    json: Path | None = None
+    """Also write the report to this file."""
+    progress: bool = True
 
 
 def pretrain(argv: Sequence[str]) -> Path:
@@ -122,7 +147,23 @@ def evaluate(argv: Sequence[str]) -> Path:
     return _tell(write_result(path, kind, figures, origin, overwrite=True))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], Path]] = {"pretrain": pretrain, "evaluate": evaluate}
+def data(argv: Sequence[str]) -> None:
+    if argv[:1] != ["check"]:
+        print(f"usage: imsvd data check {'|'.join(prepared.SPECS)} ROOT\n\n`imsvd data check --help` lists its settings.")
+        raise SystemExit(0 if argv and argv[0] in ("-h", "--help") else 2)
+    command = tyro.cli(DataCheckCommand, prog="imsvd data check", args=argv[1:])
+    spec = prepared.find_spec(command.name)
+    spec = replace(spec, classes=command.classes or spec.classes, counts={**spec.counts, **command.counts})
+    report = prepared.check(command.name, command.root, decode=command.decode, workers=command.workers, spec=spec,
+                            progress=command.progress)
+    print(report if report.ok else f"{report}\n\n{prepared.how_to(spec, command.root)}")
+    if command.json:
+        with atomic_write(command.json) as file:
+            file.write(json.dumps(asdict(report) | {"ok": report.ok}, indent=2).encode() + b"\n")
+    raise SystemExit(0 if report.ok else 2)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], Path | None]] = {"pretrain": pretrain, "evaluate": evaluate, "data": data}
 
 
 def _peek(argv: Sequence[str], option: str) -> str | None:

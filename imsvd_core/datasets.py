@@ -84,13 +84,7 @@ class ImageData:
         """
         if not 1 <= n <= len(self):
             raise ValueError(f"n is {n}: take 1 to {len(self)}, as many as {self.title} ({self.split}) holds")
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        labels = self.labels.cpu()[order]
-        turn = torch.empty_like(labels)  # an image's rank within its class
-        for c in labels.unique():
-            members = (labels == c).nonzero()[:, 0]
-            turn[members] = torch.arange(len(members))
-        rows = order[turn.argsort(stable=True)[:n]].sort().values.to(self.labels.device)
+        rows = balanced(self.labels.cpu(), n, seed).to(self.labels.device)
         factors = self.factors and {name: values[rows] for name, values in self.factors.items()}
         return replace(self, images=self.images[rows], labels=self.labels[rows], factors=factors)
 
@@ -98,6 +92,17 @@ class ImageData:
         """The same data with every tensor on `device`."""
         factors = self.factors and {name: values.to(device) for name, values in self.factors.items()}
         return replace(self, images=self.images.to(device), labels=self.labels.to(device), factors=factors)
+
+
+def balanced(labels: Tensor, n: int, seed: int = 0) -> Tensor:
+    """Sorted indices (n,) of images drawn at random, as evenly over the classes as `labels` (N,) allow."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    labels = labels[order]
+    by_class = labels.argsort(stable=True)
+    counts = labels.bincount()
+    turn = torch.empty_like(labels)  # an image's rank within its class
+    turn[by_class] = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]
+    return order[turn.argsort(stable=True)[:n]].sort().values
 
 
 def data_root() -> Path:
@@ -200,7 +205,7 @@ def manifest(name: str = "auto", root: Path | str | None = None) -> str:
     if place is None:
         return f"{name} absent"
     if place.tree:
-        files = list(_scan(place.folder))
+        files = [(file, entry.stat().st_size) for file, entry in scan(place.folder)]
     else:
         files = [(file.as_posix(), (place.folder / file).stat().st_size) for file in _layout(name)]
     return f"{name} {len(files)} files {hashlib.sha256(repr(files).encode()).hexdigest()[:16]}"
@@ -257,7 +262,7 @@ def _find(name: str, root: Path, check: bool = True) -> _Place | None:
 
 
 def _title(name: str, place: _Place | None) -> str:
-    first = next(_scan(place.folder), ("", 0))[0] if place and place.tree else ""
+    first = next(scan(place.folder), ("", None))[0] if place and place.tree else ""
     return TITLES[name] + (" (JPEG)" if first.lower().endswith((".jpg", ".jpeg")) else "")
 
 
@@ -272,17 +277,17 @@ def _intact(name: str, path: str, size: int, modified: int) -> bool:
     return check_integrity(path, sums[os.path.basename(path)])
 
 
-def _scan(folder: Path | str, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """The image files below `folder`, sorted: name relative to it, and size in bytes."""
+def scan(folder: Path | str, prefix: str = "") -> Iterator[tuple[str, os.DirEntry]]:
+    """The image files below `folder`, sorted: name relative to it, and what the folder says of it."""
     with os.scandir(folder) as entries:
         ordered = sorted(entries, key=lambda entry: entry.name)
     for entry in ordered:
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            yield from _scan(entry.path, f"{prefix}{entry.name}/")
+            yield from scan(entry.path, f"{prefix}{entry.name}/")
         elif entry.name.lower().endswith(SUFFIXES):
-            yield prefix + entry.name, entry.stat().st_size
+            yield prefix + entry.name, entry
 
 
 # --- downloading --------------------------------------------------------------------------------------------
@@ -382,26 +387,49 @@ def _read_published(folder: Path, name: str, split: Split, size: int | None) -> 
                      torch.as_tensor(data.targets), tuple(data.classes))
 
 
-def _read_tree(folder: Path, name: str, title: str, split: Split, on_corrupt: OnCorrupt,
-               size: int | None) -> ImageData:
-    homes = {key: next((folder / option for option in options if (folder / option).is_dir()), None)
-             for key, options in SPLIT_FOLDERS.items()}
+def find_split(folder: Path, split: Split) -> tuple[Path, tuple[str, ...]]:
+    """Where one split of a tree is, and its classes, which every split of the tree must have.
+
+    Raises FileNotFoundError or ValueError, saying what a tree looks like, for a folder that is none.
+    """
+    homes = {}
+    for key, options in SPLIT_FOLDERS.items():
+        there = [folder / option for option in options if (folder / option).is_dir()]
+        homes[key] = next(filter(class_names, there), there[0] if there else None)
     home = homes[split]
     if home is None:
         wanted = " or ".join(str(folder / option) for option in SPLIT_FOLDERS[split])
         raise FileNotFoundError(f"split {split!r} is not there: make {wanted}, one folder a class in it")
-    classes = _class_names(home)
+    classes = class_names(home)
     if not classes:
         raise ValueError(f"{home} holds no class folder: put the images in {home}/<class>/")
     for other in homes.values():
-        if other and _class_names(other) != classes:
-            odd = sorted(set(classes) ^ set(_class_names(other)))
+        if other and class_names(other) != classes:
+            odd = sorted(set(classes) ^ set(class_names(other)))
             raise ValueError(f"{home} and {other} differ in classes ({', '.join(odd[:5])}): give both all")
+    return home, classes
+
+
+def find_images(home: Path, name_of_class: str) -> list[str]:
+    """The image files of one class, sorted, relative to its folder; ValueError where there is none."""
+    files = [file for file, _ in scan(home / name_of_class)]
+    if not files:
+        raise ValueError(f"{home / name_of_class} holds no {', '.join(SUFFIXES)} file: fill or remove it")
+    return files
+
+
+def class_names(home: Path) -> tuple[str, ...]:
+    """The class folders in `home`, sorted."""
+    folders = (path.name for path in home.iterdir() if path.is_dir())
+    return tuple(sorted(name for name in folders if not name.startswith(".")))
+
+
+def _read_tree(folder: Path, name: str, title: str, split: Split, on_corrupt: OnCorrupt,
+               size: int | None) -> ImageData:
+    home, classes = find_split(folder, split)
     files, labels = [], []
     for label, name_of_class in enumerate(classes):
-        members = [str(home / name_of_class / file) for file, _ in _scan(home / name_of_class)]
-        if not members:
-            raise ValueError(f"{home / name_of_class} holds no {', '.join(SUFFIXES)} file: fill or remove it")
+        members = [str(home / name_of_class / file) for file in find_images(home, name_of_class)]
         files += members
         labels += [label] * len(members)
     images = _decode_all(files, size, skip=on_corrupt == "skip")
@@ -420,11 +448,6 @@ def _read_tree(folder: Path, name: str, title: str, split: Split, on_corrupt: On
                      torch.tensor(labels)[kept], classes, skipped=len(files) - len(kept))
 
 
-def _class_names(home: Path) -> tuple[str, ...]:
-    folders = (path.name for path in home.iterdir() if path.is_dir())
-    return tuple(sorted(name for name in folders if not name.startswith(".")))
-
-
 def _decode_all(files: list[str], size: int | None, skip: bool) -> list[Tensor | None]:
     """All `files` decoded, None for an unreadable one where `skip` allows it.
 
@@ -434,7 +457,7 @@ def _decode_all(files: list[str], size: int | None, skip: bool) -> list[Tensor |
         images: list[Tensor | None] = []
         for file in some:
             try:
-                images.append(_resize(_decode(file), size))
+                images.append(_resize(decode(file), size))
             except ValueError:
                 if not skip:
                     raise
@@ -446,7 +469,7 @@ def _decode_all(files: list[str], size: int | None, skip: bool) -> list[Tensor |
         return [image for part in parts for image in part]
 
 
-def _decode(file: str) -> Tensor:
+def decode(file: str) -> Tensor:
     """One image file, uint8 (3, H, W); raises ValueError, naming it, if it is broken or not of 8 bits."""
     content = Path(file).read_bytes()
     try:

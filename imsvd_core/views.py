@@ -10,17 +10,23 @@ arranged for whole batches:
 * hue, as costly as several blends, is done once for the batch, wherever it stands in an image's order.
 
 CPU, CUDA and MPS run the same code, in float32. On an accelerator nothing waits for a drawn value.
+
+Images too large or too many for the device are cropped where they are decoded (``draw_crops`` and ``crop``:
+one image at a time, uint8 to uint8), and ``finish`` does the rest for the batch.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
+from torchvision.transforms.v2 import functional as TF
 
 Interpolation = Literal["bilinear", "bicubic"]
 
@@ -30,6 +36,7 @@ CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as in PIL and torchvision
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the numbers in ViewParameters.order, as in ColorJitter
 CROP_TRIES = 10
+CROP_DRAWS = 2 * CROP_TRIES + 2  # uniform numbers that decide an image's crop
 CPU_CACHE_PIXELS = 2**17  # output pixels that a CPU works on at a time: some 1.5 MB
 
 
@@ -160,9 +167,9 @@ class View:
         """Parameters for n images of height x width, drawn on the generator's device, moved to ``device``."""
         c = self.config
         # One row of uniform numbers an image, each column used once.
-        uniform = torch.rand(n, 2 * CROP_TRIES + 16, generator=generator, device=generator.device)
-        tries, place, switches, ranks, strengths, sigma = uniform.split([2 * CROP_TRIES, 2, 5, 4, 4, 1], 1)
-        top, left, crop_height, crop_width = _draw_crop(tries, place, height, width, c)
+        uniform = torch.rand(n, CROP_DRAWS + 14, generator=generator, device=generator.device)
+        crop, switches, ranks, strengths, sigma = uniform.split([CROP_DRAWS, 5, 4, 4, 1], 1)
+        top, left, crop_height, crop_width = _draw_crop(crop, height, width, c)
         flip, jitter, gray, blur, solarize = switches.unbind(1)
         ranges = [(max(0.0, 1 - b), 1 + b) for b in (c.brightness, c.contrast, c.saturation)]
         ranges.append((-c.hue, c.hue))
@@ -179,9 +186,40 @@ class View:
             solarize=solarize < c.solarize_probability,
         ).to(device)
 
-    @torch.no_grad()
     def apply(self, images: Tensor, parameters: ViewParameters) -> Tensor:
         """The view these parameters say: uint8 (N, 3, H, W) -> float32 (N, 3, size, size), normalised."""
+        return self._in_parts(images, parameters, _resized_crop)
+
+    def draw_crops(self, uniform: Tensor, height: Tensor, width: Tensor) -> Tensor:
+        """Crops (N, 4), int64, as top, left, height and width, of images of sizes (N,) each.
+
+        uniform: (N, CROP_DRAWS), uniform in [0, 1). The law is ``draw``'s.
+        """
+        return torch.stack(_draw_crop(uniform, height[:, None], width[:, None], self.config), dim=1)
+
+    def crop(self, image: Tensor, box: Sequence[int]) -> Tensor:
+        """One of ``draw_crops``' crops of an image: uint8 (3, H, W) -> uint8 (3, size, size), antialiased."""
+        top, left, height, width = box
+        part = image[None, :, top:top + height, left:left + width]
+        # A decoder's rows of pixels stay rows of pixels: the resizing of bytes is fastest so.
+        part = part.contiguous(memory_format=torch.channels_last)
+        side = self.config.size
+        return interpolate(part, (side, side), mode=self.config.interpolation, antialias=True)[0]
+
+    def finish(self, crops: Tensor, generator: torch.Generator) -> Tensor:
+        """All that follows the crop: uint8 (N, 3, size, size) -> float32 (N, 3, size, size), normalised.
+
+        Draws as much as a call does; what it draws for the crop is idle. Raises ValueError for another size.
+        """
+        _check_images(crops)
+        n, size = len(crops), self.config.size
+        fits = tuple(crops.shape[2:]) == (size, size)
+        _require(fits, "crops", tuple(crops.shape), f"give crops of {size} x {size} pixels")
+        return self._in_parts(crops, self.draw(n, size, size, generator, crops.device), _flipped)
+
+    @torch.no_grad()
+    def _in_parts(self, images: Tensor, parameters: ViewParameters,
+                  geometry: Callable[[Tensor, ViewParameters, ViewConfig], Tensor]) -> Tensor:
         _check_images(images)
         p, n, size = parameters, len(images), self.config.size
         _require(len(p.top) == n, "rows of parameters", len(p.top), f"give one for each of {n} images")
@@ -191,12 +229,11 @@ class View:
         with torch.autocast(images.device.type, enabled=False):  # half precision would show in the picture
             for start in range(0, n, part):
                 some = slice(start, start + part)
-                self._apply(images[some], p[some], out[some])
+                self._colour(geometry(images[some], p[some], self.config), p[some], out[some])
         return out
 
-    def _apply(self, images: Tensor, p: ViewParameters, out: Tensor) -> None:
+    def _colour(self, x: Tensor, p: ViewParameters, out: Tensor) -> None:
         c = self.config
-        x = _resized_crop(images, p, c)
         if c.jitter_probability and _needed(p.jitter):
             _color_jitter_(x, p)
         if c.gray_probability and _needed(p.gray):
@@ -218,6 +255,10 @@ class TwoViews:
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return self.first(images, generator), self.second(images, generator)
+
+    def finish(self, crops1: Tensor, crops2: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Two views (x1, x2) from crops that are made already, uint8 (N, 3, size, size) each."""
+        return self.first.finish(crops1, generator), self.second.finish(crops2, generator)
 
 
 class EvalView:
@@ -246,6 +287,18 @@ class EvalView:
                 x = _separable(x, rows, columns, clamp=self.interpolation == "bicubic")
             return _normalize(x, self.mean, self.std, out)
 
+    def crop(self, image: Tensor) -> Tensor:
+        """The resized centre of one image: uint8 (3, H, W) -> uint8 (3, size, size), for ``finish``."""
+        resized = TF.resize(image, [self.resize], TF.InterpolationMode(self.interpolation), antialias=True)
+        return TF.center_crop(resized, [self.size, self.size])
+
+    @torch.no_grad()
+    def finish(self, crops: Tensor) -> Tensor:
+        """Normalise: uint8 (N, 3, size, size) -> float32 (N, 3, size, size)."""
+        _check_images(crops)
+        x = _to_float(crops)
+        return _normalize(x, self.mean, self.std, x)
+
     def _axis(self, side: int, shorter: int, x: Tensor) -> Tensor:
         """(N, size, side): resize this side of the images, then keep the middle ``size`` of it."""
         resized = self.resize * side // shorter
@@ -259,12 +312,13 @@ def _between(low: float, high: float, uniform: Tensor) -> Tensor:
     return low + (high - low) * uniform
 
 
-def _draw_crop(tries: Tensor, place: Tensor, height: int, width: int, c: ViewConfig) -> tuple[Tensor, ...]:
+def _draw_crop(uniform: Tensor, height: int | Tensor, width: int | Tensor, c: ViewConfig) -> tuple[Tensor, ...]:
     """torchvision's RandomResizedCrop.get_params for every row: top, left, height, width, each (N,) int64.
 
     All tries are made at once. The first that fits in the image counts; else the fallback, a central crop.
+    uniform: (N, CROP_DRAWS); height and width: one for all, or (N, 1).
     """
-    area, log_ratio = tries.chunk(2, dim=1)
+    area, log_ratio, place = uniform.split([CROP_TRIES, CROP_TRIES, 2], dim=1)
     area = height * width * _between(*c.scale, area)
     ratio = _between(math.log(c.ratio[0]), math.log(c.ratio[1]), log_ratio).exp()
     widths, heights = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
@@ -272,15 +326,17 @@ def _draw_crop(tries: Tensor, place: Tensor, height: int, width: int, c: ViewCon
     earliest = (fits * torch.arange(CROP_TRIES, 0, -1, device=fits.device)).argmax(dim=1, keepdim=True)
 
     # The fallback: the whole image, less what makes it too wide or too tall for the ratios.
-    fallback_width = min(width, round(height * c.ratio[1]))
-    fallback_height = min(height, round(width / c.ratio[0]))
-    found = fits.any(dim=1)
-    crop_width = torch.where(found, widths.gather(1, earliest).squeeze(1), fallback_width)
-    crop_height = torch.where(found, heights.gather(1, earliest).squeeze(1), fallback_height)
+    none = torch.zeros_like(place[:, :1])
+    whole_height, whole_width = height + none, width + none
+    fallback_width = torch.minimum(whole_width, (whole_height * c.ratio[1]).round())
+    fallback_height = torch.minimum(whole_height, (whole_width / c.ratio[0]).round())
+    found = fits.any(dim=1, keepdim=True)
+    crop_width = torch.where(found, widths.gather(1, earliest), fallback_width)
+    crop_height = torch.where(found, heights.gather(1, earliest), fallback_height)
     free_rows, free_columns = height - crop_height, width - crop_width
-    top = torch.where(found, (place[:, 0] * (free_rows + 1)).floor(), (free_rows / 2).floor())
-    left = torch.where(found, (place[:, 1] * (free_columns + 1)).floor(), (free_columns / 2).floor())
-    return top.long(), left.long(), crop_height.long(), crop_width.long()
+    top = torch.where(found, (place[:, :1] * (free_rows + 1)).floor(), (free_rows / 2).floor())
+    left = torch.where(found, (place[:, 1:] * (free_columns + 1)).floor(), (free_columns / 2).floor())
+    return tuple(side.squeeze(1).long() for side in (top, left, crop_height, crop_width))
 
 
 # Geometry: one matrix for the rows and one for the columns of each image
@@ -308,6 +364,11 @@ def _resized_crop(images: Tensor, p: ViewParameters, c: ViewConfig) -> Tensor:
     rows = _resampling_matrix(p.top, p.height, position, c.size, images.shape[2], c.interpolation)
     columns = _resampling_matrix(p.left, p.width, flipped, c.size, images.shape[3], c.interpolation)
     return _separable(_to_float(images), rows, columns, clamp=c.interpolation == "bicubic")
+
+
+def _flipped(crops: Tensor, p: ViewParameters, c: ViewConfig) -> Tensor:
+    x = _to_float(crops)
+    return torch.where(p.flip.view(-1, 1, 1, 1), x.flip(3), x)
 
 
 def _resampling_matrix(start: Tensor, length: Tensor, position: Tensor, resized: int, side: int,

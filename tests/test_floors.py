@@ -9,10 +9,10 @@ PACKAGE = Path(imsvd_core.__file__).parent
 FLOORS = """
 cli
 training
-recipes arrays
+recipes arrays prepared
 evaluation.knn evaluation.linear methods variants arrays.tables
 evaluation.features loop loss information
-gradients streaming
+gradients streaming folders
 discretization distributed networks views datasets optim checkpoints results plots
 files attributes arrays.designs arrays.bounds
 """

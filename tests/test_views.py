@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from imsvd_core.views import (
-    BRIGHTNESS, CONTRAST, HUE, SATURATION, EvalView, TwoViewConfig, TwoViews, View, ViewConfig,
+    BRIGHTNESS, CONTRAST, CROP_DRAWS, HUE, SATURATION, EvalView, TwoViewConfig, TwoViews, View, ViewConfig,
     ViewParameters, cifar_views, imagenet_views,
 )
 
@@ -392,3 +392,62 @@ def test_a_gpu_gives_the_cpus_views_and_never_waits(config: ViewConfig) -> None:
         view(on_gpu, generator)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# Crops that are made one by one, and finished together
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [24, 224])  # smaller than most crops, and larger than all
+def test_crop_and_finish_make_the_view_up_to_the_rounding_to_bytes(size: int, interpolation: str) -> None:
+    images = photographs(40, 100, 150)
+    plain = ViewConfig(size=size, scale=(0.08, 1.0), interpolation=interpolation, **PLAIN)
+    colourful = replace(imagenet_views(size).first, interpolation=interpolation, **PLAIN)
+    for config, largest, average in ((plain, 2 / 255, 0.5 / 255), (colourful, 8 / 255, 1 / 255)):
+        view = View(config)
+        parameters = view.draw(40, 100, 150, torch.Generator().manual_seed(5))
+        boxes = torch.stack([parameters.top, parameters.left, parameters.height, parameters.width], 1).tolist()
+        crops = torch.stack([view.crop(image, box) for image, box in zip(images, boxes)])
+        assert crops.dtype == torch.uint8 and crops.shape == (40, 3, size, size)
+        finished = view.finish(crops, torch.Generator().manual_seed(5))  # its draws differ in the crops alone
+        difference = (finished - view.apply(images, parameters)).abs()
+        assert difference.max() <= largest and difference.mean() <= average
+
+
+def test_two_views_finish_as_they_are_called_one_after_the_other() -> None:
+    two, crops = TwoViews(imagenet_views(24)), photographs(2 * 9, 24, 24).split(9)
+    x1, x2 = two.finish(*crops, torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    assert torch.equal(x1, two.first.finish(crops[0], generator))
+    assert torch.equal(x2, two.second.finish(crops[1], generator))
+    with pytest.raises(ValueError, match=r"crops = .*32, 32.*: give crops of 24 x 24"):
+        two.finish(*photographs(4, 32, 32).split(2), generator)
+
+
+def test_crops_of_unequal_images_follow_the_law_of_equal_ones() -> None:
+    sizes, n = [(32, 32), (375, 500), (40, 400), (17, 9)], 200  # the third has no crop that fits at times
+    view = View(ViewConfig(size=16, scale=(0.5, 1.0)))
+    drawn = [view.draw(n, *size, torch.Generator().manual_seed(i)) for i, size in enumerate(sizes)]
+    uniform = torch.cat([torch.rand(n, CROP_DRAWS + 14, generator=torch.Generator().manual_seed(i))[:, :CROP_DRAWS]
+                         for i in range(len(sizes))])
+    height, width = torch.tensor(sizes).repeat_interleave(n, 0).unbind(1)
+    boxes = view.draw_crops(uniform, height, width)
+    for column, name in enumerate(("top", "left", "height", "width")):
+        assert torch.equal(boxes[:, column], torch.cat([getattr(p, name) for p in drawn])), name
+
+
+def test_draws_are_those_that_stored_results_came_from() -> None:
+    parameters = View(imagenet_views().first).draw(4, 375, 500, torch.Generator().manual_seed(1))
+    boxes = torch.stack([parameters.top, parameters.left, parameters.height, parameters.width], 1)
+    assert boxes.tolist() == [[2, 20, 367, 397], [44, 32, 283, 307], [0, 73, 375, 382], [3, 6, 371, 494]]
+    assert parameters.flip.tolist() == [True, False, True, True]
+    assert parameters.order.tolist() == [[1, 3, 0, 2], [1, 2, 3, 0], [0, 2, 3, 1], [3, 2, 1, 0]]
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("height", "width"), [(90, 120), (121, 83), (32, 32)])
+def test_the_evaluation_view_may_be_cropped_and_finished_apart(height: int, width: int, interpolation: str) -> None:
+    images = photographs(3, height, width)
+    view = EvalView(64, 56, interpolation=interpolation, **PLAIN)
+    crops = torch.stack([view.crop(image) for image in images])
+    assert (view.finish(crops) - view(images)).abs().max() <= 2 / 255

@@ -1,0 +1,239 @@
+"""Images streamed from a tree on disk, for data sets that do not fit in memory: ImageNet, Places.
+
+A worker reads and decodes a file once, draws both views' crops from it and resizes them as bytes. All else is
+done for the whole batch on the device, by `imsvd_core.views`. A crop is drawn from (seed, step, image) alone, so
+neither the number of workers nor that of ranks nor a resumption changes it.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.io import ImageReadMode, decode_image, read_file
+
+from imsvd_core import datasets
+from imsvd_core.datasets import OnCorrupt, Split
+from imsvd_core.views import CROP_DRAWS, EvalView, TwoViews
+
+PREFIX = "tree:"
+PART = 64  # images that a worker hands over at a time, some 20 MB of 224-pixel crops
+CHUNK = 8  # decoded images that a worker holds at a time: their crops are drawn together
+AHEAD = 2  # parts that wait for each worker
+
+log = logging.getLogger(__name__)
+
+Plan = Iterable[tuple[int, Tensor]]  # (step, int64 (n,) indices of images); it is consumed ahead of what is yielded
+
+
+@dataclass(frozen=True, eq=False)
+class FolderImages:
+    """One split of a tree ROOT/{train,val or test}/<class>/*.{jpg,png}, as names: nothing is decoded yet.
+
+    A name costs as many bytes as the longest below its class folder, and eight for its label: ImageNet's
+    1,281,167 some 40 MB.
+    """
+
+    name: str  # "tree:PATH"
+    title: str  # what a page prints
+    split: str  # "train" or "test"
+    home: Path  # holds the class folders
+    names: np.ndarray = field(repr=False)  # (N,) bytes: file names below the class folders
+    labels: Tensor = field(repr=False)  # int64 (N,), indices into `classes`
+    classes: tuple[str, ...] = field(repr=False)
+    on_corrupt: OnCorrupt = "error"
+    unreadable: set[int] = field(default_factory=set, repr=False)  # images met so far that had to be replaced
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def skipped(self) -> int:
+        """Unreadable files met so far, each replaced by the next one of the list."""
+        return len(self.unreadable)
+
+    def file(self, index: int) -> Path:
+        return self.home / self.classes[self.labels[index]] / os.fsdecode(self.names[index])
+
+    def subset(self, n: int, seed: int = 0) -> FolderImages:
+        """`n` images drawn at random, as evenly over the classes as these allow, in their present order.
+
+        The same `n` and `seed` give the same images. Raises ValueError unless 1 <= n <= len(self).
+        """
+        if not 1 <= n <= len(self):
+            raise ValueError(f"n is {n}: take 1 to {len(self)}, as many as {self.title} ({self.split}) holds")
+        rows = datasets.balanced(self.labels, n, seed)
+        return replace(self, names=self.names[rows.numpy()], labels=self.labels[rows], unreadable=set())
+
+    def two_crops(self, views: TwoViews, plan: Plan, *, seed: int, workers: int | None = None,
+                  device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
+        """Two independent crops of every image: for each entry of the plan, in order, what `views.finish` takes.
+
+        Args:
+            views: say the law and the size of the crops.
+            plan: (step, indices (n,)), n >= 1; read ahead by as much as the workers are ahead.
+            seed: with the step and the index it fixes an image's crops.
+            workers: processes that decode; 0 decodes here; by default this rank's share of the cores.
+            device: where the crops are sent.
+
+        Yields uint8 (n, 3, size, size) twice. Closing the iterator ends the workers. Raises ValueError naming a
+        file that cannot be read, unless `on_corrupt` is "skip".
+        """
+        pieces: deque[int] = deque()  # in how many parts each entry under way was handed out
+
+        def parts() -> Iterator[tuple[int, list[int]]]:
+            for step, indices in plan:
+                cut = [part.tolist() for part in indices.split(PART)]
+                pieces.append(len(cut))
+                yield from ((step, part) for part in cut)
+
+        with closing(self._stream(partial(self._read_two_crops, views, seed), parts(), workers, device)) as stream:
+            for first in stream:
+                entry = [first, *islice(stream, pieces.popleft() - 1)]
+                yield tuple(torch.cat(crops) if len(entry) > 1 else crops[0] for crops in zip(*entry))
+
+    def center_crops(self, view: EvalView, *, workers: int | None = None,
+                     device: torch.device | str = "cpu") -> Iterator[Tensor]:
+        """The images in order, resized and cropped by `view`: uint8 (up to 64, 3, size, size), for `view.finish`."""
+        parts = (range(len(self))[start:start + PART] for start in range(0, len(self), PART))
+        with closing(self._stream(partial(self._read_centers, view), parts, workers, device)) as stream:
+            for crops, in stream:
+                yield crops
+
+    def _read_centers(self, view: EvalView, part: range) -> tuple[Tensor, list[int]]:
+        unreadable: list[int] = []
+        return torch.stack([view.crop(self._decode(index, unreadable)) for index in part]), unreadable
+
+    def _read_two_crops(self, views: TwoViews, seed: int, part: tuple[int, list[int]]) -> tuple[Tensor, Tensor, list[int]]:
+        (step, indices), side = part, views.config.first.size
+        crops = torch.empty(2, len(indices), side, side, 3, dtype=torch.uint8).permute(0, 1, 4, 2, 3)
+        unreadable: list[int] = []
+        for start in range(0, len(indices), CHUNK):
+            some = indices[start:start + CHUNK]
+            images = [self._decode(index, unreadable) for index in some]
+            height, width = torch.tensor([image.shape[1:] for image in images]).unbind(1)
+            chance = [np.random.default_rng((seed, step, index)).random((2, CROP_DRAWS), np.float32) for index in some]
+            for uniform, view, out in zip(torch.from_numpy(np.stack(chance, 1)), (views.first, views.second), crops):
+                boxes = view.draw_crops(uniform, height, width).tolist()
+                for number, (image, box) in enumerate(zip(images, boxes), start):
+                    out[number] = view.crop(image, box)
+        return *crops, unreadable
+
+    def _decode(self, index: int, unreadable: list[int]) -> Tensor:
+        """The image, or where it cannot be read and that is allowed, the next that can, with a note of it."""
+        for place in range(index, index + len(self)):
+            place %= len(self)
+            try:
+                return decode(str(self.file(place)))
+            except ValueError:
+                if self.on_corrupt == "error":
+                    raise
+                unreadable.append(place)
+        raise ValueError(f"{self.home} holds no image that can be read, of {len(self)} files")
+
+    def _stream(self, read: Callable, parts: Iterator, workers: int | None,
+                device: torch.device | str) -> Iterator[list[Tensor]]:
+        """What `read` makes of each part, in order, on the device; all but the last item, which tells of trouble."""
+        device, workers = torch.device(device), share_of_cores() if workers is None else workers
+        loader = DataLoader(_Reader(read), batch_size=None, sampler=parts, num_workers=workers,
+                            prefetch_factor=AHEAD if workers else None, worker_init_fn=_heed_the_trainer_alone,
+                            pin_memory=device.type == "cuda", generator=torch.Generator())  # not the trainer's chance
+        iterator = iter(loader)
+        try:
+            for result in iterator:
+                if isinstance(result, ValueError):
+                    raise result
+                *crops, unreadable = result
+                for index in set(unreadable) - self.unreadable:
+                    self.unreadable.add(index)
+                    log.warning("%s cannot be read and is replaced by the next image (%d such so far)",
+                                self.file(index), self.skipped)
+                yield [crop.to(device, non_blocking=True) for crop in crops]
+        finally:
+            del iterator  # with it go the workers
+
+
+def open_folder(name: str, split: Split = "train", root: Path | str | None = None, *,
+                on_corrupt: OnCorrupt = "error") -> FolderImages:
+    """One split of the data set `tree:PATH`, PATH absolute or below the data root; opens no image.
+
+    Raises ValueError or FileNotFoundError, saying what is expected, where PATH has no split or no class folders.
+    """
+    if not name.startswith(PREFIX):
+        raise ValueError(f"data set {name!r} is not streamed: give {PREFIX}PATH")
+    if split not in datasets.SPLIT_FOLDERS or on_corrupt not in ("error", "skip"):
+        raise ValueError(f"split is {split!r} and on_corrupt {on_corrupt!r}: choose 'train' or 'test', 'error' or 'skip'")
+    root = datasets.data_root() if root is None else Path(root).expanduser()
+    folder = root / Path(name.removeprefix(PREFIX)).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder: {name!r} is an absolute path, or one under {root}")
+    home, classes = datasets.find_split(folder, split)
+    names = [np.array([os.fsencode(file) for file in datasets.find_images(home, label)]) for label in classes]
+    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(some) for some in names]))
+    return FolderImages(name, folder.name, split, home, np.concatenate(names), labels, classes, on_corrupt)
+
+
+def decode(file: str) -> Tensor:
+    """One image file as uint8 RGB (3, H, W), its rows of pixels together; ValueError naming one that cannot be read.
+
+    Grey, CMYK and palette become RGB, transparency is dropped, the camera's orientation is left alone.
+    """
+    try:
+        image = decode_image(read_file(file), mode=ImageReadMode.RGB)
+        if image.dtype == torch.uint8 and image.ndim == 3:
+            return image
+    except RuntimeError:
+        pass
+    return datasets.decode(file)  # reads what torchvision refuses, or says what is wrong
+
+
+def share_of_cores() -> int:
+    """The cores that this process may use, divided by the ranks on this host; 1 or more."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+class _Reader(Dataset):
+    """A function as what a DataLoader calls; an unreadable file is an answer, to be raised without a worker's trace."""
+
+    def __init__(self, read: Callable) -> None:
+        self.read = read
+
+    def __getitem__(self, part: object) -> object:
+        try:
+            return self.read(part)
+        except ValueError as error:
+            return error
+
+
+def _heed_the_trainer_alone(worker: int) -> None:
+    """Let a worker outlive what is sent to the whole job (Ctrl-C, a scheduler's warning): the trainer answers that.
+
+    The trainer's own SIGTERM still ends it; and a worker whose trainer is gone ends by itself, within seconds.
+    """
+    for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(ignored, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_trainer, daemon=True).start()
+
+
+def _end_with_the_trainer() -> None:
+    trainer = multiprocessing.parent_process().pid
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        pass
+    os._exit(0)
