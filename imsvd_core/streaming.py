@@ -80,9 +80,7 @@ class StreamedLoss(torch.autograd.Function):
             scales = s.off_diagonal_weight / pairs, ranks.size / (len(counts) * ranks.samples * s.temperature)
             for chunk in chunks:
                 g1[chunk], g2[chunk] = gradient(z1[chunk], z2[chunk], g1[chunk], g2[chunk], slope, scales, s)
-            if z1.dtype == torch.float16:  # TIC's gradient at extreme logits; what a GradScaler makes of it is its own
-                g1, g2 = (g.clamp_(-FP16_LARGEST, FP16_LARGEST) for g in (g1, g2))
-            ctx.save_for_backward(g1, g2)
+            ctx.save_for_backward(_within(g1, z1.dtype), _within(g2, z1.dtype))
             ctx.dtype = z1.dtype
 
         total = (s.diagonal_weight * diagonal + s.off_diagonal_weight * off_diagonal
@@ -245,8 +243,13 @@ def _log_codes(z: Tensor, units: Units, temperature: float) -> Tensor:
     return merge_variables(split_variables(scaled, units, fill=-torch.inf).log_softmax(-1), units)
 
 
+def _within(g: Tensor, dtype: torch.dtype) -> Tensor:
+    """g cut at what fp16 can hold, if that is what it goes to: TIC's gradient at extreme logits. (bf16 holds all.)"""
+    largest = torch.finfo(dtype).max
+    return g.clamp_(-largest, largest) if dtype is torch.float16 else g
+
+
 LARGEST_LOGIT = 1e30
-FP16_LARGEST = torch.finfo(torch.float16).max
 # A CPU is fast on what its caches hold; a GPU on much at once.
 SLAB_CELLS, GPU_SLAB_CELLS = 4_000_000, 32_000_000  # cells of the matrix held at once, at most: 16 and 128 MB in float32
 CHUNK_ENTRIES, GPU_CHUNK_ENTRIES = 1_000_000, 16_000_000  # entries of an N×D table worked on at once
