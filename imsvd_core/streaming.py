@@ -73,8 +73,7 @@ class StreamedLoss(torch.autograd.Function):
 
         if wants_gradient:
             g1, g2 = ranks.to_samples(g1), ranks.scatter_sum(g2)
-            if columns is not None:
-                g1 = torch.zeros_like(g2).index_copy_(1, columns, g1)
+            g1 = g1 if columns is None else _among_all(g1, columns, g2)
             slope = s.diagonal_weight * (1 + log_occupancy)
             pairs = max(len(counts) - 1, 1) * (len(drawn) / len(counts) if drawn else 1)
             scales = s.off_diagonal_weight / pairs, ranks.size / (len(counts) * ranks.samples * s.temperature)
@@ -142,6 +141,11 @@ def _draw(counts: tuple[int, ...], s: Settings, device: torch.device) -> tuple[l
     drawn = sorted((of_first_rank(order) if s.gather_distributed else order)[:s.sampled_variables].tolist())
     variable = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     return drawn, torch.isin(variable, torch.tensor(drawn)).nonzero()[:, 0].to(device)
+
+
+def _among_all(part: Tensor, columns: Tensor, like: Tensor) -> Tensor:
+    """A table as wide as `like` with `part` in its columns and zeros in the others."""
+    return torch.zeros_like(like).index_copy_(1, columns, part)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
