@@ -59,7 +59,7 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int,
 def build_optimizer(config: OptimConfig, modules: Iterable[nn.Module]) -> torch.optim.Optimizer:
     """One optimizer over every trainable parameter; one-dimensional ones (biases, norms) are exempt from decay.
 
-    LARS is lightly's, by the rule of You et al. (2017): g ← η·‖w‖ / (‖g‖ + λ‖w‖) · (g + λw), η = 0.001, then momentum;
+    LARS is timm's, by the rule of You et al. (2017): g ← η·‖w‖ / (‖g‖ + λ‖w‖) · (g + λw), η = 0.001, then momentum;
     what is exempt from decay is exempt from this adaptation too.
     """
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
@@ -71,7 +71,7 @@ def build_optimizer(config: OptimConfig, modules: Iterable[nn.Module]) -> torch.
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
     if config.name == "lars":
-        from lightly.utils.lars import LARS  # slow to import
+        from timm.optim import Lars  # slow to import
 
-        return LARS(groups, lr=config.lr, momentum=config.momentum, trust_coefficient=0.001)
+        return Lars(groups, lr=config.lr, momentum=config.momentum, trust_coeff=0.001)
     return torch.optim.AdamW(groups, lr=config.lr)
