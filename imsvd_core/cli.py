@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +27,8 @@ from imsvd_core.views import EvalView
 USAGE = """usage: imsvd COMMAND ...
 
 commands:
-  pretrain RECIPE        train a recipe; a run that was cut off goes on where its last checkpoint stands
+  pretrain RECIPE        train a recipe; a run that was cut off goes on where its last checkpoint stands.
+                         On several processes: torchrun --nproc-per-node 2 -m imsvd_core.cli pretrain RECIPE
   evaluate knn RUN       weighted k-nearest-neighbour accuracy of a run's backbone
   evaluate linear RUN    linear probe on a run's frozen backbone
   data check NAME ROOT   whether a data root (imagenet, places205, voc07, coco) is whole, or how to prepare one
@@ -117,6 +119,8 @@ def _pretrain(argv: Sequence[str]) -> Path:
 
 
 def evaluate(argv: Sequence[str]) -> Path:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: an evaluation is the work of one process, so start it without torchrun")
     kinds = {"knn": KNNCommand, "linear": LinearCommand}
     if argv and argv[0] in ("-h", "--help"):
         print(f"usage: imsvd evaluate {'|'.join(kinds)} RUN ...\n\n`imsvd evaluate KIND --help` lists its settings.")

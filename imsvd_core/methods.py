@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from imsvd_core.discretization import unit_counts
 from imsvd_core.distributed import world
-from imsvd_core.loss import CrossJointEntropyLoss, Invariance
+from imsvd_core.loss import CrossJointEntropyLoss, Invariance, Products
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ class IMSVD:
     invariance_weight: float = 1.0
     """Weight of TI, the agreement of the views (λ)."""
     invariance: Invariance = "inner_product"
+    products: Products = "fp32"
+    """Type of the factors in OE's three matrix products; their sums are fp32."""
+    sampled_variables: int | None = None
+    """Block rows of OE drawn at every step; all by default."""
     name: Literal["imsvd"] = "imsvd"
 
     def build(self, dim: int) -> nn.Module:
@@ -38,7 +42,7 @@ class IMSVD:
         return _CrossJoint(CrossJointEntropyLoss(
             self.units, diagonal_weight=self.diagonal_weight, off_diagonal_weight=self.off_diagonal_weight,
             invariance_weight=self.invariance_weight, invariance=self.invariance, temperature=self.temperature,
-            gather_distributed=True))
+            products=self.products, sampled_variables=self.sampled_variables, gather_distributed=True))
 
 
 class _CrossJoint(nn.Module):

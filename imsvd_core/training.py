@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
@@ -15,13 +16,15 @@ from imsvd_core.discretization import hardness, joint, soft_discretize
 from imsvd_core.distributed import on_rank_0, rank_0_first
 from imsvd_core.evaluation import knn
 from imsvd_core.files import atomic_write
-from imsvd_core.loop import PRECISIONS, Loop, Progressed, pick_device, stream_seed
+from imsvd_core.folders import FolderImages, open_folder
+from imsvd_core.loop import PRECISIONS, Batches, Loop, Progressed, pick_device, stream_seed
 from imsvd_core.methods import IMSVD
 from imsvd_core.networks import NetworkConfig, TwinNetwork, build_backbone
 from imsvd_core.recipes import Recipe, from_plain
 from imsvd_core.results import plain, provenance, write_json, write_result
 from imsvd_core.views import EvalView, TwoViews
 
+Images = datasets.ImageData | FolderImages
 SEEN = 128  # rows and columns of the joint matrix that a run keeps for each epoch
 
 
@@ -36,7 +39,7 @@ class Pretraining:
         progress: show a progress bar.
     """
 
-    def __init__(self, recipe: Recipe, run_dir: Path | str, *, data: tuple[datasets.ImageData, datasets.ImageData] | None = None,
+    def __init__(self, recipe: Recipe, run_dir: Path | str, *, data: tuple[Images, Images] | None = None,
                  progress: bool = True):
         self.recipe, self.run_dir = recipe, Path(run_dir)
         self.device = pick_device(recipe.loop.device)
@@ -47,23 +50,28 @@ class Pretraining:
         self.method = recipe.method.build(recipe.network.dim).to(self.device)
         self.views = TwoViews(recipe.views)
         self.eval_view = EvalView(**asdict(recipe.eval_view))
-        images = self.train.images.to(self.device)
         for name in ("knn", "watch"):
             getattr(recipe, name).check(self.gallery, self.test, name)
-        evaluations = ("knn", "watch", "linear", "eval_view")  # they judge the run, and may change after it
+        evaluations = ("knn", "watch", "look", "linear", "eval_view")  # they judge the run, and may change after it
         settings = {name: value for name, value in plain(recipe).items() if name not in evaluations} | {"data": self.train.name}
         self.loop = Loop(self._step, {"network": self.network}, len(self.train), recipe.loop, recipe.optim, self.run_dir,
-                         batches=lambda plan: (images[indices.to(images.device)] for _, indices in plan), objective=self.method,
-                         settings=settings, progress=progress)
+                         batches=self._batches(), objective=self.method, settings=settings,
+                         progress=progress)
         on_rank_0(write_json)(self.run_dir / "config.json", {**plain(recipe), "data": self.train.name})
 
     def __iter__(self) -> Iterator[Progressed]:
         yield from self.loop
 
-    def _step(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        x1, x2 = self.views(images, generator)
-        z1, z2 = self.network(x1, x2)
-        return z1, z2
+    def _batches(self) -> Batches:
+        """Images where they are in memory; else two crops of each, made by workers."""
+        if isinstance(self.train, FolderImages):
+            return partial(self.train.two_crops, self.views, seed=self.recipe.loop.seed, device=self.device)
+        images = self.train.images.to(self.device)
+        return lambda plan: (images[indices.to(images.device)] for _, indices in plan)
+
+    def _step(self, batch: Tensor | tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        x1, x2 = self.views(batch, generator) if isinstance(batch, Tensor) else self.views.finish(*batch, generator)
+        return self.network(x1, x2)
 
     @property
     def precision(self) -> torch.dtype | None:
@@ -94,17 +102,25 @@ class Pretraining:
         return figures
 
     @torch.no_grad()
-    def look(self, samples: int = 2048) -> tuple[Tensor, Tensor]:
-        """Soft codes p1, p2 (samples, D) of two views of test images: always the same. IMSVD only."""
+    def look(self, samples: int | None = None) -> tuple[Tensor, Tensor]:
+        """Soft codes p1, p2 (samples, D) of two views of test images (`recipe.look` of them): always the same. IMSVD only."""
         if not isinstance(self.recipe.method, IMSVD):
             raise ValueError(f"method={self.recipe.method.name!r} has no soft codes: look() needs IMSVD")
         generator = torch.Generator(self.device).manual_seed(stream_seed(self.recipe.loop.seed, "look", 0))
-        images = self.test.subset(min(samples, len(self.test))).images.to(self.device)
+        images = self.test.subset(min(samples or self.recipe.look, len(self.test)))
+        if isinstance(images, FolderImages):
+            plan = [(0, torch.arange(len(images)))]
+            crops = next(images.two_crops(self.views, plan, seed=self.recipe.loop.seed, device=self.device))
+            apply = self.views.first.finish, self.views.second.finish
+        else:
+            crops = [images.images.to(self.device)] * 2
+            apply = self.views.first, self.views.second
         was_training = self.network.training
         self.network.eval()
         codes = []
-        for view in (self.views.first, self.views.second):
-            logits = torch.cat([self.network.embed(view(part, generator)) for part in images.split(500)])
+        part = max(64, 500 * 32**2 // self.recipe.views.first.size ** 2)
+        for view, seen in zip(apply, crops):
+            logits = torch.cat([self.network.embed(view(some, generator)) for some in seen.split(part)])
             codes.append(soft_discretize(logits.float(), self.recipe.method.units, self.recipe.method.temperature).cpu())
         self.network.train(was_training)
         return codes[0], codes[1]
@@ -133,9 +149,10 @@ def pretrain(recipe: Recipe, run_dir: Path | str, *, progress: bool = True) -> P
     return run.finish()
 
 
-def load_data(recipe: Recipe) -> tuple[datasets.ImageData, datasets.ImageData]:
-    """The recipe's data set: (train, test)."""
-    return datasets.load(recipe.data, "train"), datasets.load(recipe.data, "test")
+def load_data(recipe: Recipe) -> tuple[Images, Images]:
+    """The recipe's data set: (train, test), in memory or, for tree:PATH, as files to be streamed."""
+    load = open_folder if recipe.data.startswith("tree:") else datasets.load
+    return load(recipe.data, "train"), load(recipe.data, "test")
 
 
 def build_network(config: NetworkConfig, seed: int) -> TwinNetwork:

@@ -367,8 +367,8 @@ def _resized_crop(images: Tensor, p: ViewParameters, c: ViewConfig) -> Tensor:
 
 
 def _flipped(crops: Tensor, p: ViewParameters, c: ViewConfig) -> Tensor:
-    x = _to_float(crops)
-    return torch.where(p.flip.view(-1, 1, 1, 1), x.flip(3), x)
+    crops = crops.contiguous()  # colours are by planes, and a decoder's bytes by pixels
+    return _to_float(torch.where(p.flip.view(-1, 1, 1, 1), crops.flip(3), crops))
 
 
 def _resampling_matrix(start: Tensor, length: Tensor, position: Tensor, resized: int, side: int,

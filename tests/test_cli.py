@@ -51,6 +51,13 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(capsys, words, messa
     assert stop.value.code == 2 and message in said.err + said.out and "Traceback" not in said.err
 
 
+def test_an_evaluation_on_several_processes_is_refused(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        main(["evaluate", "linear", "nowhere"])
+    assert "start it without torchrun" in capsys.readouterr().err
+
+
 def test_help_lists_settings_with_their_meaning(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["pretrain", "cifar10", "--help"])

@@ -1,10 +1,13 @@
 """On W ranks the loss is that of the joined batch."""
 
 import functools
+import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from imsvd_core.distributed import first_to_say, mean_over_ranks, on_rank_0, process_group, rank_0_first, world
 from imsvd_core.loss import CrossJointEntropyLoss
 
 
@@ -109,3 +112,61 @@ def some_share(rank, size, settings):
     z = [z.chunk(size)[rank].clone().requires_grad_() for z in logits()]
     terms = CrossJointEntropyLoss(**SETTINGS, **settings, gather_distributed=size > 1)(*z)
     return torch.stack(terms).detach(), torch.stack(torch.autograd.grad(terms.total, z))
+
+
+def by_rank_0(rank, size):
+    told, done = [], []
+
+    @on_rank_0
+    def work(number):
+        done.append(number)
+        if number < 0:
+            raise KeyError("below zero")
+        return {"rank": rank, "number": number}
+
+    told.append(work(3))
+    try:
+        work(-1)
+    except KeyError as error:
+        told.append(str(error))
+    return told, done, first_to_say("the same"), first_to_say(f"from rank {rank}"), mean_over_ranks(torch.tensor([1.0 + rank])).item()
+
+
+def test_what_rank_0_returns_or_raises_comes_to_all_and_one_reports(ranks):
+    first, second = ranks(by_rank_0, 2)
+    assert first[0] == second[0] == [{"rank": 0, "number": 3}, "'below zero'"]
+    assert (first[1], second[1]) == ([3, -1], [])
+    assert sorted([first[2], second[2]]) == [False, True] and first[3] and second[3]
+    assert first[4] == second[4] == 1.5
+
+
+def in_turn(rank, size):
+    rank_0_first(lambda: (time.sleep(0.3 * (rank == 0)), times.append(time.monotonic())))
+    return times[0]
+
+
+times = []
+
+
+def test_rank_0_goes_first(ranks):
+    first, second = ranks(in_turn, 2)
+    assert first < second
+
+
+def test_a_process_alone_joins_no_group_and_torchrun_with_one_a_group_of_one(monkeypatch, free_port):
+    with process_group():
+        assert not dist.is_initialized()
+    for name, value in {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
+        monkeypatch.setenv(name, str(value))
+    with process_group("cpu"):
+        assert dist.is_initialized() and dist.get_backend() == "gloo" and world() == (0, 1)
+    assert not dist.is_initialized()
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="LOCAL_RANK=1 has no GPU of its own among 1"), process_group():
+        pass

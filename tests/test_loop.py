@@ -89,10 +89,11 @@ def test_more_data_do_not_resume_a_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_lower_precisions_train_and_resume_alike(tmp_path, precision):
     config = replace(CONFIG, precision=precision)
-    _, whole, _ = run(tmp_path / "whole", config)
+    undisturbed, whole, _ = run(tmp_path / "whole", config)
     run(tmp_path / "cut", config, stop_after=7)
     loop, resumed, _ = run(tmp_path / "cut", config)
     assert identical(weights(whole), weights(resumed))
+    assert loop.scaler.state_dict() == undisturbed.scaler.state_dict()  # its count of good steps, too
     assert all(value.isfinite().all() for value in weights(whole).values())
     assert loop.scaler.is_enabled() == (precision == "fp16")
 
@@ -203,6 +204,14 @@ def test_convolutions_are_laid_out_channels_last(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 1))
     Loop(lambda i, g: {}, {"model": model}, 8, CONFIG, OptimConfig(), tmp_path, progress=False)
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_checkpoint_of_one_process_from_before_there_were_ranks_resumes(tmp_path):
+    run(tmp_path, stop_after=6)
+    state, path = checkpoints.load_latest(tmp_path / "checkpoints")
+    del state["settings"]["world_size"]
+    checkpoints.save(path.parent, 5, state)
+    assert make(tmp_path)[0].step == 5
 
 
 def test_seeds_of_streams_differ_and_are_fixed():

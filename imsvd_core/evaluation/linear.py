@@ -41,6 +41,8 @@ def evaluate(backbone: nn.Module, data: tuple[ImageData, ImageData], config: Lin
     folder of its own under `run_dir`, and is resumed there. Returns {"linear": …, "seconds": of training, …}.
     """
     train, test = data
+    if not isinstance(train, ImageData):
+        raise ValueError(f"data={train.name!r} is streamed, and the probe needs its training images in memory: give folder:PATH")
     device = pick_device(config.loop.device)
     precision = PRECISIONS[config.loop.precision]
     backbone = backbone.to(device).eval().requires_grad_(False)
