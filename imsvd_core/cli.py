@@ -120,7 +120,8 @@ def _pretrain(argv: Sequence[str]) -> Path:
 
 def evaluate(argv: Sequence[str]) -> Path:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: an evaluation is the work of one process, so start it without torchrun")
+        raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: an evaluation is the work of one process; "
+                         "start it without torchrun")
     kinds = {"knn": KNNCommand, "linear": LinearCommand}
     if argv and argv[0] in ("-h", "--help"):
         print(f"usage: imsvd evaluate {'|'.join(kinds)} RUN ...\n\n`imsvd evaluate KIND --help` lists its settings.")

@@ -30,8 +30,9 @@ P, T = ParamSpec("P"), TypeVar("T")
 def process_group(device: str = "auto") -> Iterator[None]:
     """Join the ranks that torchrun, or a Slurm or submitit job of several tasks, has started; alone, do nothing.
 
-    NCCL where `device` is or may be CUDA, each rank on the GPU that its LOCAL_RANK counts; gloo elsewhere. An error leaves
-    the group standing: it is to end this process, and its launcher or the broken connection then ends the others.
+    NCCL where `device` is or may be CUDA, each rank on the GPU that its LOCAL_RANK counts; gloo elsewhere.
+    An error leaves the group standing, since to close it would be to wait for the others: the error is to end
+    this process, and its launcher or the broken connection then ends them.
     Raises ValueError if a node has fewer GPUs than ranks.
     """
     tasks = os.environ.get("SUBMITIT_LOCAL_NTASKS") or os.environ.get("SLURM_STEP_NUM_TASKS") or "1"
@@ -46,7 +47,8 @@ def process_group(device: str = "auto") -> Iterator[None]:
     if torch.cuda.is_available() and device.startswith(("auto", "cuda")):
         number, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if number >= there:
-            raise ValueError(f"LOCAL_RANK={number} has no GPU of its own among {there}: start as many ranks as GPUs, or use device='cpu'")
+            raise ValueError(f"LOCAL_RANK={number} has no GPU of its own among {there}: "
+                             "start as many ranks as GPUs, or use device='cpu'")
         gpu = torch.device("cuda", number)
         torch.cuda.set_device(gpu)
     dist.init_process_group("nccl" if gpu else "gloo", timeout=PATIENCE, device_id=gpu)

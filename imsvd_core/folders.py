@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_image, read_file
+from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
 from imsvd_core import datasets
 from imsvd_core.datasets import OnCorrupt, Split
@@ -193,12 +193,12 @@ def decode(file: str) -> Tensor:
     Grey, CMYK and palette become RGB, transparency is dropped, the camera's orientation is left alone.
     """
     try:
-        image = decode_image(read_file(file), mode=ImageReadMode.RGB)
-        if image.dtype == torch.uint8 and image.ndim == 3:
-            return image
+        content = read_file(file)
+        if content[:2].tolist() == [0xFF, 0xD8]:  # a JPEG; torchvision 0.29 crashes the process on some broken PNGs
+            return decode_jpeg(content, mode=ImageReadMode.RGB)
     except RuntimeError:
         pass
-    return datasets.decode(file)  # reads what torchvision refuses, or says what is wrong
+    return datasets.decode(file)  # reads what torchvision does not, or says what is wrong
 
 
 def share_of_cores() -> int:

@@ -23,8 +23,8 @@ from imsvd_core.optim import OptimConfig, build_optimizer, learning_rate
 
 log = logging.getLogger(__name__)
 
-#: Plan of a training → what its steps are given. A plan yields, for every piece of every batch from the step to be done
-#: next to the last, (number of the step, indices of this rank's samples); it may be read ahead, and left early.
+#: Plan of a training → what its steps are given, one for each piece. A plan yields, from the step to be done next to the
+#: last, (number of the step, indices of this rank's samples in one piece); it may be read ahead, and left early.
 Batches = Callable[[Iterator[tuple[int, Tensor]]], Iterator[Any]]
 
 
@@ -134,17 +134,18 @@ class Loop:
     """
 
     def __init__(self, step: Step, modules: Mapping[str, nn.Module], samples: int, config: LoopConfig, optim: OptimConfig,
-                 run_dir: Path | str, *, batches: Batches | None = None, objective: Objective | None = None, settings: Any = None,
-                 progress: bool = True):
+                 run_dir: Path | str, *, batches: Batches | None = None, objective: Objective | None = None,
+                 settings: Any = None, progress: bool = True):
         self.rank, self.ranks = world()
         if config.batch_size > samples:
             raise ValueError(f"batch_size={config.batch_size} exceeds the {samples} samples: take a smaller batch or more data")
         if config.batch_size % (self.ranks * config.accumulate):
-            raise ValueError(f"batch_size={config.batch_size} cannot be cut into equal pieces, accumulate={config.accumulate} on each of "
-                             f"{self.ranks} ranks: take a multiple of {self.ranks * config.accumulate}")
+            raise ValueError(f"batch_size={config.batch_size} cannot be cut into equal pieces, accumulate={config.accumulate} "
+                             f"on each of {self.ranks} ranks: take a multiple of {self.ranks * config.accumulate}")
         self.modules, self.samples = dict(modules), samples
         self.config, self.optim, self.run_dir = config, optim, Path(run_dir)
-        self.settings = json.loads(json.dumps({"samples": samples, "world_size": self.ranks, **essential(settings or {})}))
+        fixed = {"samples": samples, "world_size": self.ranks, **essential(settings or {})}
+        self.settings = json.loads(json.dumps(fixed))
         self.progress = progress
         self.device = pick_device(config.device)
         for module in self.modules.values():
@@ -261,7 +262,7 @@ class Loop:
         return bool(stopping > 0)
 
     def _joined(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The means over ranks."""
+        """The means over ranks, of metrics that are to be read."""
         if self.ranks == 1:
             return metrics
         return dict(zip(metrics, mean_over_ranks(torch.stack(list(metrics.values()))), strict=True))

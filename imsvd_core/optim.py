@@ -34,7 +34,8 @@ class OptimConfig:
             if not (getattr(self, field) >= 0 and math.isfinite(getattr(self, field))):
                 raise ValueError(f"{field}={getattr(self, field)} must be a finite number ≥ 0")
         if self.name == "lars" and self.weight_decay == 0:
-            raise ValueError("weight_decay=0 would switch lars's adaptation off with the decay: give a small one (the paper's is 1e-6)")
+            raise ValueError("weight_decay=0 would switch lars's adaptation off with the decay: "
+                             "give a small one (the paper's is 1e-6)")
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int,

@@ -162,7 +162,7 @@ def _imagenet(scale: Scale, epochs: int = 100) -> Recipe:
         full, method=IMSVD(units=16), views=imagenet_views(64), data="tree:tiny-imagenet-40",
         network=NetworkConfig(backbone="narrow", cifar_stem=False, hidden=(1024,), dim=1024),
         optim=OptimConfig(name="adamw", lr=2e-3, weight_decay=1e-4, warmup_epochs=0.5),
-        loop=LoopConfig(epochs=2, batch_size=256), eval_view=EvalViewConfig(64, 64, IMAGENET_MEAN, IMAGENET_STD),
+        loop=LoopConfig(epochs=epochs // 50, batch_size=256), eval_view=EvalViewConfig(64, 64, IMAGENET_MEAN, IMAGENET_STD),
         watch=KNNConfig(neighbors=(20,), gallery=4_000, queries=1_000))
 
 

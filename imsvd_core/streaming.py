@@ -73,16 +73,13 @@ class StreamedLoss(torch.autograd.Function):
 
         if wants_gradient:
             g1, g2 = ranks.to_samples(g1), ranks.scatter_sum(g2)
-            if columns is not None:
-                g1 = torch.zeros_like(g2).index_copy_(1, columns, g1)
+            g1 = g1 if columns is None else _among_all(g1, columns, g2)
             slope = s.diagonal_weight * (1 + log_occupancy)
             pairs = max(len(counts) - 1, 1) * (len(drawn) / len(counts) if drawn else 1)
             scales = s.off_diagonal_weight / pairs, ranks.size / (len(counts) * ranks.samples * s.temperature)
             for chunk in chunks:
                 g1[chunk], g2[chunk] = gradient(z1[chunk], z2[chunk], g1[chunk], g2[chunk], slope, scales, s)
-            if z1.dtype == torch.float16:  # TIC's gradient at extreme logits; what a GradScaler makes of it is its own
-                g1, g2 = (g.clamp_(-FP16_LARGEST, FP16_LARGEST) for g in (g1, g2))
-            ctx.save_for_backward(g1, g2)
+            ctx.save_for_backward(_within(g1, z1.dtype), _within(g2, z1.dtype))
             ctx.dtype = z1.dtype
 
         total = (s.diagonal_weight * diagonal + s.off_diagonal_weight * off_diagonal
@@ -144,6 +141,11 @@ def _draw(counts: tuple[int, ...], s: Settings, device: torch.device) -> tuple[l
     drawn = sorted((of_first_rank(order) if s.gather_distributed else order)[:s.sampled_variables].tolist())
     variable = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     return drawn, torch.isin(variable, torch.tensor(drawn)).nonzero()[:, 0].to(device)
+
+
+def _among_all(part: Tensor, columns: Tensor, like: Tensor) -> Tensor:
+    """A table as wide as `like` with `part` in its columns and zeros in the others."""
+    return torch.zeros_like(like).index_copy_(1, columns, part)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -245,8 +247,13 @@ def _log_codes(z: Tensor, units: Units, temperature: float) -> Tensor:
     return merge_variables(split_variables(scaled, units, fill=-torch.inf).log_softmax(-1), units)
 
 
+def _within(g: Tensor, dtype: torch.dtype) -> Tensor:
+    """g cut at what fp16 can hold, if that is what it goes to: TIC's gradient at extreme logits. (bf16 holds all.)"""
+    largest = torch.finfo(dtype).max
+    return g.clamp_(-largest, largest) if dtype is torch.float16 else g
+
+
 LARGEST_LOGIT = 1e30
-FP16_LARGEST = torch.finfo(torch.float16).max
 # A CPU is fast on what its caches hold; a GPU on much at once.
 SLAB_CELLS, GPU_SLAB_CELLS = 4_000_000, 32_000_000  # cells of the matrix held at once, at most: 16 and 128 MB in float32
 CHUNK_ENTRIES, GPU_CHUNK_ENTRIES = 1_000_000, 16_000_000  # entries of an N×D table worked on at once

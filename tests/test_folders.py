@@ -96,11 +96,20 @@ def test_crops_are_cut_from_their_own_image_at_its_own_size(tree):
 def test_whatever_a_jpeg_or_png_holds_becomes_what_pillow_makes_of_it(tmp_path):
     for mode, suffix in (("L", "jpg"), ("CMYK", "jpg"), ("RGB", "jpg"), ("RGBA", "png"), ("LA", "png"), ("P", "png"), ("1", "png")):
         file = tmp_path / f"{mode}.{suffix}"
-        picture(1).convert(mode).save(file)
+        picture(1).convert(mode).save(file, **({"transparency": 0} if mode == "P" else {}))
         assert torch.equal(folders.decode(str(file)), datasets.decode(str(file))), mode
     renamed = tmp_path / "png.JPEG"  # ImageNet has one
     picture(1).save(renamed, format="PNG")
     assert torch.equal(folders.decode(str(renamed)), datasets.decode(str(renamed)))
+
+
+def test_a_spoilt_png_is_an_error_and_not_the_end_of_the_process(tmp_path):
+    file = tmp_path / "spoilt.png"
+    picture(1).save(file)
+    content = file.read_bytes()
+    file.write_bytes(content[:len(content) // 2] + bytes(99) + content[len(content) // 2 + 99:])
+    with pytest.raises(ValueError, match="spoilt.png cannot be read"):
+        folders.decode(str(file))
 
 
 def broken(file: Path, kind: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -131,7 +132,15 @@ def test_each_fault_of_a_root_is_reported_with_its_remedy_and_no_other(tmp_path,
     assert "not ready" in str(report) and not report.ok and not prepared.checked(name, tmp_path / "root").ok
 
 
+def spoilt_png(_: bytes) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(file, format="PNG")
+    content = file.getvalue()
+    return content[:len(content) // 2] + bytes(99) + content[len(content) // 2 + 99:]
+
+
 @pytest.mark.parametrize("change, seen_by", [
+    (spoilt_png, {"full"}),
     (lambda b: b[:-20], {"header", "full"}), (lambda b: b"hello", {"header", "full"}), (lambda b: b"", {"header", "full"}),
     (lambda b: b + b"tail", set()), (lambda b: b[:25] + b[-2:], {"header", "full"}), (lambda b: b[:2] + b[600:], {"full", "header"}),
 ])

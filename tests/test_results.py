@@ -16,7 +16,8 @@ def origin():
 
 def test_a_result_says_where_it_comes_from(tmp_path, origin):
     result = read_result(write_result(tmp_path / "r.json", "knn", {"knn_20": 51.0}, origin))
-    assert set(result["provenance"]) == {"command", "commit", "config_hash", "seed", "device", "dataset", "seconds", "date", "versions"}
+    assert set(result["provenance"]) == {"command", "commit", "config_hash", "seed", "device", "dataset", "seconds", "date", "versions",
+                                         "world_size"}
     assert all(result["provenance"][key] not in ("", None) for key in result["provenance"])
     assert result["figures"] == {"knn_20": 51.0}
 

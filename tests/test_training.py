@@ -49,8 +49,8 @@ import os, signal, sys
 from imsvd_core.loop import Loop
 from imsvd_core.cli import main
 step, original = int(sys.argv.pop(1)), Loop._train_one
-def train_one(self, indices):
-    metrics = original(self, indices)
+def train_one(self, batches):
+    metrics = original(self, batches)
     if self.step == step:
         os.kill(os.getpid(), signal.SIGKILL)
     return metrics

@@ -37,6 +37,18 @@ def test_the_grid_of_units_runs_every_setting_once(tmp_path, monkeypatch):
     assert read_result(tmp_path / "result.json")["figures"] == first
 
 
+def test_cheaper_losses_train_beside_the_exact_one_and_are_judged_by_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("IMSVD_SCALE", "smoke")
+    monkeypatch.setenv("IMSVD_DATASET", "attributes")
+    study = load("cheaper")
+    monkeypatch.setattr(study, "SEEDS", (0,))
+    study.main(tmp_path)
+    exact, rounded, drawn = read_result(tmp_path / "result.json")["figures"]["runs"]
+    assert (exact["setting"], rounded["setting"], drawn["setting"]) == ("fp32", "bf16", "quarter")
+    assert exact["total"] != rounded["total"] != drawn["total"]
+    assert abs(exact["total"] - rounded["total"]) < 0.05 * abs(exact["total"])
+
+
 def test_a_run_is_kept_with_its_model_and_its_matrices(tmp_path):
     small = replace(recipe("cifar10", "smoke"), data="attributes")
     pretrain(small, tmp_path / "run", progress=False)

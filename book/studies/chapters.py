@@ -1,0 +1,40 @@
+"""How long each chapter runs on the device at hand (the boxes at the heads of the chapters quote it for a GPU).
+
+    python book/studies/chapters.py RESULT.json [CHAPTER ...]
+"""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jupytext
+from nbclient import NotebookClient
+
+from imsvd_core import datasets
+from imsvd_core.loop import pick_device
+from imsvd_core.recipes import current_scale
+from imsvd_core.results import provenance, write_result
+
+BOOK = Path(__file__).parents[1]
+
+
+def main(result: Path, names: list[str]) -> None:
+    chapters = [BOOK / f"{name}.md" for name in names] or sorted(BOOK.glob("[0-9]*.md"))
+    figures: dict[str, float] = {}
+    for chapter in chapters:
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            NotebookClient(jupytext.read(chapter), timeout=3600, resources={"metadata": {"path": folder}}).execute()
+            figures[chapter.stem] = round(time.perf_counter() - start, 1)
+        print(chapter.stem, figures[chapter.stem], flush=True)
+    device = pick_device()
+    origin = provenance(config={"scale": current_scale()}, seed=0, device=device, dataset=datasets.title(),
+                        seconds=sum(figures.values()))
+    write_result(result, f"chapters-{device.type}", {"seconds": figures}, origin, overwrite=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        raise SystemExit(__doc__)
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,55 @@
+"""What cheaper losses do to a short training (chapter 06): bf16 products, and a quarter of the block rows at a time.
+
+    python book/studies/cheaper.py RUN_DIR
+
+Every run is the recipe `cifar10-units` with one setting changed and another seed. Runs that RUN_DIR holds are not run
+again; the result goes to RUN_DIR/result.json.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+from imsvd_core.loop import pick_device
+from imsvd_core.loss import cross_joint_entropy
+from imsvd_core.recipes import recipe
+from imsvd_core.results import provenance, write_json, write_result
+from imsvd_core.training import Pretraining, load_data
+
+SEEDS = (0, 1, 2)
+
+
+def main(run_dir: Path) -> None:
+    base = recipe("cifar10-units")
+    data = load_data(base)
+    variables, rows = base.network.dim // base.method.units, []
+    changed = {"fp32": {}, "bf16": {"products": "bf16"}, "quarter": {"sampled_variables": variables // 4}}
+    for seed, (name, settings) in product(SEEDS, changed.items()):
+        path = run_dir / f"{name}-seed{seed}" / "row.json"
+        if not path.exists():
+            one = replace(base, method=replace(base.method, **settings), loop=replace(base.loop, seed=seed))
+            run = Pretraining(one, path.parent, data=data, progress=False)
+            for _ in run:
+                pass
+            write_json(path, {"setting": name, "seed": seed, "knn_20": run.knn()["knn_20"], "seconds": run.loop.seconds,
+                              **{term: value.item() for term, value in exact_terms(run).items()}})
+        rows.append(json.loads(path.read_text()))
+        print(rows[-1], flush=True)
+    origin = provenance(config=base, seed=SEEDS[0], device=pick_device(base.loop.device), dataset=data[0].title,
+                        seconds=sum(row["seconds"] for row in rows))
+    figures = {"variables": variables, "samples": base.samples, "runs": rows}
+    write_result(run_dir / "result.json", "cifar10-laptop-cheaper", figures, origin, overwrite=True)
+
+
+def exact_terms(run: Pretraining) -> dict:
+    """The loss of test images, by the textbook version whatever the run was trained with."""
+    logits = (p.clamp_min(1e-30).log() for p in run.look())  # whose codes are p
+    return cross_joint_entropy(*logits, run.recipe.method.units)._asdict()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit(__doc__)
+    main(Path(sys.argv[1]))
