@@ -146,6 +146,7 @@ def _off_diagonal_sweep(p1: Tensor, p2: Tensor, counts: tuple[int, ...], own: ra
                 _product(p2, logs.T, out=g1[:, mine])
                 g2 = (_product(codes, logs) if g2 is None else
                       _add_product(g2, codes, logs))
+            del cells, logs  # or the next slab would be a third
     g2 = p2.new_zeros(p2.shape, dtype=wide) if g2 is None else g2
     return value / (len(variables) * max(len(counts) - 1, 1)), g1, g2
 
