@@ -14,9 +14,7 @@ depth ($IMSVD_DATA/imagenet-samples by default). Without ``--json`` nothing is w
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -25,9 +23,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded
 
 import numpy as np
-import PIL
 import torch
-import torchvision
 from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -35,6 +31,7 @@ from torchvision import transforms
 from imsvd_core import datasets, folders
 from imsvd_core.folders import FolderImages
 from imsvd_core.loop import pick_device
+from imsvd_core.results import provenance, write_result
 from imsvd_core.views import IMAGENET_MEAN, IMAGENET_STD, TwoViews, View, imagenet_views
 
 VIEWS = TwoViews(imagenet_views())
@@ -121,9 +118,11 @@ def main() -> None:
     torch.manual_seed(0)
     device, n, rounds = pick_device(arguments.device), arguments.images, arguments.rounds
 
-    names = [file for file, _ in datasets.scan(arguments.root)]
+    begin = time.perf_counter()
+    names = [file for file, _ in datasets.scan(arguments.root)] if arguments.root.is_dir() else []
     if not names:
-        raise SystemExit(f"{arguments.root} holds no JPEG: give --root, a folder with images of original size")
+        print(f"{arguments.root} holds no JPEG, so nothing was timed: give --root, a folder with images of original size")
+        return
     names = [names[i * len(names) // n] if n <= len(names) else names[i % len(names)] for i in range(n)]
     ours = FolderImages("tree:samples", "samples", "train", arguments.root, np.array([os.fsencode(name) for name in names]),
                         torch.zeros(n, dtype=torch.int64), ("",))
@@ -156,15 +155,10 @@ def main() -> None:
                      "crops": lambda: wall_time(lambda: run_ours(finished=False))}, rounds)
     ms = {name: 1000 * statistics.median(times) / n for name, times in worker.items()}
     speed = {name: 4 * n / statistics.median(times) for name, times in whole.items()}
-    result = {
-        "worker_ms_per_image": {name: ms[name] for name in ("pil", "ours")}, "worker": ratio(worker),
-        "decode_ms_per_image": ms["decode"], "decode_share_of_ours": ms["decode"] / ms["ours"],
-        "finish_ms_per_image": ms["finish"], "finish_device": str(device),
-        "images_per_second": speed, "throughput": ratio(whole), "workers": arguments.workers,
-        "images": n, "distinct_files": len(set(names)), "rounds": rounds, "threads": 1, "cores": os.cpu_count(),
-        "processor": platform.processor() or platform.machine(), "torch": torch.__version__,
-        "torchvision": torchvision.__version__, "pillow": PIL.__version__,
-    }
+    result = {"worker": ratio(worker), "decode_share_of_ours": ms["decode"] / ms["ours"], "finish_over_worker": ms["finish"] / ms["ours"],
+              "throughput": ratio(whole), "unfinished_over_pil": speed["crops"] / speed["pil"]}
+    if device.type == "cuda":  # only there does an absolute figure say something
+        result |= {"images_per_second": speed, "finish_ms_per_image": ms["finish"]}
     spread = "in one round {:.1f} to {:.1f}".format
     print(f"Two 224-pixel views of an image: median of {rounds} rounds, {n} images, one thread a worker")
     print(f"  CPU time of a worker: PIL {ms['pil']:.2f} ms, ours {ms['ours']:.2f} ms (decoding {ms['decode']:.2f} ms), "
@@ -173,8 +167,11 @@ def main() -> None:
     print(f"  whole pipeline, {arguments.workers} workers: PIL {speed['pil']:.0f}, ours {speed['ours']:.0f} images/s "
           f"(unfinished {speed['crops']:.0f}), "
           f"ratio {result['throughput']['ratio']:.1f} ({spread(*result['throughput']['ratio_of_one_round'])})")
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    if arguments.json:
+        setting = {"workers": arguments.workers, "images": n, "distinct_files": len(set(names)), "rounds": rounds}
+        origin = provenance(config=setting, seed=0, device=device, dataset=f"{len(set(names))} JPEGs of original size",
+                            seconds=time.perf_counter() - begin)
+        write_result(arguments.json, f"benchmark-input-{device.type}", {"setting": setting, **result}, origin, overwrite=True)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ AHEAD = 2  # parts that wait for each worker
 
 log = logging.getLogger(__name__)
 
-Plan = Iterable[tuple[int, Tensor]]  # (step, int64 (n,) indices of images); it is consumed ahead of what is yielded
+Plan = Iterable[tuple[int, Tensor]]  # (step, int64 (n,) indices of images); it is consumed ahead of the yields
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,14 +101,15 @@ class FolderImages:
                 pieces.append(len(cut))
                 yield from ((step, part) for part in cut)
 
-        with closing(self._stream(partial(self._read_two_crops, views, seed), parts(), workers, device)) as stream:
+        read = partial(self._read_two_crops, views, seed)
+        with closing(self._stream(read, parts(), workers, device)) as stream:
             for first in stream:
                 entry = [first, *islice(stream, pieces.popleft() - 1)]
-                yield tuple(torch.cat(crops) if len(entry) > 1 else crops[0] for crops in zip(*entry))
+                yield tuple(torch.cat(crops) if len(entry) > 1 else crops[0] for crops in zip(*entry, strict=True))
 
     def center_crops(self, view: EvalView, *, workers: int | None = None,
                      device: torch.device | str = "cpu") -> Iterator[Tensor]:
-        """The images in order, resized and cropped by `view`: uint8 (up to 64, 3, size, size), for `view.finish`."""
+        """The images in order, cropped by `view`: uint8 (up to 64, 3, size, size), for `view.finish`."""
         parts = (range(len(self))[start:start + PART] for start in range(0, len(self), PART))
         with closing(self._stream(partial(self._read_centers, view), parts, workers, device)) as stream:
             for crops, in stream:
@@ -118,7 +119,8 @@ class FolderImages:
         unreadable: list[int] = []
         return torch.stack([view.crop(self._decode(index, unreadable)) for index in part]), unreadable
 
-    def _read_two_crops(self, views: TwoViews, seed: int, part: tuple[int, list[int]]) -> tuple[Tensor, Tensor, list[int]]:
+    def _read_two_crops(self, views: TwoViews, seed: int,
+                        part: tuple[int, list[int]]) -> tuple[Tensor, Tensor, list[int]]:
         (step, indices), side = part, views.config.first.size
         crops = torch.empty(2, len(indices), side, side, 3, dtype=torch.uint8).permute(0, 1, 4, 2, 3)
         unreadable: list[int] = []
@@ -126,10 +128,12 @@ class FolderImages:
             some = indices[start:start + CHUNK]
             images = [self._decode(index, unreadable) for index in some]
             height, width = torch.tensor([image.shape[1:] for image in images]).unbind(1)
-            chance = [np.random.default_rng((seed, step, index)).random((2, CROP_DRAWS), np.float32) for index in some]
-            for uniform, view, out in zip(torch.from_numpy(np.stack(chance, 1)), (views.first, views.second), crops):
+            chance = [np.random.default_rng((seed, step, index)).random((2, CROP_DRAWS), np.float32)
+                      for index in some]
+            both = zip(torch.from_numpy(np.stack(chance, 1)), (views.first, views.second), crops, strict=True)
+            for uniform, view, out in both:
                 boxes = view.draw_crops(uniform, height, width).tolist()
-                for number, (image, box) in enumerate(zip(images, boxes), start):
+                for number, (image, box) in enumerate(zip(images, boxes, strict=True), start):
                     out[number] = view.crop(image, box)
         return *crops, unreadable
 
@@ -147,11 +151,12 @@ class FolderImages:
 
     def _stream(self, read: Callable, parts: Iterator, workers: int | None,
                 device: torch.device | str) -> Iterator[list[Tensor]]:
-        """What `read` makes of each part, in order, on the device; all but the last item, which tells of trouble."""
+        """What `read` makes of each part, in order, on the device, less its last item: the unreadable files."""
         device, workers = torch.device(device), share_of_cores() if workers is None else workers
         loader = DataLoader(_Reader(read), batch_size=None, sampler=parts, num_workers=workers,
                             prefetch_factor=AHEAD if workers else None, worker_init_fn=_heed_the_trainer_alone,
-                            pin_memory=device.type == "cuda", generator=torch.Generator())  # not the trainer's chance
+                            pin_memory=device.type == "cuda",
+                            generator=torch.Generator())  # not the trainer's chance
         iterator = iter(loader)
         try:
             for result in iterator:
@@ -176,7 +181,8 @@ def open_folder(name: str, split: Split = "train", root: Path | str | None = Non
     if not name.startswith(PREFIX):
         raise ValueError(f"data set {name!r} is not streamed: give {PREFIX}PATH")
     if split not in datasets.SPLIT_FOLDERS or on_corrupt not in ("error", "skip"):
-        raise ValueError(f"split is {split!r} and on_corrupt {on_corrupt!r}: choose 'train' or 'test', 'error' or 'skip'")
+        raise ValueError(f"split is {split!r} and on_corrupt {on_corrupt!r}: choose 'train' or 'test', and 'error' "
+                         "or 'skip'")
     root = datasets.data_root() if root is None else Path(root).expanduser()
     folder = root / Path(name.removeprefix(PREFIX)).expanduser()
     if not folder.is_dir():
@@ -188,13 +194,13 @@ def open_folder(name: str, split: Split = "train", root: Path | str | None = Non
 
 
 def decode(file: str) -> Tensor:
-    """One image file as uint8 RGB (3, H, W), its rows of pixels together; ValueError naming one that cannot be read.
+    """One image file as uint8 RGB (3, H, W); ValueError naming one that cannot be read.
 
     Grey, CMYK and palette become RGB, transparency is dropped, the camera's orientation is left alone.
     """
     try:
         content = read_file(file)
-        if content[:2].tolist() == [0xFF, 0xD8]:  # a JPEG; torchvision 0.29 crashes the process on some broken PNGs
+        if content[:2].tolist() == [0xFF, 0xD8]:  # a JPEG; broken PNGs crash the process in torchvision 0.29
             return decode_jpeg(content, mode=ImageReadMode.RGB)
     except RuntimeError:
         pass
@@ -208,7 +214,7 @@ def share_of_cores() -> int:
 
 
 class _Reader(Dataset):
-    """A function as what a DataLoader calls; an unreadable file is an answer, to be raised without a worker's trace."""
+    """A function as a DataLoader calls it; its ValueError is an answer, to be raised without a worker's trace."""
 
     def __init__(self, read: Callable) -> None:
         self.read = read
@@ -221,7 +227,7 @@ class _Reader(Dataset):
 
 
 def _heed_the_trainer_alone(worker: int) -> None:
-    """Let a worker outlive what is sent to the whole job (Ctrl-C, a scheduler's warning): the trainer answers that.
+    """Let a worker outlive what is sent to the whole job, such as Ctrl-C: that is for the trainer to answer.
 
     The trainer's own SIGTERM still ends it; and a worker whose trainer is gone ends by itself, within seconds.
     """

@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,14 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from imsvd_core import checkpoints
 from imsvd_core.distributed import mean_over_ranks, on_rank_0, world
-from imsvd_core.files import atomic_write
 from imsvd_core.gradients import Gradients, Objective, Step
 from imsvd_core.optim import OptimConfig, build_optimizer, learning_rate
+from imsvd_core.record import Display, Metrics
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +144,7 @@ class Loop:
         self.config, self.optim, self.run_dir = config, optim, Path(run_dir)
         fixed = {"samples": samples, "world_size": self.ranks, **essential(settings or {})}
         self.settings = json.loads(json.dumps(fixed))
-        self.progress = progress
+        self.progress, self.metrics = progress, Metrics(self.run_dir / "metrics.jsonl")
         self.device = pick_device(config.device)
         for module in self.modules.values():
             module.to(self.device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
@@ -172,7 +170,9 @@ class Loop:
         for module in self.modules.values():
             module.train()
         batches = self.batches(self._plan(self.step))
-        with _Record(self, self.progress) as record:
+        board = self.run_dir / "tensorboard" if self.config.tensorboard and self.rank == 0 else None
+        since = self.step, self.seconds  # where the last line of metrics.jsonl was written
+        with Display(self.step, self.total_steps, self.progress and self.rank == 0, board) as display:
             while self.step < self.total_steps:
                 start = time.perf_counter()
                 metrics = self._train_one(batches)
@@ -185,10 +185,13 @@ class Loop:
                 self.seconds += time.perf_counter() - start
                 if logs:
                     metrics = self._joined(metrics)
-                    record.write(metrics)
+                    figures = self._figures(metrics, *since)
+                    since = self.step, self.seconds
+                    self.record(**figures)
+                    display.show(self.step, figures)
                 if saves or stops:
                     self._save()
-                record.advance()
+                display.advance()
                 yield Progressed(self.step, self.step / self.steps_per_epoch, ends_epoch, metrics)
                 if stops:
                     return
@@ -205,17 +208,12 @@ class Loop:
 
         They survive a resumption from this step on; look with `records()` whether they are there already. Rank 0's are kept.
         """
-        if self.rank:
-            return
-        line = {"step": self.step, "epoch": self.step / self.steps_per_epoch}
-        line |= {name: value if math.isfinite(value) else None for name, value in figures.items()}  # JSON has no NaN
-        with open(self._metrics_path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        if self.rank == 0:
+            self.metrics.append(self.step, self.step / self.steps_per_epoch, figures)
 
     def records(self, key: str = "loss") -> list[dict[str, float]]:
         """The lines of metrics.jsonl that hold `key`, oldest first; "loss" for those that the loop wrote itself."""
-        lines = [json.loads(line) for line in self._metrics_path.read_text().splitlines()]
-        return [line for line in lines if key in line]
+        return self.metrics.lines(key)
 
     def _plan(self, first: int) -> Iterator[tuple[int, Tensor]]:
         """(step, indices of one of its pieces) for all that this rank has to do from step `first` on."""
@@ -267,6 +265,12 @@ class Loop:
             return metrics
         return dict(zip(metrics, mean_over_ranks(torch.stack(list(metrics.values()))), strict=True))
 
+    def _figures(self, metrics: Mapping[str, Tensor], step: int, seconds: float) -> dict[str, float]:
+        """What is recorded now, the last time having been at `step` after so many `seconds`."""
+        speed = (self.step - step) * self.config.batch_size / (self.seconds - seconds)
+        return {name: value.item() for name, value in metrics.items()} | {
+            "lr": self.optimizer.param_groups[0]["lr"], "samples_per_second": round(speed, 1)}
+
     # What survives a kill
 
     def _save(self) -> None:
@@ -290,7 +294,7 @@ class Loop:
         found = self._newest()
         if found is None:
             if self.rank == 0:
-                self._metrics_path.write_text("")
+                self.metrics.clear()
             return
         state, path = found
         before = {"world_size": 1, **state["settings"]}  # older checkpoints knew of no ranks
@@ -303,7 +307,7 @@ class Loop:
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
         self.step, self.seconds, self._last_good = state["step"], state["seconds"], path
-        self._forget_later_records()
+        on_rank_0(self.metrics.forget_after)(self.step)  # it is written again
         log.info("resumed %s at step %d of %d", self.run_dir, self.step, self.total_steps)
 
     def _newest(self) -> tuple[dict[str, Any], Path] | None:
@@ -318,57 +322,6 @@ class Loop:
 
         newest = path()
         return found if self.rank == 0 or newest is None else (checkpoints.load(newest), newest)
-
-    @on_rank_0
-    def _forget_later_records(self) -> None:
-        """What was written after the checkpoint is written again."""
-        lines = self._metrics_path.read_text().splitlines(keepends=True) if self._metrics_path.exists() else []
-        with atomic_write(self._metrics_path) as file:
-            file.writelines(line.encode() for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step)
-
-    @property
-    def _metrics_path(self) -> Path:
-        return self.run_dir / "metrics.jsonl"
-
-
-class _Record:
-    """What a run tells while it goes: metrics.jsonl, TensorBoard, a progress bar."""
-
-    def __init__(self, loop: Loop, progress: bool):
-        self.loop = loop
-        self.bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                            disable=not progress or loop.rank > 0)
-        self.task = self.bar.add_task("training", total=loop.total_steps, completed=loop.step)
-
-    def __enter__(self) -> "_Record":
-        self.bar.start()
-        self.board = None
-        if self.loop.config.tensorboard and self.loop.rank == 0:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-            self.board = SummaryWriter(str(self.loop.run_dir / "tensorboard"), purge_step=self.loop.step + 1)
-        self.since = self.loop.step, self.loop.seconds
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.stop()
-        if self.board:
-            self.board.close()
-
-    def advance(self) -> None:
-        self.bar.update(self.task, advance=1)
-
-    def write(self, metrics: Mapping[str, Tensor]) -> None:
-        step, (before, seconds) = self.loop.step, self.since
-        figures = {name: value.item() for name, value in metrics.items()}
-        figures["lr"] = self.loop.optimizer.param_groups[0]["lr"]
-        figures["samples_per_second"] = round((step - before) * self.loop.config.batch_size / (self.loop.seconds - seconds), 1)
-        self.since = step, self.loop.seconds
-        self.loop.record(**figures)
-        if self.board:
-            for name, value in figures.items():
-                self.board.add_scalar(name, value, step)
-        self.bar.update(self.task, description=f"loss {figures['loss']:.4f}")
 
 
 def _differences(before: Any, now: Any, path: str = "") -> str:

@@ -95,10 +95,12 @@ class Report:
                      f"{UNPACK}; of a subset say what it holds (--classes, --counts)")
 
     def __str__(self) -> str:
-        lines = [f"{self.name} in {self.root}: " + ", ".join(f"{what} {found:,}" for what, found in self.found.items())]
+        found = ", ".join(f"{what} {number:,}" for what, number in self.found.items())
+        lines = [f"{self.name} in {self.root}: {found}"]
         for problem in self.problems:
             rest = f"\n    and {problem.count - SHOWN:,} more" if problem.count > SHOWN else ""
-            lines += [f"  {problem.what} ({problem.count:,}):\n    " + "\n    ".join(problem.first) + rest, f"    → {problem.remedy}"]
+            examples = "\n    ".join(problem.first) + rest
+            lines.append(f"  {problem.what} ({problem.count:,}):\n    {examples}\n    → {problem.remedy}")
         looked = {"none": "files not opened", "header": "both ends of every file read", "full": "every file decoded"}
         return "\n".join([*lines, f"  {'all is well' if self.ok else 'not ready'} ({looked[self.decode]})"])
 
@@ -144,7 +146,8 @@ def _inspect_tree(root: Path, spec: Spec, report: Report, track: Track) -> list[
             share = expected // spec.classes
             if not some or split in spec.balanced and len(some) != share:
                 wanted = f"{share:,}" if split in spec.balanced else "some"
-                report.add("class of the wrong size", f"{home / name}: {len(some):,} images, expected {wanted}", UNPACK)
+                report.add("class of the wrong size", f"{home / name}: {len(some):,} images, expected {wanted}",
+                           UNPACK)
             files += some
     for split, names in classes.items():
         for name in sorted(set().union(*classes.values()) - set(names)):
@@ -220,16 +223,18 @@ def _inspect_coco(root: Path, spec: Spec, report: Report, track: Track) -> list[
         for name in sorted(set(listed.values()) - names):
             report.add("missing image", f"{home / name}, which {listing.name} lists", UNPACK)
         for name in sorted(names - set(listed.values())):
-            report.add("image without annotation", f"{home / name}, which {listing.name} does not list", "remove it")
+            report.add("image without annotation", f"{home / name}, which {listing.name} does not list",
+                       "remove it")
         for number in orphans:
             report.add("annotation of nothing known", f"{number} in {listing}", UNPACK)
     return files
 
 
 SPECS = {
-    "imagenet": Spec("ImageNet (ILSVRC 2012)", {"train": 1_281_167, "val": 50_000}, 1000, IMAGENET_HELP, _inspect_tree,
-                     class_name=r"n\d{8}", balanced=("val",)),
-    "places205": Spec("Places205", {"train": 2_448_873, "val": 20_500}, 205, PLACES_HELP, _inspect_tree, balanced=("val",)),
+    "imagenet": Spec("ImageNet (ILSVRC 2012)", {"train": 1_281_167, "val": 50_000}, 1000, IMAGENET_HELP,
+                     _inspect_tree, class_name=r"n\d{8}", balanced=("val",)),
+    "places205": Spec("Places205", {"train": 2_448_873, "val": 20_500}, 205, PLACES_HELP, _inspect_tree,
+                      balanced=("val",)),
     "voc07": Spec("PASCAL VOC 2007", {"trainval": 5_011, "test": 4_952}, 20, VOC_HELP, _inspect_voc),
     "coco": Spec("COCO 2017", {"train": 118_287, "val": 5_000}, 80, COCO_HELP, _inspect_coco),
 }

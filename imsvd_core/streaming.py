@@ -274,7 +274,7 @@ def _within(g: Tensor, dtype: torch.dtype) -> Tensor:
 LARGEST_LOGIT = 1e30
 # A CPU is fast on what its caches hold; a GPU on much at once.
 SLAB_CELLS, GPU_SLAB_CELLS = 4_000_000, 32_000_000  # cells of the matrix held at once, at most: 16 and 128 MB in float32
-CHUNK_ENTRIES, GPU_CHUNK_ENTRIES = 1_000_000, 16_000_000  # entries of an N×D table worked on at once
+CHUNK_ENTRIES, GPU_CHUNK_ENTRIES = 250_000, 16_000_000  # entries of an N×D table worked on at once
 
 
 def _row_chunks(z: Tensor, width: int) -> list[slice]:

@@ -1,10 +1,11 @@
 """Pretraining: a recipe's method, views, network and data put into the loop."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -54,24 +55,26 @@ class Pretraining:
             getattr(recipe, name).check(self.gallery, self.test, name)
         evaluations = ("knn", "watch", "look", "linear", "eval_view")  # they judge the run, and may change after it
         settings = {name: value for name, value in plain(recipe).items() if name not in evaluations} | {"data": self.train.name}
+        batches, self._two_views = self._source()
         self.loop = Loop(self._step, {"network": self.network}, len(self.train), recipe.loop, recipe.optim, self.run_dir,
-                         batches=self._batches(), objective=self.method, settings=settings,
-                         progress=progress)
+                         batches=batches, objective=self.method, settings=settings, progress=progress)
         on_rank_0(write_json)(self.run_dir / "config.json", {**plain(recipe), "data": self.train.name})
 
     def __iter__(self) -> Iterator[Progressed]:
         yield from self.loop
 
-    def _batches(self) -> Batches:
-        """Images where they are in memory; else two crops of each, made by workers."""
-        if isinstance(self.train, FolderImages):
-            return partial(self.train.two_crops, self.views, seed=self.recipe.loop.seed, device=self.device)
+    def _source(self) -> tuple[Batches, Callable[..., tuple[Tensor, Tensor]]]:
+        """What the loop's plan is turned into, and what makes two views of that."""
+        if isinstance(self.train, FolderImages):  # two crops of each image, made by workers
+            crops = partial(self.train.two_crops, self.views, seed=self.recipe.loop.seed, device=self.device)
+            return crops, lambda batch, generator: self.views.finish(*batch, generator)
         images = self.train.images.to(self.device)
-        return lambda plan: (images[indices.to(images.device)] for _, indices in plan)
+        return lambda plan: (images[indices.to(images.device)] for _, indices in plan), self.views
 
-    def _step(self, batch: Tensor | tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        x1, x2 = self.views(batch, generator) if isinstance(batch, Tensor) else self.views.finish(*batch, generator)
-        return self.network(x1, x2)
+    def _step(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        x1, x2 = self._two_views(batch, generator)
+        z1, z2 = self.network(x1, x2)
+        return z1, z2
 
     @property
     def precision(self) -> torch.dtype | None:

@@ -312,7 +312,8 @@ def _between(low: float, high: float, uniform: Tensor) -> Tensor:
     return low + (high - low) * uniform
 
 
-def _draw_crop(uniform: Tensor, height: int | Tensor, width: int | Tensor, c: ViewConfig) -> tuple[Tensor, ...]:
+def _draw_crop(uniform: Tensor, height: int | Tensor, width: int | Tensor,
+               c: ViewConfig) -> tuple[Tensor, ...]:
     """torchvision's RandomResizedCrop.get_params for every row: top, left, height, width, each (N,) int64.
 
     All tries are made at once. The first that fits in the image counts; else the fallback, a central crop.

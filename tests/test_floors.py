@@ -12,7 +12,7 @@ training
 recipes arrays prepared
 evaluation.knn evaluation.linear methods variants arrays.tables
 evaluation.features loop loss information
-gradients streaming folders
+gradients streaming folders record
 discretization distributed networks views datasets optim checkpoints results plots
 files attributes arrays.designs arrays.bounds
 """
