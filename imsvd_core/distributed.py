@@ -157,7 +157,8 @@ class Exchange:
         if self.size == 1:
             return table
         parts = table.new_empty(self.size, self.rows, table.shape[1])
-        dist.all_to_all_single(parts.view_as(table), table.contiguous())  # gloo's reduce-scatter would send a third more
+        # gloo's reduce-scatter would send a third more
+        dist.all_to_all_single(parts.view_as(table), table.contiguous())
         return parts.sum(0)
 
     def to_columns(self, table: Tensor) -> Tensor:
@@ -166,7 +167,9 @@ class Exchange:
             return table
         sent = torch.cat([part.flatten() for part in table.split(self.widths, dim=1)])
         mine = table.new_empty(self.samples, len(self.own))
-        dist.all_to_all_single(mine.view(-1), sent, [self.rows * len(self.own)] * self.size, [self.rows * width for width in self.widths])
+        dist.all_to_all_single(mine.view(-1), sent,
+                               [self.rows * len(self.own)] * self.size,
+                               [self.rows * width for width in self.widths])
         return mine
 
     def to_samples(self, columns: Tensor) -> Tensor:
@@ -174,7 +177,8 @@ class Exchange:
         if self.size == 1:
             return columns
         received = columns.new_empty(self.rows * sum(self.widths))
-        dist.all_to_all_single(received, columns.contiguous().view(-1), [self.rows * width for width in self.widths],
+        sizes = [self.rows * width for width in self.widths]
+        dist.all_to_all_single(received, columns.contiguous().view(-1), sizes,
                                [self.rows * len(self.own)] * self.size)
         return torch.cat([part.view(self.rows, width) for part, width in
-                          zip(received.split([self.rows * width for width in self.widths]), self.widths, strict=True)], dim=1)
+                          zip(received.split(sizes), self.widths, strict=True)], dim=1)

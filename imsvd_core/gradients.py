@@ -59,10 +59,12 @@ class Gradients:
         return sums
 
     def _of_the_whole(self, pieces: Sequence[Any], seed: int) -> dict[str, Tensor]:
-        """Embeddings first, gradients after (GradCache, Gao et al., 2021): a large batch in the memory of a piece."""
+        """Embeddings first, gradients after (GradCache, Gao et al., 2021): a large batch
+        in the memory of a piece."""
         with torch.no_grad(), _untouched_statistics(self.modules):
             embeddings = list(self._embed(self.step, pieces, seed))
-        whole = [torch.cat(parts).requires_grad_() for parts in zip(*embeddings, strict=True)]
+        whole = [torch.cat(parts).requires_grad_()
+                 for parts in zip(*embeddings, strict=True)]
         with self._setting(seed):
             metrics = self.objective(*whole)
         self.scaler.scale(metrics["loss"]).backward()

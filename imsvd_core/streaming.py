@@ -46,14 +46,18 @@ class StreamedLoss(torch.autograd.Function):
     def forward(ctx, z1, z2, s: Settings):
         counts = unit_counts(s.units, z1.shape[1])
         wide = _wide(z1)
-        product = torch.bfloat16 if s.products == "bf16" and wide is torch.float32 else wide
+        rounded = s.products == "bf16" and wide is torch.float32
+        product = torch.bfloat16 if rounded else wide
         chunks = _row_chunks(z1, len(counts) * max(counts))
-        codes, gradient, information = kernels(z1.is_cuda if s.fused is None else s.fused)
+        fused = z1.is_cuda if s.fused is None else s.fused
+        codes, gradient, information = kernels(fused)
         drawn, columns = _draw(counts, s, z1.device)
-        ranks = Exchange(z1, columns=z1.shape[1] if columns is None else len(columns), active=s.gather_distributed)
+        shared = z1.shape[1] if columns is None else len(columns)
+        ranks = Exchange(z1, columns=shared, active=s.gather_distributed)
 
-        p1, p2 = (torch.empty(z.shape, dtype=product, device=z.device) for z in (z1, z2))
-        disagreement, occupancy = torch.zeros((), dtype=wide, device=z1.device), z1.new_zeros(z1.shape[1], dtype=wide)
+        p1, p2 = (z.new_empty(z.shape, dtype=product) for z in (z1, z2))
+        disagreement = z1.new_zeros((), dtype=wide)
+        occupancy = z1.new_zeros(z1.shape[1], dtype=wide)
         for chunk in chunks:
             p1[chunk], p2[chunk], value, both = codes(z1[chunk], z2[chunk], s)
             disagreement += value / (len(counts) * ranks.samples)
@@ -66,8 +70,9 @@ class StreamedLoss(torch.autograd.Function):
         wants_gradient = any(ctx.needs_input_grad[:2])
         p1 = ranks.to_columns(p1 if columns is None else p1[:, columns])
         p2 = ranks.gather(p2)
-        off_diagonal, g1, g2 = _off_diagonal_sweep(p1, p2, counts, ranks.own, drawn,
-                                                   wants_gradient and s.off_diagonal_weight != 0, information)
+        off_diagonal, g1, g2 = _off_diagonal_sweep(
+            p1, p2, counts, ranks.own, drawn,
+            wants_gradient and s.off_diagonal_weight != 0, information)
         del p1, p2
         ranks.sum(off_diagonal)
 
@@ -76,9 +81,11 @@ class StreamedLoss(torch.autograd.Function):
             g1 = g1 if columns is None else _among_all(g1, columns, g2)
             slope = s.diagonal_weight * (1 + log_occupancy)
             pairs = max(len(counts) - 1, 1) * (len(drawn) / len(counts) if drawn else 1)
-            scales = s.off_diagonal_weight / pairs, ranks.size / (len(counts) * ranks.samples * s.temperature)
+            scales = (s.off_diagonal_weight / pairs,
+                      ranks.size / (len(counts) * ranks.samples * s.temperature))
             for chunk in chunks:
-                g1[chunk], g2[chunk] = gradient(z1[chunk], z2[chunk], g1[chunk], g2[chunk], slope, scales, s)
+                g1[chunk], g2[chunk] = gradient(
+                    z1[chunk], z2[chunk], g1[chunk], g2[chunk], slope, scales, s)
             ctx.save_for_backward(_within(g1, z1.dtype), _within(g2, z1.dtype))
             ctx.dtype = z1.dtype
 
@@ -90,37 +97,46 @@ class StreamedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_total, *_):
-        # The saved tables stay wide until the upstream factor (a GradScaler's, say) has lifted them out of fp16's dust.
+        # The saved tables stay wide until the upstream factor (a GradScaler's, say)
+        # has lifted them out of fp16's dust.
         return *((g * grad_total).to(ctx.dtype) for g in ctx.saved_tensors), None
 
 
-def _off_diagonal_sweep(p1: Tensor, p2: Tensor, counts: tuple[int, ...], own: range, drawn: list[int] | None = None,
-                        wants_gradient: bool = True, information: "Information | None" = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The `own` rows of the matrix: their part of OE, and N·∂(V(V−1)·OE)/∂p for both views, zeros where not wanted.
+def _off_diagonal_sweep(p1: Tensor, p2: Tensor, counts: tuple[int, ...], own: range,
+                        drawn: list[int] | None = None, wants_gradient: bool = True,
+                        information: "Information | None" = None,
+                        ) -> tuple[Tensor, Tensor, Tensor]:
+    """The `own` rows of the matrix: their part of OE, and N·∂(V(V−1)·OE)/∂p for both
+    views, zeros where not wanted.
 
-    p1 holds the own rows' columns alone, p2 all columns; the rows are those of the `drawn` variables (None: of all).
-    Gradients are up to constants that the softmax cannot feel: ∂(P log P)/∂P = 1 + log P; the 1 adds the same to
-    every unit of a variable, so log P alone is carried. For bf16 it is carried from its value at uniform codes on,
-    which is such a constant too: what is rounded is then near zero.
+    p1 holds the own rows' columns alone, p2 all columns; the rows are those of the
+    `drawn` variables (None: of all). Gradients are up to constants that the softmax
+    cannot feel: ∂(P log P)/∂P = 1 + log P; the 1 adds the same to every unit of a
+    variable, so log P alone is carried. For bf16 it is carried from its value at uniform
+    codes on, which is such a constant too: what is rounded is then near zero.
     """
     (samples, dim), wide = p2.shape, _wide(p2)
     information = information or _information_in_place
-    value, g1, g2 = p1.new_zeros((), dtype=wide), p1.new_zeros(p1.shape, dtype=wide), None
+    value, g2 = p1.new_zeros((), dtype=wide), None
+    g1 = p1.new_zeros(p1.shape, dtype=wide)
     variables = range(len(counts)) if drawn is None else drawn
     if len(counts) > 1:
         uniform = 2 * math.log(len(counts) / dim) if p1.dtype is torch.bfloat16 else 0.0
         edges = [0, *itertools.accumulate(counts)]
         tops = itertools.accumulate((counts[v] for v in variables), initial=0)
         blocks = [(top, edges[v], edges[v + 1]) for top, v in zip(tops, variables)]
-        step = max(1, min((GPU_SLAB_CELLS if p1.is_cuda else SLAB_CELLS) // dim, dim // 8))
+        most = GPU_SLAB_CELLS if p1.is_cuda else SLAB_CELLS
+        step = max(1, min(most // dim, dim // 8))
         for first in range(own.start, own.stop, step):
             last = min(first + step, own.stop)
             mine = slice(first - own.start, last - own.start)
             codes = p1[:, mine]
             cells = _product(codes.T, p2).div_(samples)
-            diagonal = [(slice(max(top - first, 0), top + right - left - first), slice(left, right))
-                        for top, left, right in blocks if top < last and first < top + right - left]
-            for block in diagonal:  # what the slab holds of the diagonal blocks counts for nothing
+            diagonal = [(slice(max(top - first, 0), top + right - left - first),
+                         slice(left, right))
+                        for top, left, right in blocks
+                        if top < last and first < top + right - left]
+            for block in diagonal:  # what the slab has of these counts for nothing
                 cells[block] = 0
             logs, part = information(cells, uniform, p1.dtype)
             value += part
@@ -128,7 +144,9 @@ def _off_diagonal_sweep(p1: Tensor, p2: Tensor, counts: tuple[int, ...], own: ra
                 for block in diagonal:
                     logs[block] = 0
                 _product(p2, logs.T, out=g1[:, mine])
-                g2 = _product(codes, logs) if g2 is None else _add_product(g2, codes, logs)
+                g2 = (_product(codes, logs) if g2 is None else
+                      _add_product(g2, codes, logs))
+            del cells, logs  # or the next slab would be a third
     g2 = p2.new_zeros(p2.shape, dtype=wide) if g2 is None else g2
     return value / (len(variables) * max(len(counts) - 1, 1)), g1, g2
 

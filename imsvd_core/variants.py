@@ -47,7 +47,8 @@ class CollisionLoss(_Objective):
 
 
 def log_mean_collision(p1: Tensor, p2: Tensor, units: Units) -> Tensor:
-    """log of the mean over pairs i ≠ j of Σ_bc P̂_(i,b),(j,c)², from codes (N, D) each; 0 for one variable."""
+    """log of the mean over pairs i ≠ j of Σ_bc P̂_(i,b),(j,c)², from codes (N, D) each;
+    0 for one variable."""
     samples, variables = len(p1), len(unit_counts(units, p1.shape[1]))
     if variables == 1:
         return p1.new_zeros(())
