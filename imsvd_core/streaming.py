@@ -77,7 +77,8 @@ class StreamedLoss(torch.autograd.Function):
         ranks.sum(off_diagonal)
 
         if wants_gradient:
-            g1, g2 = ranks.to_samples(g1), ranks.scatter_sum(g2)
+            g1 = ranks.to_samples(g1)
+            g2 = ranks.scatter_sum(g2)
             g1 = g1 if columns is None else _among_all(g1, columns, g2)
             slope = s.diagonal_weight * (1 + log_occupancy)
             pairs = max(len(counts) - 1, 1) * (len(drawn) / len(counts) if drawn else 1)
