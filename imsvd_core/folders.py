@@ -122,19 +122,19 @@ class FolderImages:
     def _read_two_crops(self, views: TwoViews, seed: int,
                         part: tuple[int, list[int]]) -> tuple[Tensor, Tensor, list[int]]:
         (step, indices), side = part, views.config.first.size
-        crops = torch.empty(2, len(indices), side, side, 3, dtype=torch.uint8).permute(0, 1, 4, 2, 3)
-        unreadable: list[int] = []
+        crops = torch.empty(2, len(indices), side, side, 3, dtype=torch.uint8)
+        crops, unreadable = crops.permute(0, 1, 4, 2, 3), []
         for start in range(0, len(indices), CHUNK):
             some = indices[start:start + CHUNK]
             images = [self._decode(index, unreadable) for index in some]
             height, width = torch.tensor([image.shape[1:] for image in images]).unbind(1)
-            chance = [np.random.default_rng((seed, step, index)).random((2, CROP_DRAWS), np.float32)
-                      for index in some]
-            both = zip(torch.from_numpy(np.stack(chance, 1)), (views.first, views.second), crops, strict=True)
-            for uniform, view, out in both:
+            chance = [np.random.default_rng((seed, step, index)) for index in some]
+            drawn = [one.random((2, CROP_DRAWS), np.float32) for one in chance]
+            uniforms = torch.from_numpy(np.stack(drawn, 1))
+            for uniform, view, out in zip(uniforms, (views.first, views.second), crops, strict=True):
                 boxes = view.draw_crops(uniform, height, width).tolist()
-                for number, (image, box) in enumerate(zip(images, boxes, strict=True), start):
-                    out[number] = view.crop(image, box)
+                for number, (image, box) in enumerate(zip(images, boxes, strict=True)):
+                    out[start + number] = view.crop(image, box)
         return *crops, unreadable
 
     def _decode(self, index: int, unreadable: list[int]) -> Tensor:
