@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # What only a GPU can tell, into book/results/: time, memory and TFLOP/s of the loss, the training's throughput, the
-# time of every chapter. Takes about ten minutes on one H100; a second GPU adds the measurement of two ranks over NCCL.
+# time of every chapter; and the tests that need one, two ranks over NCCL among them where there are two GPUs.
 #
 #     benchmarks/gpu.sh [PYTHON]
 #
-# Without a GPU it says so and measures nothing. IMSVD_DATA should hold CIFAR-10.
+# Without a GPU it says so and measures nothing. IMSVD_DATA should hold CIFAR-10, and in
+# imagenet-samples some photographs of original size.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${1:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}"
@@ -21,10 +22,8 @@ PY
 "$python" benchmarks/loss.py --device cuda --dim 16320 --json $results/benchmark-loss-cuda-16320.json
 "$python" benchmarks/training.py --scale full --steps 60 --json $results/benchmark-training-cuda.json
 "$python" benchmarks/training.py --scale full --steps 60 --compile --json $results/benchmark-training-cuda-compiled.json
-"$python" -m pytest -q tests/test_loss.py tests/test_views.py -k "cuda or fused"
-if [ "$("$python" -c 'import torch; print(torch.cuda.device_count())')" -gt 1 ]; then
-  run=$(mktemp -d)
-  "$python" -m torch.distributed.run --standalone --nproc-per-node 2 -m imsvd_core.cli \
-    pretrain cifar10 --scale smoke --data attributes --run-dir "$run"
+"$python" -m pytest -q -m gpu tests
+if [ -d "${IMSVD_DATA:-$HOME/.cache/imsvd}/imagenet-samples" ]; then
+  "$python" benchmarks/input.py --workers 8 --json $results/benchmark-input-cuda.json
 fi
 "$python" book/studies/chapters.py $results/chapters-cuda.json

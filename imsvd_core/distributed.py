@@ -113,6 +113,20 @@ def of_first_rank(value: Tensor) -> Tensor:
     return value
 
 
+def refuse_unlike(device: torch.device, facts: dict[str, int]) -> None:
+    """Raise ValueError, on every rank, unless all ranks bring the same `facts`. Costs one small exchange."""
+    size = world()[1]
+    if size == 1:
+        return
+    mine = torch.tensor(list(facts.values()), dtype=torch.int64, device=device)
+    everyones = mine.new_empty(size * len(facts))
+    dist.all_gather_into_tensor(everyones, mine)
+    for name, values in zip(facts, everyones.view(size, -1).T.tolist(), strict=True):
+        if len(set(values)) > 1:
+            raise ValueError(f"the ranks differ in {name}, {values}: all need the same "
+                             "(so drop an incomplete last batch)")
+
+
 class Exchange:
     """Tables (N, D) whose samples are spread over ranks, n to each, and whose columns each rank may own a share of.
 
@@ -120,8 +134,6 @@ class Exchange:
         table: this rank's rows of such a table, (n, D).
         columns: how many columns the ranks share out, D by default.
         active: whether to look beyond this process at all.
-
-    Raises ValueError, on every rank, unless all ranks hold as many samples.
     """
 
     def __init__(self, table: Tensor, columns: int | None = None, active: bool = True):
@@ -131,12 +143,6 @@ class Exchange:
         self.widths = [right - left for left, right in itertools.pairwise(edges)]
         self.own = range(edges[self.rank], edges[self.rank + 1])  #: the columns that this rank owns
         self.samples = self.rows * self.size  #: N, over all ranks
-        if self.size > 1:
-            counts = torch.zeros(self.size, dtype=torch.int64, device=table.device)
-            counts[self.rank] = self.rows
-            dist.all_reduce(counts)
-            if (counts != self.rows).any():
-                raise ValueError(f"the ranks hold {counts.tolist()} samples: all need as many, so drop the last incomplete batch")
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum over ranks, on all of them; in place."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from imsvd_core.discretization import Units, check_units, joint, soft_discretize, split_variables, unit_counts
+from imsvd_core.distributed import refuse_unlike
 from imsvd_core.streaming import Invariance, Products, Settings, StreamedLoss
 
 
@@ -75,7 +76,8 @@ class CrossJointEntropyLoss(nn.Module):
     inputs is about four N×D tables and two slabs of the matrix (an eighth of it at most), W ranks need less each;
     time is that of three products of 2ND² operations, shared by the ranks.
 
-    Raises ValueError for impossible settings at construction, for shapes that do not fit at the call.
+    Raises ValueError for impossible settings at construction, for shapes that do not fit at the call; on every rank,
+    if shapes, types or the wish for a gradient differ among ranks. An infinite logit gives NaN, as it should.
     """
 
     def __init__(self, units: Units, *, diagonal_weight: float = 1.0, off_diagonal_weight: float = 1.0,
@@ -93,6 +95,11 @@ class CrossJointEntropyLoss(nn.Module):
                                   gather_distributed, sampled_variables, products, fused)
 
     def forward(self, z1: Tensor, z2: Tensor) -> LossTerms:
+        if self.settings.gather_distributed:
+            facts = {f"{name} of {z}": size for z, table in (("z1", z1), ("z2", z2))
+                     for name, size in (("samples", len(table)), ("entries", table.numel()), ("bytes an entry", table.element_size()))}
+            wanted = torch.is_grad_enabled() and (z1.requires_grad or z2.requires_grad)
+            refuse_unlike(z1.device, facts | {"gradient wanted": int(wanted)})
         variables, drawn = len(_check_logits(z1, z2, self.settings.units)), self.settings.sampled_variables
         if drawn is not None and drawn > variables:
             raise ValueError(f"sampled_variables={drawn} exceeds the {variables} variables that there are")

@@ -57,7 +57,7 @@ class StreamedLoss(torch.autograd.Function):
 
         p1, p2 = (z.new_empty(z.shape, dtype=product) for z in (z1, z2))
         disagreement = z1.new_zeros((), dtype=wide)
-        occupancy = z1.new_zeros(z1.shape[1], dtype=wide)
+        occupancy = z1.new_zeros(z1.shape[1], dtype=wide) + _spoiled(z1) + _spoiled(z2)
         for chunk in chunks:
             p1[chunk], p2[chunk], value, both = codes(z1[chunk], z2[chunk], s)
             disagreement += value / (len(counts) * ranks.samples)
@@ -270,6 +270,12 @@ def _within(g: Tensor, dtype: torch.dtype) -> Tensor:
     """g cut at what fp16 can hold, if that is what it goes to: TIC's gradient at extreme logits. (bf16 holds all.)"""
     largest = torch.finfo(dtype).max
     return g.clamp_(-largest, largest) if dtype is torch.float16 else g
+
+
+def _spoiled(z: Tensor) -> Tensor:
+    """0, or NaN if a logit is infinite or none: a network that overflowed must be seen, by a scaler too."""
+    lowest, highest = z.aminmax()
+    return (lowest - lowest) + (highest - highest)
 
 
 LARGEST_LOGIT = 1e30

@@ -11,10 +11,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _run(rank: int, size: int, port: int, work: Callable, folder: str) -> None:
+def _run(rank: int, size: int, port: int, work: Callable, folder: str, backend: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=size)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, rank=rank, world_size=size)
     try:
         torch.save(work(rank, size), f"{folder}/{rank}.pt")
     finally:
@@ -24,8 +26,8 @@ def _run(rank: int, size: int, port: int, work: Callable, folder: str) -> None:
 @pytest.fixture
 def ranks(tmp_path: Path, free_port: Callable[[], int]) -> Callable:
     """Call work(rank, size) on `size` processes; its results, in their order."""
-    def call(work: Callable, size: int) -> list:
-        mp.spawn(_run, (size, free_port(), work, str(tmp_path)), nprocs=size)
+    def call(work: Callable, size: int, backend: str = "gloo") -> list:
+        mp.spawn(_run, (size, free_port(), work, str(tmp_path), backend), nprocs=size)
         return [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]
 
     return call

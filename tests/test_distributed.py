@@ -76,18 +76,41 @@ def test_training_under_ddp_is_training_on_the_joined_batch(ranks):
         assert (weights - start.weight).abs().max() > 0.1
 
 
-def uneven(rank, size):
-    z1, z2 = (z[:5 + rank] for z in logits())
-    try:
-        CrossJointEntropyLoss(units=3, gather_distributed=True)(z1, z2)
-    except ValueError as error:
-        return str(error)
+def unlike(rank, size):
+    """What is said where rank 1 differs: in samples, having none, in dimensions, in type, in wanting a gradient."""
+    whole = torch.randn(4, 6, requires_grad=True)
+    wide, detached = whole.detach().double().requires_grad_(), whole.detach()
+    said = []
+    for other in (torch.randn(3, 6, requires_grad=True), torch.randn(0, 6, requires_grad=True),
+                  torch.randn(4, 9, requires_grad=True), wide, detached):
+        z = other if rank else whole
+        try:
+            CrossJointEntropyLoss(3, gather_distributed=True)(z, z)
+        except ValueError as error:
+            said.append(str(error))
+    return said
 
 
-def test_uneven_batches_are_refused_on_every_rank(ranks):
-    for message in ranks(uneven, 2):
-        assert "[5, 6] samples" in message
-        assert "drop the last incomplete batch" in message
+def test_tables_that_differ_among_ranks_are_refused_on_every_rank(ranks):
+    first, second = ranks(unlike, 2)
+    assert first == second and len(first) == 5
+    for message, fact in zip(first, ("samples of z1, [4, 3]", "samples of z1, [4, 0]", "entries of z1, [24, 36]",
+                                     "bytes an entry of z1, [4, 8]", "gradient wanted, [1, 0]"), strict=True):
+        assert f"the ranks differ in {fact}" in message
+
+
+def with_one_infinity(rank, size):
+    z = [z.chunk(size)[rank].clone() for z in logits()]
+    if rank == size - 1:
+        z[1][0, 0] = torch.inf
+    z = [part.requires_grad_() for part in z]
+    terms = CrossJointEntropyLoss(**SETTINGS, gather_distributed=True)(*z)
+    return terms.total.detach(), *torch.autograd.grad(terms.total, z)
+
+
+def test_an_infinite_logit_of_one_rank_is_seen_by_all(ranks):
+    for result in ranks(with_one_infinity, 2):
+        assert all(tensor.isnan().all() for tensor in result)
 
 
 def test_outside_a_process_group_gathering_changes_nothing():
@@ -170,3 +193,21 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(ValueError, match="LOCAL_RANK=1 has no GPU of its own among 1"), process_group():
         pass
+
+
+def over_nccl(rank, size):
+    z = [z.chunk(size)[rank].cuda().requires_grad_() for z in logits()]
+    terms = CrossJointEntropyLoss(**SETTINGS, gather_distributed=True)(*z)
+    return torch.stack(terms).detach().cpu(), *(g.cpu() for g in torch.autograd.grad(terms.total, z))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_two_gpus_over_nccl_give_the_loss_of_the_joined_batch(ranks):
+    z = [z.requires_grad_() for z in logits()]
+    terms = CrossJointEntropyLoss(**SETTINGS)(*z)
+    results = ranks(over_nccl, 2, backend="nccl")
+    for view, truth in enumerate(torch.autograd.grad(terms.total, z), start=1):
+        joined = torch.cat([result[view] for result in results]) / 2
+        assert (joined - truth).norm() < 1e-5 * truth.norm()
+    torch.testing.assert_close(results[0][0], torch.stack(terms), rtol=1e-5, atol=1e-5)

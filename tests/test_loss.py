@@ -123,6 +123,17 @@ def test_any_finite_logits_give_finite_value_and_gradient(dtype, invariance, uni
         assert all(x.grad.isfinite().all() for x in z), magnitude
 
 
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("weights", [{}, dict(diagonal_weight=0.0)])
+def test_a_logit_that_is_no_finite_number_spoils_value_and_gradient(value, dtype, weights):
+    z = [x.detach().to(dtype) for x in logits(5, 3)]
+    z[1][2, 4] = value
+    z = [x.requires_grad_() for x in z]
+    total = CrossJointEntropyLoss(3, **weights)(*z).total
+    assert total.isnan() and all(g.isnan().all() for g in torch.autograd.grad(total, z))
+
+
 def test_products_are_accumulated_in_float32_under_autocast():
     z1, z2 = logits(64, 4, torch.float32)
     plain = streaming(z1, z2, 4)
@@ -277,3 +288,19 @@ def textbook_in_fp16(z1, z2):
     p1, p2 = (z.unflatten(1, (2, 3)).softmax(-1).flatten(1) for z in (z1, z2))
     cells = (p1.T @ p2 / len(p1)).clamp_min(1e-8)
     return (cells * cells.log()).sum()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("products", ["fp32", "bf16"])
+@pytest.mark.parametrize("invariance", ["inner_product", "cross_entropy"])
+def test_a_gpu_gives_the_cpus_loss(fused, products, invariance):
+    z = logits(256, [8] * 51, torch.float32)
+    on_gpu = [x.detach().cuda().requires_grad_() for x in z]
+    terms, of_cpu = gradients(z, [8] * 51, invariance=invariance)
+    same, of_gpu = gradients(on_gpu, [8] * 51, invariance=invariance, products=products, fused=fused)
+    tolerance = 1e-5 if products == "fp32" else 1e-2
+    torch.testing.assert_close(torch.stack(same).cpu(), torch.stack(terms), rtol=tolerance / 10, atol=tolerance / 10)
+    for found, truth in zip(of_gpu, of_cpu):
+        assert (found.cpu() - truth).norm() < tolerance * truth.norm()

@@ -377,6 +377,7 @@ def test_parameters_of_another_batch_are_refused() -> None:
 # On a GPU
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("config", [cifar_views().first, imagenet_views(64).first, imagenet_views(64).second])
 def test_a_gpu_gives_the_cpus_views_and_never_waits(config: ViewConfig) -> None:
