@@ -115,8 +115,7 @@ class Handed(Exchange):
     size_, p1, p2 = 1, None, None
 
     def __init__(self, table: Tensor, columns: int | None = None, active: bool = True):
-        with mock.patch("imsvd_core.distributed.world", lambda: (0, self.size_)), mock.patch.object(dist, "all_reduce"), \
-                mock.patch.object(torch.Tensor, "any", lambda _: False):
+        with mock.patch("imsvd_core.distributed.world", lambda: (0, self.size_)):
             super().__init__(table, columns)
 
     def sum(self, value: Tensor) -> Tensor:
@@ -130,7 +129,7 @@ class Handed(Exchange):
         return self.p2
 
     def scatter_sum(self, table: Tensor) -> Tensor:
-        return table[:self.rows]
+        return table.view(self.size, self.rows, -1).sum(0)  # as many numbers as would have arrived
 
     def to_samples(self, columns: Tensor) -> Tensor:
         received = torch.zeros(self.rows * sum(self.widths)).split([self.rows * width for width in self.widths])

@@ -33,9 +33,10 @@ def cross_joint_entropy(z1: Tensor, z2: Tensor, units: Units, *,
     Needs several D×D matrices, so D of a few thousand at most, and logits whose softmax does not
     underflow. Raises ValueError as `CrossJointEntropyLoss` does.
     """
-    _check_settings(units, diagonal_weight, off_diagonal_weight, invariance_weight,
-                    invariance, temperature)
-    counts = _check_logits(z1, z2, units)
+    check_settings(units, temperature, diagonal_weight=diagonal_weight,
+                   off_diagonal_weight=off_diagonal_weight, invariance_weight=invariance_weight)
+    _check_invariance(invariance)
+    counts = check_logits(z1, z2, units)
     p1, p2 = soft_discretize(z1, units, temperature), soft_discretize(z2, units, temperature)
     cells = joint(p1, p2)
     information = torch.special.xlogy(cells, cells)
@@ -85,8 +86,10 @@ class CrossJointEntropyLoss(nn.Module):
                  gather_distributed: bool = False, sampled_variables: int | None = None,
                  products: Products = "fp32", fused: bool | None = None):
         super().__init__()
-        _check_settings(units, diagonal_weight, off_diagonal_weight, invariance_weight, invariance, temperature)
-        if sampled_variables is not None and not (isinstance(sampled_variables, int) and sampled_variables >= 1):
+        check_settings(units, temperature, diagonal_weight=diagonal_weight, off_diagonal_weight=off_diagonal_weight,
+                       invariance_weight=invariance_weight)
+        _check_invariance(invariance)
+        if sampled_variables is not None and (type(sampled_variables) is not int or sampled_variables < 1):
             raise ValueError(f"sampled_variables={sampled_variables!r} must be a whole number ≥ 1, or None for all")
         if products not in ("fp32", "bf16"):
             raise ValueError(f"products={products!r} must be 'fp32' or 'bf16'")
@@ -100,7 +103,7 @@ class CrossJointEntropyLoss(nn.Module):
                      for name, size in (("samples", len(table)), ("entries", table.numel()), ("bytes an entry", table.element_size()))}
             wanted = torch.is_grad_enabled() and (z1.requires_grad or z2.requires_grad)
             refuse_unlike(z1.device, facts | {"gradient wanted": int(wanted)})
-        variables, drawn = len(_check_logits(z1, z2, self.settings.units)), self.settings.sampled_variables
+        variables, drawn = len(check_logits(z1, z2, self.settings.units)), self.settings.sampled_variables
         if drawn is not None and drawn > variables:
             raise ValueError(f"sampled_variables={drawn} exceeds the {variables} variables that there are")
         with torch.autocast(z1.device.type, enabled=False):
@@ -110,7 +113,8 @@ class CrossJointEntropyLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.settings._asdict().items())
 
 
-def _check_logits(z1: Tensor, z2: Tensor, units: Units) -> tuple[int, ...]:
+def check_logits(z1: Tensor, z2: Tensor, units: Units) -> tuple[int, ...]:
+    """Units of every variable of two tables alike. Raises ValueError where the tables or the units do not fit."""
     if z1.ndim != 2 or z1.shape != z2.shape or not z1.numel():
         raise ValueError(f"z1 has shape {tuple(z1.shape)}, z2 {tuple(z2.shape)}: need two non-empty (N, D) tables alike")
     if z1.dtype != z2.dtype or not z1.is_floating_point():
@@ -118,14 +122,16 @@ def _check_logits(z1: Tensor, z2: Tensor, units: Units) -> tuple[int, ...]:
     return unit_counts(units, z1.shape[1])
 
 
-def _check_settings(units: Units, diagonal_weight: float, off_diagonal_weight: float, invariance_weight: float,
-                    invariance: str, temperature: float) -> None:
+def check_settings(units: Units, temperature: float, **weights: float) -> None:
+    """Raise ValueError unless units and temperature are possible, and the weights finite numbers ≥ 0."""
     check_units(units)
-    for name, weight in (("diagonal_weight", diagonal_weight), ("off_diagonal_weight", off_diagonal_weight),
-                         ("invariance_weight", invariance_weight)):
+    for name, weight in weights.items():
         if not (weight >= 0 and math.isfinite(weight)):
             raise ValueError(f"{name}={weight} must be a finite number ≥ 0 (the paper's is 1)")
-    if invariance not in ("inner_product", "cross_entropy"):
-        raise ValueError(f"invariance={invariance!r} must be 'inner_product' (TI) or 'cross_entropy' (TIC)")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature={temperature} must be a positive number (the paper's is 1)")
+
+
+def _check_invariance(invariance: str) -> None:
+    if invariance not in ("inner_product", "cross_entropy"):
+        raise ValueError(f"invariance={invariance!r} must be 'inner_product' (TI) or 'cross_entropy' (TIC)")

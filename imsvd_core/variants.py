@@ -6,20 +6,21 @@ Both are plain autograd on one process's batch, for studies; `loss.CrossJointEnt
 import torch
 from torch import Tensor, nn
 
-from imsvd_core.discretization import Units, check_units, soft_discretize, split_variables, unit_counts
+from imsvd_core.discretization import Units, soft_discretize, split_variables, unit_counts
 from imsvd_core.information import joint_entropy, mean_subset_entropy
-from imsvd_core.loss import LossTerms
+from imsvd_core.loss import LossTerms, check_logits, check_settings
 
 
 class _Objective(nn.Module):
     """Weights and terms: codes are made in float32 under any autocast, a subclass says what its `terms` are."""
 
-    def __init__(self, units: Units, temperature: float, *weights: float):
+    def __init__(self, units: Units, temperature: float, **weights: float):
         super().__init__()
-        check_units(units)
-        self.units, self.temperature, self.weights = units, temperature, weights
+        check_settings(units, temperature, **weights)
+        self.units, self.temperature, self.weights = units, temperature, tuple(weights.values())
 
     def forward(self, z1: Tensor, z2: Tensor) -> LossTerms:
+        check_logits(z1, z2, self.units)
         wide = torch.promote_types(z1.dtype, torch.float32)
         with torch.autocast(z1.device.type, enabled=False):
             terms = self.terms(*(soft_discretize(z.to(wide), self.units, self.temperature) for z in (z1, z2)))
@@ -39,7 +40,8 @@ class CollisionLoss(_Objective):
 
     def __init__(self, units: Units, *, diagonal_weight: float = 1.0, off_diagonal_weight: float = 1.0,
                  invariance_weight: float = 1.0, temperature: float = 1.0):
-        super().__init__(units, temperature, diagonal_weight, off_diagonal_weight, invariance_weight)
+        super().__init__(units, temperature, diagonal_weight=diagonal_weight, off_diagonal_weight=off_diagonal_weight,
+                         invariance_weight=invariance_weight)
 
     def terms(self, p1: Tensor, p2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         diagonal, disagreement = _diagonal_terms(p1, p2, self.units)
@@ -78,11 +80,12 @@ class SubsetEntropyLoss(_Objective):
 
     def __init__(self, units: Units, *, order: int = 3, subsets: int | None = None, entropy_weight: float = 1.0,
                  subset_weight: float = 1.0, invariance_weight: float = 1.0, temperature: float = 1.0):
-        super().__init__(units, temperature, entropy_weight, subset_weight, invariance_weight)
-        if order < 2:
-            raise ValueError(f"order={order} must be at least 2: subsets of one variable are H̄_1")
-        if subsets is not None and subsets < 1:
-            raise ValueError(f"subsets={subsets} must be at least 1, or None for all")
+        super().__init__(units, temperature, entropy_weight=entropy_weight, subset_weight=subset_weight,
+                         invariance_weight=invariance_weight)
+        if type(order) is not int or order < 2:
+            raise ValueError(f"order={order!r} must be a whole number ≥ 2: subsets of one variable are H̄_1")
+        if subsets is not None and (type(subsets) is not int or subsets < 1):
+            raise ValueError(f"subsets={subsets!r} must be a whole number ≥ 1, or None for all")
         self.order, self.subsets = order, subsets
 
     def terms(self, p1: Tensor, p2: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -87,7 +87,11 @@ def test_drawn_subsets_estimate_the_mean_without_bias(monkeypatch):
 @pytest.mark.parametrize("make, message", [
     (lambda: SubsetEntropyLoss(2, order=1), "order=1"), (lambda: SubsetEntropyLoss(2, subsets=0), "subsets=0"),
     (lambda: SubsetEntropyLoss(3)(*logits(dim=6)), "order=3 exceeds the 2"), (lambda: CollisionLoss(4)(*logits()), "units=4"),
-    (lambda: CollisionLoss(0), "units=0")])
+    (lambda: CollisionLoss(0), "units=0"), (lambda: SubsetEntropyLoss(2, order=2.5), "order=2.5"),
+    (lambda: SubsetEntropyLoss(2, entropy_weight=math.nan), "entropy_weight=nan"),
+    (lambda: CollisionLoss(2, diagonal_weight=-1), "diagonal_weight=-1"), (lambda: CollisionLoss(2, temperature=0), "temperature=0"),
+    (lambda: CollisionLoss(3)(torch.zeros(2, 9), torch.zeros(3, 9)), r"z1 has shape \(2, 9\), z2 \(3, 9\)"),
+    (lambda: CollisionLoss(3)(torch.zeros(0, 9), torch.zeros(0, 9)), "non-empty")])
 def test_impossible_settings_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
