@@ -28,6 +28,7 @@ USAGE = """usage: imsvd COMMAND ...
 
 commands:
   pretrain RECIPE        train a recipe; a run that was cut off goes on where its last checkpoint stands.
+                         SIGTERM and SIGUSR2 let it save and stop (exit status 143).
                          On several processes: torchrun --nproc-per-node 2 -m imsvd_core.cli pretrain RECIPE
   evaluate knn RUN       weighted k-nearest-neighbour accuracy of a run's backbone
   evaluate linear RUN    linear probe on a run's frozen backbone
@@ -168,6 +169,8 @@ def data(argv: Sequence[str]) -> None:
     raise SystemExit(0 if report.ok else 2)
 
 
+STOPPED = 143  #: exit status of a training that was told to stop: 128 + SIGTERM, as shells have it
+
 COMMANDS: dict[str, Callable[[Sequence[str]], Path | None]] = {"pretrain": pretrain, "evaluate": evaluate, "data": data}
 
 
@@ -187,7 +190,7 @@ def _tell(path: Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point. Exits with 2 and one line for anything that the user can mend."""
+    """Entry point. Exits with 2 and one line for anything that the user can mend; with 143 where a signal stopped it."""
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if not argv or argv[0] in ("-h", "--help") or argv[0] not in COMMANDS:
@@ -195,6 +198,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(0 if argv and argv[0] in ("-h", "--help") else 2)
     try:
         COMMANDS[argv[0]](argv[1:])
+    except training.Stopped as stopped:
+        if world()[0] == 0:  # the launcher, which keeps the count of who has said what, may be gone
+            print(f"imsvd {argv[0]}: {stopped}", file=sys.stderr)
+        raise SystemExit(STOPPED) from None
     except (ValueError, FileNotFoundError, FileExistsError, checkpoints.CheckpointError, NonFiniteError) as error:
         if first_to_say(str(error)):
             print(f"imsvd {argv[0]}: {error}", file=sys.stderr)

@@ -26,6 +26,14 @@ PATIENCE = timedelta(hours=2)  #: how long ranks wait for one of them, which may
 P, T = ParamSpec("P"), TypeVar("T")
 
 
+_launcher: int | None = None  # the process that started this one as a rank
+
+
+def launcher_is_gone() -> bool:
+    """Whether this is a rank whose launcher has died: nobody would restart it, or end it with the others."""
+    return _launcher is not None and os.getppid() != _launcher
+
+
 @contextmanager
 def process_group(device: str = "auto") -> Iterator[None]:
     """Join the ranks that torchrun, or a Slurm or submitit job of several tasks, has started; alone, do nothing.
@@ -43,6 +51,8 @@ def process_group(device: str = "auto") -> Iterator[None]:
     if "WORLD_SIZE" not in os.environ:
         yield
         return
+    global _launcher
+    _launcher = os.getppid()
     gpu = None
     if torch.cuda.is_available() and device.startswith(("auto", "cuda")):
         number, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -54,6 +64,7 @@ def process_group(device: str = "auto") -> Iterator[None]:
     dist.init_process_group("nccl" if gpu else "gloo", timeout=PATIENCE, device_id=gpu)
     yield
     dist.destroy_process_group()
+    _launcher = None
 
 
 def on_rank_0(work: Callable[P, T]) -> Callable[P, T]:

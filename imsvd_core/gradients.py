@@ -26,7 +26,7 @@ class Gradients:
     """Called with the pieces of a batch: leaves its gradient in the parameters and returns what was measured.
 
     Every rank brings pieces of its own, and all end with the mean of their gradients. Batch-norm sees one piece;
-    on GPUs it sees that of every rank.
+    on GPUs it sees that of every rank. Its running statistics forget as much over the pieces as over a whole batch.
 
     Args:
         step: see `Step`; what it draws without the generator comes from the seed all the same.
@@ -44,8 +44,12 @@ class Gradients:
         self.shared = _shared(step, self.modules, device) if world()[1] > 1 else None  # the step whose gradients are averaged
 
     def __call__(self, pieces: Iterable[Any], seed: int) -> dict[str, Tensor]:
-        if self.objective and self.accumulate > 1:
-            return self._of_the_whole(list(pieces), seed)
+        with _one_update_of_statistics(self.modules, self.accumulate):
+            if self.objective and self.accumulate > 1:
+                return self._of_the_whole(list(pieces), seed)
+            return self._of_each(pieces, seed)
+
+    def _of_each(self, pieces: Iterable[Any], seed: int) -> dict[str, Tensor]:
         generator = torch.Generator(self.device).manual_seed(seed)
         sums: dict[str, Tensor] = {}
         for number, piece in enumerate(pieces):
@@ -117,10 +121,29 @@ def _shared(step: Step, modules: nn.ModuleList, device: torch.device) -> Distrib
     return DistributedDataParallel(_Stepper(step, modules), broadcast_buffers=False)
 
 
+def _norms(modules: nn.ModuleList) -> list[_BatchNorm]:
+    return [module for module in modules.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+
+
+@contextmanager
+def _one_update_of_statistics(modules: nn.ModuleList, pieces: int) -> Iterator[None]:
+    """Let `pieces` updates of batch-norm's running statistics weigh, and count, as one."""
+    norms = [norm for norm in _norms(modules) if norm.momentum is not None] if pieces > 1 else []  # None: a plain mean
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 1 - (1 - norm.momentum) ** (1 / pieces)
+    try:
+        yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.sub_(batches).div_(pieces, rounding_mode="floor").add_(batches)
+
+
 @contextmanager
 def _untouched_statistics(modules: nn.ModuleList) -> Iterator[None]:
     """Batch-norm by the statistics of the batch, as in training, with no trace of it in the running ones."""
-    norms = [module for module in modules.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    norms = _norms(modules)
     for norm in norms:
         norm.track_running_stats = False
     try:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from imsvd_core import checkpoints
-from imsvd_core.distributed import mean_over_ranks, on_rank_0, world
+from imsvd_core.distributed import launcher_is_gone, mean_over_ranks, on_rank_0, world
+from imsvd_core.files import Hold, hold
 from imsvd_core.gradients import Gradients, Objective, Step
 from imsvd_core.optim import OptimConfig, build_optimizer, learning_rate
 from imsvd_core.record import Display, Metrics
@@ -56,9 +57,11 @@ class LoopConfig:
     """Write the metrics for TensorBoard too."""
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("save_every", 0), ("keep", 1), ("log_every", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        for name, least in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("seed", 0), ("save_every", 0), ("keep", 1),
+                            ("log_every", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value} must be at least {least}, and whole")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size={self.batch_size} cannot be cut into accumulate={self.accumulate} equal pieces")
         if self.precision not in ("fp32", "bf16", "fp16"):
@@ -94,8 +97,10 @@ class Progressed:
 def pick_device(name: str = "auto") -> torch.device:
     """CUDA, else MPS, else the CPU; or the device that `name` says. Among ranks, CUDA is the rank's own GPU.
 
-    Raises ValueError for one that is not there.
+    Raises ValueError for one that is not there, and among ranks for one GPU that all would share.
     """
+    if name.startswith("cuda:") and world()[1] > 1:
+        raise ValueError(f"device={name!r} would put {world()[1]} ranks on one GPU: use 'cuda', which gives each its own")
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
@@ -122,13 +127,14 @@ class Loop:
         step: see `Step`; called with what `batches` yields, by default indices into `samples` on the loop's device.
         modules: what is trained and saved, by name; they are moved to the device, in place.
         samples: how many samples there are; each epoch visits each once, but for the last incomplete batch.
-        run_dir: receives checkpoints/ and metrics.jsonl; a run found there is resumed.
+        run_dir: receives checkpoints/ and metrics.jsonl; a run found there is resumed. It is kept from other processes
+            until the iteration ends.
         batches: see `Batches`; it may load, prefetch, or index.
         objective: the loss of the whole batch, if there is one: `step` then returns embeddings.
         settings: everything else that fixes the run, stored with it; resuming under other settings is refused.
 
-    Raises ValueError if one batch needs more than `samples` or is not cut into equal pieces, or if the run in `run_dir` had
-    other settings or ranks; NonFiniteError with the step and the last good checkpoint as soon as the loss is no number.
+    Raises ValueError if one batch needs more than `samples` or is not cut into equal pieces, if another process holds
+    `run_dir`, or if the run there had other settings or ranks; NonFiniteError with the step and the last good checkpoint as soon as the loss is no number.
     """
 
     def __init__(self, step: Step, modules: Mapping[str, nn.Module], samples: int, config: LoopConfig, optim: OptimConfig,
@@ -162,11 +168,20 @@ class Loop:
         self._last_good: Path | None = None
         self._suspects: list[Tensor] = []  # losses and gradient norms that nobody has looked at yet
         self._stopping = False
+        self._skipped = 0  # fp16 steps that the scaler has not taken
+        self._hold: Hold | None = None
+        self._claim()
         self._resume()
 
     def __iter__(self) -> Iterator[Progressed]:
-        if self.step == self.total_steps:
-            return
+        self._claim()
+        try:
+            if self.step < self.total_steps:
+                yield from self._train()
+        finally:
+            self._hold = None
+
+    def _train(self) -> Iterator[Progressed]:
         for module in self.modules.values():
             module.train()
         batches = self.batches(self._plan(self.step))
@@ -246,10 +261,12 @@ class Loop:
         Raises for the first step whose loss or gradient was no number. fp16's scaler may skip a gradient while it looks
         for its scale, which never needs to fall below 1.
         """
-        told = torch.cat([*self._suspects, torch.full((1,), float(self._stopping), device=self.device)])
+        told = torch.cat([*self._suspects, torch.full((1,), float(self._stopping or launcher_is_gone()), device=self.device)])
         *suspects, (stopping,) = mean_over_ranks(told).split([2] * len(self._suspects) + [1])
         finite = torch.stack(suspects).isfinite()
         searching = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        if self.scaler.is_enabled():
+            self._skipped += int((~finite[:, 1]).sum())
         finite = finite[:, 0] if searching else finite.all(1)
         if not finite.all():
             bad = self.step - len(suspects) + int((~finite).nonzero()[0])
@@ -268,8 +285,9 @@ class Loop:
     def _figures(self, metrics: Mapping[str, Tensor], step: int, seconds: float) -> dict[str, float]:
         """What is recorded now, the last time having been at `step` after so many `seconds`."""
         speed = (self.step - step) * self.config.batch_size / (self.seconds - seconds)
+        fp16 = {"scale": self.scaler.get_scale(), "skipped": self._skipped} if self.scaler.is_enabled() else {}
         return {name: value.item() for name, value in metrics.items()} | {
-            "lr": self.optimizer.param_groups[0]["lr"], "samples_per_second": round(speed, 1)}
+            "lr": self.optimizer.param_groups[0]["lr"], "samples_per_second": round(speed, 1)} | fp16
 
     # What survives a kill
 
@@ -283,14 +301,19 @@ class Loop:
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "skipped": self._skipped,
             "rng": torch.get_rng_state(),
             "seconds": self.seconds,
             "settings": self.settings,
         }
         return checkpoints.save(self.run_dir / "checkpoints", self.step, state, self.config.keep)
 
-    def _resume(self) -> None:
+    @on_rank_0
+    def _claim(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._hold = hold(self.run_dir)
+
+    def _resume(self) -> None:
         found = self._newest()
         if found is None:
             if self.rank == 0:
@@ -307,6 +330,7 @@ class Loop:
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
         self.step, self.seconds, self._last_good = state["step"], state["seconds"], path
+        self._skipped = state.get("skipped", 0)  # older checkpoints did not count
         on_rank_0(self.metrics.forget_after)(self.step)  # it is written again
         log.info("resumed %s at step %d of %d", self.run_dir, self.step, self.total_steps)
 

@@ -33,6 +33,8 @@ class OptimConfig:
         for field in ("lr", "weight_decay", "momentum", "warmup_epochs", "final_lr_fraction"):
             if not (getattr(self, field) >= 0 and math.isfinite(getattr(self, field))):
                 raise ValueError(f"{field}={getattr(self, field)} must be a finite number ≥ 0")
+        if self.momentum >= 1:
+            raise ValueError(f"momentum={self.momentum} must be below 1, or steps would grow for ever")
         if self.name == "lars" and self.weight_decay == 0:
             raise ValueError("weight_decay=0 would switch lars's adaptation off with the decay: "
                              "give a small one (the paper's is 1e-6)")

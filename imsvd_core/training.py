@@ -1,7 +1,10 @@
 """Pretraining: a recipe's method, views, network and data put into the loop."""
 
 import json
+import signal
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -141,15 +144,40 @@ class Pretraining:
         return write_result(self.run_dir / "result.json", "pretrain", figures, origin, overwrite=True)
 
 
+class Stopped(RuntimeError):
+    """A training that was told to stop did so, saved; the same call goes on with it."""
+
+
 def pretrain(recipe: Recipe, run_dir: Path | str, *, progress: bool = True) -> Path:
-    """Train `recipe` to its end, resuming what is in `run_dir`; returns the path of result.json."""
+    """Train `recipe` to its end, resuming what is in `run_dir`; returns the path of result.json.
+
+    Raises Stopped, with a checkpoint saved, after SIGTERM or SIGUSR2 (a cluster's notice), or when a rank's launcher is gone.
+    """
     run = Pretraining(recipe, run_dir, progress=progress)
-    if run.loop.step % run.loop.steps_per_epoch == 0:  # untrained, or killed between an epoch's end and its record
-        run.watch()
-    for progressed in run:
-        if progressed.ends_epoch:
+    with _stopped_by_signals(run.loop):
+        if run.loop.step % run.loop.steps_per_epoch == 0:  # untrained, or killed between an epoch's end and its record
             run.watch()
+        for progressed in run:
+            if progressed.ends_epoch:
+                run.watch()
+    if run.loop.step < run.loop.total_steps:
+        raise Stopped(f"stopped at step {run.loop.step} of {run.loop.total_steps}: run the same command to go on")
     return run.finish()
+
+
+@contextmanager
+def _stopped_by_signals(loop: Loop) -> Iterator[None]:
+    """SIGTERM and SIGUSR2 stop `loop`, in the main thread, unless the caller answers them already (as submitit does)."""
+    ours = {}
+    if threading.current_thread() is threading.main_thread():
+        there = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(signal, name)]  # Windows has one
+        ours = {number: signal.signal(number, lambda *_: loop.stop()) for number in there
+                if signal.getsignal(number) is signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for number, before in ours.items():
+            signal.signal(number, before)
 
 
 def load_data(recipe: Recipe) -> tuple[Images, Images]:

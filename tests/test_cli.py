@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from imsvd_core import datasets
+from imsvd_core import datasets, training
 from imsvd_core.cli import main
 
 
@@ -49,6 +49,17 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(capsys, words, messa
         main(words)
     said = capsys.readouterr()
     assert stop.value.code == 2 and message in said.err + said.out and "Traceback" not in said.err
+
+
+def test_a_stopped_training_says_how_to_go_on_and_exits_as_after_sigterm(capsys, monkeypatch):
+    def stopped(*args, **kwargs):
+        raise training.Stopped("stopped at step 3 of 10: run the same command to go on")
+
+    monkeypatch.setattr(training, "pretrain", stopped)
+    with pytest.raises(SystemExit) as stop:
+        main(["pretrain", "cifar10"])
+    assert stop.value.code == 143
+    assert capsys.readouterr().err == "imsvd pretrain: stopped at step 3 of 10: run the same command to go on\n"
 
 
 def test_an_evaluation_on_several_processes_is_refused(capsys, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from imsvd_core.gradients import Gradients
 from imsvd_core.loop import Loop, LoopConfig
 from imsvd_core.methods import IMSVD, BarlowTwins, VICReg
 from imsvd_core.optim import OptimConfig
@@ -50,7 +51,25 @@ def test_pieces_train_as_the_whole_batch(tmp_path, method, accumulate):
 def test_running_statistics_see_every_piece_once(tmp_path):
     """Where the views do not change and the rate is 0, one step more or less of the running mean would show."""
     state, _ = train(tmp_path, METHODS[0], accumulate=4, norm=True)
-    assert state["1.num_batches_tracked"] == 2 * 4 * 6  # views, pieces, steps
+    assert state["1.num_batches_tracked"] == 2 * 6  # views, steps
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_running_statistics_forget_as_much_over_pieces_as_over_the_whole_batch(joint):
+    norms = []
+    for accumulate in (1, 4):
+        torch.manual_seed(0)
+        model, piece = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Linear(12, 8)), torch.randn(8, 6)
+        model[1].running_mean.fill_(1000)
+        gradients = Gradients(lambda x, g: (model(x), model(-x)) if joint else {"loss": model(x).square().mean()},
+                              METHODS[0].build(8) if joint else None, [model], torch.device("cpu"),
+                              torch.amp.GradScaler("cpu", enabled=False), None, accumulate)
+        gradients(piece.repeat(4, 1).chunk(accumulate), 0)  # every piece has the statistics of the whole
+        norms.append(model[1])
+    whole, pieces = norms
+    assert whole.running_mean.mean() < 910 and pieces.momentum == whole.momentum == 0.1
+    torch.testing.assert_close(pieces.running_mean, whole.running_mean, rtol=1e-6, atol=0.3 if joint else 1e-3)  # views take turns
+    assert pieces.num_batches_tracked == whole.num_batches_tracked
 
 
 def test_both_passes_draw_alike(tmp_path):

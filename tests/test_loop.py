@@ -114,6 +114,47 @@ def test_a_finished_run_trains_no_further_and_keeps_its_seconds(tmp_path):
     assert seen == []
 
 
+HOLDER = "import sys; from imsvd_core.files import hold; held = hold(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no fcntl")
+def test_two_processes_do_not_train_in_one_folder_and_a_killed_one_leaves_it_free(tmp_path):
+    loop, _, _ = run(tmp_path)  # its iteration has ended: the folder is free, though the loop lives
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=rf"{tmp_path.name}' is in use by process {other.pid} on "):
+            make(tmp_path)
+        assert (tmp_path / "metrics.jsonl").read_text() == before
+        other.kill()
+    training = make(tmp_path / "new")
+    steps = iter(training[0])
+    next(steps)
+    refused = subprocess.run([sys.executable, "-c", HOLDER, str(tmp_path / "new")], capture_output=True, text=True, input="")
+    assert f"in use by process {os.getpid()} on " in refused.stderr
+    assert make(tmp_path)[0].step == loop.step
+
+
+def test_fp16_records_its_scale_and_the_steps_it_skipped(tmp_path):
+    def loop():
+        model = nn.Linear(1, 1, bias=False)
+
+        def step(indices, generator):
+            loss = model(torch.ones(4, 1)).float().square().mean()
+            no_slope = (model.weight * 0).abs().sqrt().sum()  # 0, whose gradient is no number
+            return {"loss": loss + no_slope if made.step in (0, 3) else loss}
+
+        made = Loop(step, {"model": model}, 8, replace(CONFIG, precision="fp16", log_every=1), OptimConfig(), tmp_path, progress=False)
+        return made
+
+    for progressed in (first := loop()):
+        if progressed.step == 4:
+            break
+    list(again := loop())
+    assert first.step == 4 and [line["skipped"] for line in again.records()] == [1, 1, 1, 2, 2, 2]
+    assert [line["scale"] for line in again.records()] == [2.0**15] * 3 + [2.0**14] * 3
+
+
 def test_every_epoch_visits_each_sample_once_in_a_new_order(tmp_path):
     _, _, seen = run(tmp_path)
     epochs = [sum(seen[start:start + 5], []) for start in (0, 5, 10)]
@@ -220,7 +261,7 @@ def test_seeds_of_streams_differ_and_are_fixed():
 
 
 @pytest.mark.parametrize("wrong", [dict(epochs=0), dict(batch_size=0), dict(batch_size=6, accumulate=4), dict(precision="fp8"),
-                                   dict(keep=0), dict(log_every=0)])
+                                   dict(keep=0), dict(log_every=0), dict(seed=-1), dict(epochs=2.5)])
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         LoopConfig(**wrong)
@@ -231,3 +272,9 @@ def test_a_batch_larger_than_the_data_and_a_device_that_is_not_there_are_refused
         make(tmp_path, replace(CONFIG, batch_size=23))
     with pytest.raises(ValueError, match="device='tpu'"):
         pick_device("tpu")
+
+
+def test_one_gpu_for_all_ranks_is_refused(monkeypatch):
+    monkeypatch.setattr("imsvd_core.loop.world", lambda: (1, 2))
+    with pytest.raises(ValueError, match="device='cuda:0' would put 2 ranks on one GPU: use 'cuda'"):
+        pick_device("cuda:0")

@@ -14,10 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from imsvd_core import datasets
+from imsvd_core.loop import Loop
 from imsvd_core.methods import BarlowTwins, VICReg
 from imsvd_core.recipes import recipe
 from imsvd_core.results import read_result
-from imsvd_core.training import (Pretraining, build_network, load_backbone, load_data, load_run, pretrain,
+from imsvd_core.training import (Pretraining, Stopped, build_network, load_backbone, load_data, load_run, pretrain,
                                  save_backbone)
 
 
@@ -83,7 +84,7 @@ def test_a_run_killed_at_five_random_steps_ends_with_the_weights_of_an_undisturb
 
 def test_a_run_leaves_everything_and_its_backbone_comes_back(small, tmp_path):
     result = read_result(pretrain(small, tmp_path, progress=False))
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "metrics.jsonl", "checkpoints", "joints",
+    assert {path.name for path in tmp_path.iterdir()} - {".lock"} == {"config.json", "metrics.jsonl", "checkpoints", "joints",
                                                           "backbone.safetensors", "result.json"}
     assert result["figures"]["knn_20"] > 90  # bright and dark are easy to tell apart
     assert [line["step"] for line in result["figures"]["watched"]] == [0, 5, 10]
@@ -157,6 +158,28 @@ def test_a_run_killed_between_an_epochs_end_and_its_record_watches_again_and_onl
     pretrain(small, tmp_path, progress=False)
     lines = [json.loads(line) for line in open(tmp_path / "metrics.jsonl")]
     assert [line["step"] for line in lines if "knn_20" in line] == [0, 5, 10]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2"])
+def test_a_signal_lets_a_training_save_and_stop_and_the_same_call_ends_it_as_if_nothing_was(small, tmp_path, monkeypatch, name):
+    number, train_one = getattr(signal, name), Loop._train_one
+
+    def signalled(loop, batches):
+        if loop.step == 3:
+            os.kill(os.getpid(), number)
+        return train_one(loop, batches)
+
+    pretrain(small, tmp_path / "whole", progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_train_one", signalled)
+        with pytest.raises(Stopped, match="stopped at step 4 of 10: run the same command to go on"):
+            pretrain(small, tmp_path / "cut", progress=False)
+    assert signal.getsignal(number) is signal.SIG_DFL
+    assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step-000000004.pt"]
+    assert not (tmp_path / "cut" / "result.json").exists()
+    pretrain(small, tmp_path / "cut", progress=False)
+    whole, cut = (load_file(tmp_path / run / "backbone.safetensors") for run in ("whole", "cut"))
+    assert all(torch.equal(value, cut[key]) for key, value in whole.items())
 
 
 def test_what_is_watched_is_kept_whatever_its_neighbors(small, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -29,6 +30,8 @@ def train_until_killed(self, batches):
         os.kill(os.getpid(), signal.SIGKILL)
     if self.step == 3 and self.rank == 1 and "RANK_1_FAILS" in os.environ:
         raise ValueError("rank 1 alone failed")
+    if self.step == 3 and self.rank == 0 and "LAUNCHER_DIES" in os.environ:
+        os.kill(os.getppid(), signal.SIGKILL)
     return train_one(self, batches)
 
 Loop._train_one = train_until_killed
@@ -86,6 +89,16 @@ def test_another_number_of_ranks_is_refused_in_one_line(driver, tmp_path, monkey
     refused = torchrun(driver, tmp_path / "alone")
     assert refused.stderr.count("imsvd pretrain: ") == 1 and "world_size: 1 before, 2 now" in refused.stderr
     assert "exitcode  : 2" in refused.stderr and "Traceback (most recent call last):\n  File \"" + driver not in refused.stderr
+
+
+@pytest.mark.slow  # twice two processes
+def test_ranks_whose_launcher_is_gone_save_and_stop_together(driver, tmp_path):
+    orphans = torchrun(driver, tmp_path / "run", LAUNCHER_DIES="yes")  # returns when they have closed its pipes
+    assert orphans.returncode == -signal.SIGKILL and orphans.stderr.count(" of 10: run the same command to go on") == 1
+    steps = [json.loads(line)["step"] for line in open(tmp_path / "run" / "metrics.jsonl")]
+    assert max(steps) < 10 and not (tmp_path / "run" / "result.json").exists()
+    assert torchrun(driver, tmp_path / "run").returncode == 0
+    assert [json.loads(line)["step"] for line in open(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10]
 
 
 @pytest.mark.slow  # two processes
