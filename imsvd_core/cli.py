@@ -87,7 +87,8 @@ class DataCheckCommand:
     root: tyro.conf.Positional[Path]
     """Folder of the data set."""
     decode: prepared.Decode = "header"
-    """What to read of every image: nothing, its two ends, or all of it."""
+    """What to read of every image: nothing; its two ends, which shows what is cut short or no image; or all of it,
+    which shows what cannot be decoded too. A JPEG spoilt inside, both ends whole, decodes, partly grey: none sees it."""
     workers: int | None = None
     """Threads that read; as many as cores by default."""
     classes: int | None = None

@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -471,16 +471,26 @@ def _decode_all(files: list[str], size: int | None, skip: bool) -> list[Tensor |
 
 def decode(file: str) -> Tensor:
     """One image file, uint8 (3, H, W); raises ValueError, naming it, if it is broken or not of 8 bits."""
-    content = Path(file).read_bytes()
     try:
-        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as picture:
+        with open_image(io.BytesIO(Path(file).read_bytes())) as picture:
             if picture.mode[0] in "IF":
                 raise ValueError(f"mode {picture.mode}: more than 8 bits a channel")
             rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
             return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
     except Exception as error:  # a broken file makes Pillow raise nearly anything
         raise ValueError(f"{file} cannot be read as an 8-bit image ({type(error).__name__}): replace or "
-                         "remove it, or load with on_corrupt='skip'") from error
+                         "remove it, or pass --on-corrupt skip (in Python on_corrupt='skip')") from error
+
+
+def open_image(content: BinaryIO) -> Image.Image:
+    """A JPEG or PNG of which only the header is read; ValueError if that claims more pixels than Pillow thinks sane.
+
+    Who believed a spoilt header would set gigabytes aside for a file of some bytes.
+    """
+    picture = Image.open(content, formats=("JPEG", "PNG"))
+    if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"it claims {picture.width} x {picture.height} pixels")
+    return picture
 
 
 def _resize(images: Tensor, size: int | None) -> Tensor:

@@ -7,6 +7,7 @@ neither the number of workers nor that of ranks nor a resumption changes it.
 
 from __future__ import annotations
 
+import io
 import logging
 import multiprocessing
 import os
@@ -91,7 +92,7 @@ class FolderImages:
             device: where the crops are sent.
 
         Yields uint8 (n, 3, size, size) twice. Closing the iterator ends the workers. Raises ValueError naming a
-        file that cannot be read, unless `on_corrupt` is "skip".
+        file that cannot be read or is gone, unless `on_corrupt` is "skip".
         """
         pieces: deque[int] = deque()  # in how many parts each entry under way was handed out
 
@@ -201,8 +202,9 @@ def decode(file: str) -> Tensor:
     try:
         content = read_file(file)
         if content[:2].tolist() == [0xFF, 0xD8]:  # a JPEG; broken PNGs crash the process in torchvision 0.29
+            datasets.open_image(io.BytesIO(content.numpy())).close()  # torchvision believes any size
             return decode_jpeg(content, mode=ImageReadMode.RGB)
-    except RuntimeError:
+    except Exception:  # a broken file makes Pillow raise nearly anything
         pass
     return datasets.decode(file)  # reads what torchvision does not, or says what is wrong
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Literal
 from xml.etree import ElementTree
 
-from PIL import Image
 from rich.progress import Progress
 
 from imsvd_core import datasets, folders
@@ -27,7 +27,7 @@ Decode = Literal["none", "header", "full"]
 STAMP = ".imsvd-checked.json"
 SHOWN = 10  # examples of each problem
 UNPACK, PREPARE = "unpack the archives again", "prepare the data root as told below"
-TAIL = 4096  # bytes at a file's end in which its end is looked for; some cameras write on after it
+JPEG_END, PNG_END = b"\xff\xd9", b"IEND\xaeB`\x82"
 
 IMAGENET_HELP = """\
 From ImageNet's site (it asks for registration) put ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and
@@ -166,35 +166,50 @@ def _inspect_voc(root: Path, spec: Spec, report: Report, track: Track) -> list[s
     images, annotations, lists = stems.values()
     classes = {name.removesuffix("_trainval") for name in lists if name.endswith("_trainval")}
     report.expect("classes", len(classes), spec.classes)
+    splits: dict[str, set[str]] = {}
     for split, expected in spec.counts.items():
-        members = _first_words(base / f"ImageSets/Main/{split}.txt") if split in lists else []
+        members = [stem for stem, *_ in _lines(base / f"ImageSets/Main/{split}.txt", report)] if split in lists else []
         report.expect(f"{split} images", len(members), expected)
         for name in sorted(classes):
+            file = base / f"ImageSets/Main/{name}_{split}.txt"
             if f"{name}_{split}" not in lists:
-                report.add("missing list", str(base / f"ImageSets/Main/{name}_{split}.txt"), UNPACK)
-            elif _first_words(base / f"ImageSets/Main/{name}_{split}.txt") != members:
-                report.add("list of other images", str(base / f"ImageSets/Main/{name}_{split}.txt"), UNPACK)
+                report.add("missing list", str(file), UNPACK)
+                continue
+            lines = _lines(file, report)
+            if [stem for stem, *_ in lines] != members:
+                report.add("list of other images", str(file), UNPACK)
+            if odd := [line for line in lines if line[1:] not in (["-1"], ["0"], ["1"])]:
+                report.add("list without labels", f"{file} says {' '.join(odd[0])!r}: a stem and -1, 0 or 1 belong there",
+                           UNPACK)
+        splits[split] = set(members)
         for stem in members:
             if stem not in images:
                 report.add("missing image", str(base / f"JPEGImages/{stem}.jpg"), UNPACK)
             if stem not in annotations:
                 report.add("missing annotation", str(base / f"Annotations/{stem}.xml"), UNPACK)
+    for stem in sorted(splits.get("trainval", set()) & splits.get("test", set())):
+        report.add("image of both splits", f"{stem}, in {base}/ImageSets/Main/trainval.txt and test.txt", UNPACK)
     for stem in sorted(annotations - images):
         report.add("annotation without image", str(base / f"Annotations/{stem}.xml"), UNPACK)
     for stem in track(sorted(annotations), description="annotations"):
         file = base / f"Annotations/{stem}.xml"
         try:
             odd = {name.text for name in ElementTree.parse(file).iterfind("object/name")} - classes
-        except ElementTree.ParseError as error:
-            report.add("unreadable annotation", f"{file}: {error}", UNPACK)
+        except (OSError, ValueError, LookupError, ElementTree.ParseError) as error:  # a folder, an odd encoding, no XML
+            report.add("unreadable annotation", f"{file} ({type(error).__name__}: {error})", UNPACK)
         else:
             for name in sorted(map(str, odd)):
                 report.add("unknown class", f"{name} in {file}", UNPACK)
     return [str(base / f"JPEGImages/{stem}.jpg") for stem in sorted(images)]
 
 
-def _first_words(file: Path) -> list[str]:
-    return [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+def _lines(file: Path, report: Report) -> list[list[str]]:
+    """The words of each line that has any; none, and a problem, where the list cannot be read."""
+    try:
+        return [line.split() for line in file.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        report.add("unreadable list", f"{file} ({type(error).__name__}: {error})", UNPACK)
+        return []
 
 
 def _inspect_coco(root: Path, spec: Spec, report: Report, track: Track) -> list[str]:
@@ -202,7 +217,8 @@ def _inspect_coco(root: Path, spec: Spec, report: Report, track: Track) -> list[
     files = []
     for split, expected in spec.counts.items():
         home, listing = root / f"{split}2017", root / f"annotations/instances_{split}2017.json"
-        if missing := [str(place) for place in (home, listing) if not place.exists()]:
+        there = {home: home.is_dir(), listing: listing.is_file()}
+        if missing := [str(place) for place, found in there.items() if not found]:
             for place in missing:
                 report.add("missing folder or file", place, PREPARE)
             continue
@@ -212,19 +228,24 @@ def _inspect_coco(root: Path, spec: Spec, report: Report, track: Track) -> list[
         try:
             told = json.loads(listing.read_text())
             listed = {image["id"]: image["file_name"] for image in told["images"]}
+            named = {image["file_name"] for image in told["images"]}
+            ids = Counter(image["id"] for image in told["images"])
             categories = {category["id"] for category in told["categories"]}
             orphans = [box["id"] for box in told["annotations"]
                        if box["image_id"] not in listed or box["category_id"] not in categories]
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             report.add("unreadable annotation", f"{listing} ({type(error).__name__}: {error})", UNPACK)
             continue
         report.found[f"{split} objects"] = len(told["annotations"])
         report.expect(f"{split} categories", len(categories), spec.classes)
-        for name in sorted(set(listed.values()) - names):
+        for number, times in ids.items():
+            if times > 1:
+                report.add("image listed twice", f"{number} is the id of {times} images in {listing}", UNPACK)
+        for name in sorted(named - names, key=str):
             report.add("missing image", f"{home / name}, which {listing.name} lists", UNPACK)
-        for name in sorted(names - set(listed.values())):
+        for name in sorted(names - named):
             report.add("image without annotation", f"{home / name}, which {listing.name} does not list",
-                       "remove it")
+                       f"if it was added, move it out of the data root; else {UNPACK}")
         for number in orphans:
             report.add("annotation of nothing known", f"{number} in {listing}", UNPACK)
     return files
@@ -257,7 +278,8 @@ def check(name: str, root: Path | str, *, decode: Decode = "header", workers: in
 
     Args:
         name: one of `SPECS`.
-        decode: of every image read nothing, its two ends ("header": finds what is cut short or no image), or all.
+        decode: of every image read nothing, its two ends ("header": finds what is cut short or no image), or all
+            ("full": finds what cannot be decoded too). Neither sees a JPEG spoilt inside: libjpeg fills in grey.
         workers: threads that read; by default as many as cores.
         spec: what to expect of a subset, say; by default what was published.
         progress: show bars.
@@ -303,14 +325,15 @@ def _examine(files: list[str], decode: Decode) -> Iterator[str]:
     for file in files:
         try:
             folders.decode(file) if decode == "full" else _look_at_both_ends(file)
-        except (OSError, ValueError, SyntaxError) as error:  # Pillow says SyntaxError of some broken headers
+        except Exception as error:  # a broken file makes Pillow raise nearly anything
             yield f"{file} ({' '.join(str(error.__cause__ or error).split())})"
 
 
 def _look_at_both_ends(file: str) -> None:
     with open(file, "rb") as content:
-        with Image.open(content, formats=("JPEG", "PNG")) as picture:
-            end = b"\xff\xd9" if picture.format == "JPEG" else b"IEND"
-        content.seek(-min(TAIL, content.seek(0, os.SEEK_END)), os.SEEK_END)
-        if end not in content.read():
-            raise ValueError("its end is missing")
+        datasets.open_image(content)
+        content.seek(0)
+        end = JPEG_END if content.read(2) == b"\xff\xd8" else PNG_END
+        content.seek(-len(end), os.SEEK_END)
+        if content.read() != end:  # cut short, or some camera wrote on: read on to tell
+            folders.decode(file)

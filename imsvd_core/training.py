@@ -56,8 +56,9 @@ class Pretraining:
         self.eval_view = EvalView(**asdict(recipe.eval_view))
         for name in ("knn", "watch"):
             getattr(recipe, name).check(self.gallery, self.test, name)
-        evaluations = ("knn", "watch", "look", "linear", "eval_view")  # they judge the run, and may change after it
-        settings = {name: value for name, value in plain(recipe).items() if name not in evaluations} | {"data": self.train.name}
+        free = ("knn", "watch", "look", "linear", "eval_view",  # they judge the run, and may change after it
+                "on_corrupt")  # a run that a spoilt file ended may go on without that file
+        settings = {name: value for name, value in plain(recipe).items() if name not in free} | {"data": self.train.name}
         batches, self._two_views = self._source()
         self.loop = Loop(self._step, {"network": self.network}, len(self.train), recipe.loop, recipe.optim, self.run_dir,
                          batches=batches, objective=self.method, settings=settings, progress=progress)
@@ -183,7 +184,8 @@ def _stopped_by_signals(loop: Loop) -> Iterator[None]:
 def load_data(recipe: Recipe) -> tuple[Images, Images]:
     """The recipe's data set: (train, test), in memory or, for tree:PATH, as files to be streamed."""
     load = open_folder if recipe.data.startswith("tree:") else datasets.load
-    return load(recipe.data, "train"), load(recipe.data, "test")
+    train, test = (load(recipe.data, split, on_corrupt=recipe.on_corrupt) for split in ("train", "test"))
+    return train, test
 
 
 def build_network(config: NetworkConfig, seed: int) -> TwinNetwork:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import struct
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,16 +118,28 @@ def broken(file: Path, kind: str) -> None:
     content = file.read_bytes()
     deep = np.zeros((8, 8), np.uint16)
     {"truncated": lambda: file.write_bytes(content[:len(content) // 2]), "text": lambda: file.write_text("hello"),
-     "empty": lambda: file.write_bytes(b""), "16 bits": lambda: Image.fromarray(deep).save(file, format="PNG")}[kind]()
+     "empty": lambda: file.write_bytes(b""), "16 bits": lambda: Image.fromarray(deep).save(file, format="PNG"),
+     "gone": file.unlink, "a folder": lambda: (file.unlink(), file.mkdir()),
+     "lying size": lambda: file.write_bytes(claiming(content, 12_000, 9_000))}[kind]()
 
 
-@pytest.mark.parametrize("kind", ["truncated", "text", "empty", "16 bits"])
+def claiming(jpeg: bytes, *size: int) -> bytes:
+    """The JPEG with another height and width in its header."""
+    at = jpeg.index(b"\xff\xc0") + 5
+    return jpeg[:at] + struct.pack(">HH", *size) + jpeg[at + 4:]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("kind", ["truncated", "text", "empty", "16 bits", "gone", "a folder", "lying size"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_file_that_cannot_be_read_is_an_error_that_names_it(tree, kind, workers):
+    data = open_folder(f"tree:{tree}")
     broken(tree / "train/cat/3.jpg", kind)
     with pytest.raises(ValueError, match="^.*cat/3.jpg cannot be read.*replace or remove it"):
-        crops(open_folder(f"tree:{tree}"), (0, [1, 3]), workers=workers)
+        crops(data, (0, [1, 3]), workers=workers)
     assert not multiprocessing.active_children()
+    data = replace(data, on_corrupt="skip")
+    assert len(crops(data, (0, [1, 3]), workers=workers)[0][0]) == 2 and data.unreadable == {3}
 
 
 def test_an_unreadable_file_may_be_replaced_and_is_counted_and_told_once(tree, caplog):

@@ -85,6 +85,12 @@ def drop_image(root: Path) -> None:
     (root / "val2017/000000000001.jpg").unlink()
 
 
+def swap(place: Path, make: Callable[[Path], object] | None) -> None:
+    """Put a file where a folder was, or what `make` makes where a file was."""
+    shutil.rmtree(place) if place.is_dir() else place.unlink()
+    make(place) if make else place.write_text("")
+
+
 def flatten_val(root: Path) -> None:
     for file in (root / "val").glob("*/*"):
         file.rename(root / "val" / file.name)
@@ -118,6 +124,20 @@ FAULTS = [
      {"annotation of nothing known": "20 in "}),
     ("coco", lambda r: rewrite(r / "annotations/instances_val2017.json", lambda b: b.replace(b'{"id": 1}, ', b"")),
      {"wrong count": "val categories: 1, expected 2"}),
+    ("coco", lambda r: rewrite(r / "annotations/instances_train2017.json", lambda b: b.replace(b'{"id": 1, "file', b'{"id": 2, "file')),
+     {"image listed twice": "2 is the id of 2 images in ", "annotation of nothing known": "10 in "}),
+    ("coco", lambda r: swap(r / "val2017", None), {"missing folder or file": "root/val2017"}),
+    ("coco", lambda r: swap(r / "annotations/instances_val2017.json", Path.mkdir),
+     {"missing folder or file": "annotations/instances_val2017.json"}),
+    ("voc07", lambda r: rewrite(r / BASE / "ImageSets/Main/dog_test.txt", lambda b: b"\xff\xfe" + b),
+     {"unreadable list": "dog_test.txt (UnicodeDecodeError", "list of other images": "dog_test.txt"}),
+    ("voc07", lambda r: swap(r / BASE / "Annotations/000003.xml", Path.mkdir), {"unreadable annotation": "000003.xml (IsADirectoryError"}),
+    ("voc07", lambda r: rewrite(r / BASE / "ImageSets/Main/cat_trainval.txt", lambda b: b.replace(b"3 -1", b"3 7")),
+     {"list without labels": "cat_trainval.txt says '000003 7'"}),
+    ("voc07", lambda r: rewrite(r / BASE / "ImageSets/Main/cat_test.txt", lambda b: b.replace(b" -1", b"")),
+     {"list without labels": "cat_test.txt says '000002'"}),
+    ("voc07", lambda r: [rewrite(r / BASE / f"ImageSets/Main/{name}test.txt", lambda b: b.replace(b"2", b"1")) for name in ("", "cat_", "dog_")],
+     {"image of both splits": "000001, in "}),
     ("coco", lambda r: shutil.rmtree(r / "annotations"), {"missing folder or file": "annotations/instances_train2017.json"}),
 ]
 
@@ -132,6 +152,13 @@ def test_each_fault_of_a_root_is_reported_with_its_remedy_and_no_other(tmp_path,
     assert "not ready" in str(report) and not report.ok and not prepared.checked(name, tmp_path / "root").ok
 
 
+def test_no_good_image_is_to_be_removed_for_a_fault_of_its_list(tmp_path):
+    report = look("coco", tmp_path / "root", lambda r: rewrite(
+        r / "annotations/instances_train2017.json", lambda b: b.replace(b'"id": 1, "file', b'"id": 2, "file')))
+    assert "image listed twice" in str(report) and "remove" not in str(report)
+    assert "without annotation" not in str(report)
+
+
 def spoilt_png(_: bytes) -> bytes:
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(file, format="PNG")
@@ -139,10 +166,34 @@ def spoilt_png(_: bytes) -> bytes:
     return content[:len(content) // 2] + bytes(99) + content[len(content) // 2 + 99:]
 
 
+def as_mpo(_: bytes) -> bytes:
+    """Two pictures in one file, as of a stereo camera; it begins with a JPEG."""
+    file, picture = io.BytesIO(), Image.new("RGB", (30, 20))
+    picture.save(file, format="MPO", save_all=True, append_images=[picture])
+    return file.getvalue()
+
+
+def with_thumbnail(jpeg: bytes) -> bytes:
+    inner = b"Exif\0\0" + jpeg
+    return jpeg[:2] + b"\xff\xe1" + (len(inner) + 2).to_bytes(2, "big") + inner + jpeg[2:]
+
+
+def big_claim(jpeg: bytes) -> bytes:
+    at = jpeg.index(b"\xff\xc0") + 5
+    return jpeg[:at] + b"\xff\xdc\xff\xdc" + jpeg[at + 4:]
+
+
+def grey(jpeg: bytes) -> bytes:
+    """Its second half is gone and its end kept: nothing sees that, as the help says."""
+    return jpeg[:-300] + jpeg[-2:]
+
+
 @pytest.mark.parametrize("change, seen_by", [
     (spoilt_png, {"full"}),
     (lambda b: b[:-20], {"header", "full"}), (lambda b: b"hello", {"header", "full"}), (lambda b: b"", {"header", "full"}),
-    (lambda b: b + b"tail", set()), (lambda b: b[:25] + b[-2:], {"header", "full"}), (lambda b: b[:2] + b[600:], {"full", "header"}),
+    (lambda b: b + b"tail", set()), (lambda b: b + bytes(9999), set()), (as_mpo, set()), (big_claim, {"header", "full"}),
+    (lambda b: with_thumbnail(b)[:-20], {"header", "full"}), (with_thumbnail, set()), (grey, set()),
+    (lambda b: b[:25] + b[-2:], {"header", "full"}), (lambda b: b[:2] + b[600:], {"full", "header"}),
 ])
 def test_an_unreadable_image_is_named_by_what_reads_far_enough(tmp_path, change, seen_by):
     for decode in ("none", "header", "full"):

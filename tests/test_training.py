@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,6 +137,21 @@ def test_other_settings_do_not_resume_and_saving_more_often_does(small, tmp_path
     list(Pretraining(replace(small, loop=replace(small.loop, save_every=1)), tmp_path, progress=False))
     with pytest.raises(ValueError, match="method.temperature: 0.25 before, 1.0 now"):
         Pretraining(replace(small, method=replace(small.method, temperature=1.0)), tmp_path, progress=False)
+
+
+def test_a_streamed_run_that_a_spoilt_file_ended_goes_on_without_it(small, images, tmp_path):
+    shutil.copytree(images, tmp_path / "images")
+    small = replace(small, data=f"tree:{tmp_path / 'images'}", loop=replace(small.loop, epochs=1, save_every=1))
+    for _ in Pretraining(small, tmp_path / "run", progress=False):
+        break
+    for file in (tmp_path / "images/train/dark").glob("*[02468].png"):
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match="png cannot be read.*--on-corrupt skip"):
+        list(Pretraining(small, tmp_path / "run", progress=False))
+    small = replace(small, on_corrupt="skip")
+    run = Pretraining(small, tmp_path / "run", progress=False)
+    assert run.loop.step >= 1 and list(run) and run.loop.step == 5 and run.train.skipped
+    assert load_data(replace(small, data=f"folder:{tmp_path / 'images'}"))[0].skipped == 20
 
 
 def test_peers_compute_in_float32_under_autocast():
