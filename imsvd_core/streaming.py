@@ -57,7 +57,7 @@ class StreamedLoss(torch.autograd.Function):
 
         p1, p2 = (z.new_empty(z.shape, dtype=product) for z in (z1, z2))
         disagreement = z1.new_zeros((), dtype=wide)
-        occupancy = z1.new_zeros(z1.shape[1], dtype=wide) + _spoiled(z1) + _spoiled(z2)
+        occupancy = _start(z1, z2)
         for chunk in chunks:
             p1[chunk], p2[chunk], value, both = codes(z1[chunk], z2[chunk], s)
             disagreement += value / (len(counts) * ranks.samples)
@@ -272,10 +272,11 @@ def _within(g: Tensor, dtype: torch.dtype) -> Tensor:
     return g.clamp_(-largest, largest) if dtype is torch.float16 else g
 
 
-def _spoiled(z: Tensor) -> Tensor:
-    """0, or NaN if a logit is infinite or none: a network that overflowed must be seen, by a scaler too."""
-    lowest, highest = z.aminmax()
-    return (lowest - lowest) + (highest - highest)
+def _start(z1: Tensor, z2: Tensor) -> Tensor:
+    """(D,) zeros to sum up from; NaN if a logit is infinite or NaN: a network that overflowed
+    must be seen, by a scaler too."""
+    spoilt = sum(end - end for z in (z1, z2) for end in z.aminmax())
+    return z1.new_zeros(z1.shape[1], dtype=_wide(z1)) + spoilt
 
 
 LARGEST_LOGIT = 1e30
