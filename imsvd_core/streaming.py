@@ -67,7 +67,7 @@ class StreamedLoss(torch.autograd.Function):
         log_occupancy = occupancy.clamp_min(torch.finfo(wide).tiny).log()
         diagonal = occupancy.dot(log_occupancy) / len(counts)
 
-        wants_gradient = any(ctx.needs_input_grad[:2])
+        wants_gradient = any(ctx.needs_input_grad)
         p1 = ranks.to_columns(p1 if columns is None else p1[:, columns])
         p2 = ranks.gather(p2)
         off_diagonal, g1, g2 = _off_diagonal_sweep(
