@@ -3,9 +3,8 @@
     python benchmarks/ranks.py [--samples 2048] [--dim 8160] [--units 80] [--rounds 5] [--json PATH]
 
 Two gloo ranks on this host and one process take turns on the same batch, one thread each; the slower rank counts.
-Memory is the peak resident set beyond what a process holds before the call, with an allocator that gives back at once what
-is freed. Bytes are those that the loopback device
-sent. The share is what one rank of W computes (codes of its samples, its rows of the matrix, its part of both gradients),
+Memory is the peak resident set beyond what a process holds before the call, with an allocator that gives back at
+once what is freed. Bytes are those that the loopback device sent. The share is what one rank of W computes (codes of its samples, its rows of the matrix, its part of both gradients),
 its tables handed to it instead of sent; the ideal is 1/W of one process.
 """
 

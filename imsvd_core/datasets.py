@@ -82,9 +82,7 @@ class ImageData:
 
         The same `n` and `seed` give the same images. Raises ValueError unless 1 <= n <= len(self).
         """
-        if not 1 <= n <= len(self):
-            raise ValueError(f"n is {n}: take 1 to {len(self)}, as many as {self.title} ({self.split}) holds")
-        rows = balanced(self.labels.cpu(), n, seed).to(self.labels.device)
+        rows = balanced(self.labels.cpu(), n, seed, f"{self.title} ({self.split})").to(self.labels.device)
         factors = self.factors and {name: values[rows] for name, values in self.factors.items()}
         return replace(self, images=self.images[rows], labels=self.labels[rows], factors=factors)
 
@@ -94,8 +92,13 @@ class ImageData:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device), factors=factors)
 
 
-def balanced(labels: Tensor, n: int, seed: int = 0) -> Tensor:
-    """Sorted indices (n,) of images drawn at random, as evenly over the classes as `labels` (N,) allow."""
+def balanced(labels: Tensor, n: int, seed: int, whose: str) -> Tensor:
+    """Sorted indices (n,) of images drawn at random, as evenly over the classes as `labels` (N,) allow.
+
+    Raises ValueError, naming `whose` labels they are, unless 1 <= n <= N.
+    """
+    if not 1 <= n <= len(labels):
+        raise ValueError(f"n is {n}: take 1 to {len(labels)}, as many as {whose} holds")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     labels = labels[order]
     by_class = labels.argsort(stable=True)
@@ -127,10 +130,7 @@ def load(name: str = "auto", split: Split = "train", *, root: Path | str | None 
     Raises ValueError for an argument or a tree that cannot be used, naming an unreadable file, and
     FileNotFoundError, with the remedy, for data that are not there and cannot be downloaded.
     """
-    if split not in SPLIT_FOLDERS:
-        raise ValueError(f"split is {split!r}: choose 'train' or 'test'")
-    if on_corrupt not in ("error", "skip"):
-        raise ValueError(f"on_corrupt is {on_corrupt!r}: choose 'error' or 'skip'")
+    check_choices(split, on_corrupt)
     if size is not None and size < 1:
         raise ValueError(f"size is {size}: give a number of pixels, or None to keep the images' own")
     root = _root(root)
@@ -138,7 +138,7 @@ def load(name: str = "auto", split: Split = "train", *, root: Path | str | None 
     if name == "attributes":
         return _draw(split, seed, 32 if size is None else size)
     if name.startswith("folder:"):
-        folder = _folder(name, root)
+        folder = find_folder(name, root)
         return _read_tree(folder, name, folder.name, split, on_corrupt, size)
     place = _find(name, root)
     if place is None:
@@ -188,7 +188,7 @@ def title(name: str = "auto", root: Path | str | None = None) -> str:
     root = _root(root)
     name = _known(name, root)
     if name.startswith("folder:"):
-        return _folder(name, root).name
+        return find_folder(name, root).name
     return _title(name, _find(name, root, check=False))
 
 
@@ -230,8 +230,17 @@ def _known(name: str, root: Path) -> str:
     return resolve(name, root)
 
 
-def _folder(name: str, root: Path) -> Path:
-    path = root / Path(name.removeprefix("folder:")).expanduser()
+def check_choices(split: str, on_corrupt: str) -> None:
+    """Raise ValueError for a split or a way with unreadable files that does not exist."""
+    if split not in SPLIT_FOLDERS:
+        raise ValueError(f"split is {split!r}: choose 'train' or 'test'")
+    if on_corrupt not in ("error", "skip"):
+        raise ValueError(f"on_corrupt is {on_corrupt!r}: choose 'error' or 'skip'")
+
+
+def find_folder(name: str, root: Path) -> Path:
+    """The folder that `folder:PATH` or `tree:PATH` names, absolute or below `root`; FileNotFoundError if it is none."""
+    path = root / Path(name.partition(":")[2]).expanduser()
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder: {name!r} is an absolute path, or one under {root}")
     return path
@@ -249,7 +258,7 @@ def _layout(name: str) -> list[Path]:
 def _find(name: str, root: Path, check: bool = True) -> _Place | None:
     """Where `name` can be read, torchvision's layout first; with `check`, its checksums must be right."""
     if name.startswith("folder:"):
-        return _Place(_folder(name, root), tree=True)
+        return _Place(find_folder(name, root), tree=True)
     if name not in PUBLISHED:
         return None
     for folder in (root, root / name):

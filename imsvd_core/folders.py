@@ -75,9 +75,7 @@ class FolderImages:
 
         The same `n` and `seed` give the same images. Raises ValueError unless 1 <= n <= len(self).
         """
-        if not 1 <= n <= len(self):
-            raise ValueError(f"n is {n}: take 1 to {len(self)}, as many as {self.title} ({self.split}) holds")
-        rows = datasets.balanced(self.labels, n, seed)
+        rows = datasets.balanced(self.labels, n, seed, f"{self.title} ({self.split})")
         return replace(self, names=self.names[rows.numpy()], labels=self.labels[rows], unreadable=set())
 
     def two_crops(self, views: TwoViews, plan: Plan, *, seed: int, workers: int | None = None,
@@ -181,13 +179,9 @@ def open_folder(name: str, split: Split = "train", root: Path | str | None = Non
     """
     if not name.startswith(PREFIX):
         raise ValueError(f"data set {name!r} is not streamed: give {PREFIX}PATH")
-    if split not in datasets.SPLIT_FOLDERS or on_corrupt not in ("error", "skip"):
-        raise ValueError(f"split is {split!r} and on_corrupt {on_corrupt!r}: choose 'train' or 'test', and 'error' "
-                         "or 'skip'")
+    datasets.check_choices(split, on_corrupt)
     root = datasets.data_root() if root is None else Path(root).expanduser()
-    folder = root / Path(name.removeprefix(PREFIX)).expanduser()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder: {name!r} is an absolute path, or one under {root}")
+    folder = datasets.find_folder(name, root)
     home, classes = datasets.find_split(folder, split)
     names = [np.array([os.fsencode(file) for file in datasets.find_images(home, label)]) for label in classes]
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(some) for some in names]))

@@ -134,7 +134,8 @@ class Loop:
         settings: everything else that fixes the run, stored with it; resuming under other settings is refused.
 
     Raises ValueError if one batch needs more than `samples` or is not cut into equal pieces, if another process holds
-    `run_dir`, or if the run there had other settings or ranks; NonFiniteError with the step and the last good checkpoint as soon as the loss is no number.
+    `run_dir`, or if the run there had other settings or ranks; NonFiniteError with the step and the last good
+    checkpoint as soon as the loss is no number.
     """
 
     def __init__(self, step: Step, modules: Mapping[str, nn.Module], samples: int, config: LoopConfig, optim: OptimConfig,

@@ -94,15 +94,15 @@ class CrossJointEntropyLoss(nn.Module):
         if products not in ("fp32", "bf16"):
             raise ValueError(f"products={products!r} must be 'fp32' or 'bf16'")
         self.settings = Settings(units if isinstance(units, int) else tuple(units), float(diagonal_weight),
-                                  float(off_diagonal_weight), float(invariance_weight), invariance, float(temperature),
-                                  gather_distributed, sampled_variables, products, fused)
+                                 float(off_diagonal_weight), float(invariance_weight), invariance, float(temperature),
+                                 gather_distributed, sampled_variables, products, fused)
 
     def forward(self, z1: Tensor, z2: Tensor) -> LossTerms:
         if self.settings.gather_distributed:
-            facts = {f"{name} of {z}": size for z, table in (("z1", z1), ("z2", z2))
-                     for name, size in (("samples", len(table)), ("entries", table.numel()), ("bytes an entry", table.element_size()))}
-            wanted = torch.is_grad_enabled() and (z1.requires_grad or z2.requires_grad)
-            refuse_unlike(z1.device, facts | {"gradient wanted": int(wanted)})
+            facts = {"gradient wanted": int(torch.is_grad_enabled() and (z1.requires_grad or z2.requires_grad))}
+            for name, z in (("z1", z1), ("z2", z2)):
+                facts |= {f"samples of {name}": len(z), f"entries of {name}": z.numel(), f"bytes an entry of {name}": z.element_size()}
+            refuse_unlike(z1.device, facts)
         variables, drawn = len(check_logits(z1, z2, self.settings.units)), self.settings.sampled_variables
         if drawn is not None and drawn > variables:
             raise ValueError(f"sampled_variables={drawn} exceeds the {variables} variables that there are")

@@ -38,8 +38,8 @@ class StreamedLoss(torch.autograd.Function):
     """Value and both gradients in one sweep; backward only scales what forward has found.
 
     Everything per sample runs over chunks of rows, everything per pair over slabs of the matrix. What is held whole are
-    four tables: codes and gradients of both views. On W ranks these are, for the first view, the rank's columns of all
-    samples, for the second all columns of all samples: half of a table's four are W times smaller.
+    four tables: codes and gradients of both views. On W ranks the first view's two hold the rank's columns alone, of all
+    samples, and are W times smaller; the second view's two hold all columns of all samples.
     """
 
     @staticmethod
@@ -186,7 +186,7 @@ Information = Callable[[Tensor, float, torch.dtype], tuple[Tensor, Tensor]]
 
 @lru_cache(maxsize=2)
 def kernels(fused: bool) -> tuple[Callable, Callable, Information]:
-    """(`codes`, `_gradient`, `_information`), the same numbers either way but for the order of sums."""
+    """(`_codes`, `_gradient`, `_information`), the same numbers either way but for the order of sums."""
     if not fused:
         return _codes, _gradient, _information_in_place
     return tuple(torch.compile(function) for function in (_codes, _gradient, _information))
