@@ -128,18 +128,20 @@ def _off_diagonal_sweep(p1: Tensor, p2: Tensor, counts: tuple[int, ...], own: ra
         blocks = [(top, edges[v], edges[v + 1]) for top, v in zip(tops, variables)]
         most = GPU_SLAB_CELLS if p1.is_cuda else SLAB_CELLS
         step = max(1, min(most // dim, dim // 8))
+        room, spare = _slabs(p2, step)  # used again for every slab
         for first in range(own.start, own.stop, step):
             last = min(first + step, own.stop)
             mine = slice(first - own.start, last - own.start)
             codes = p1[:, mine]
-            cells = _product(codes.T, p2).div_(samples)
+            rows = last - first
+            cells = _product(codes.T, p2, out=room.narrow(0, 0, rows)).div_(samples)
             diagonal = [(slice(max(top - first, 0), top + right - left - first),
                          slice(left, right))
                         for top, left, right in blocks
                         if top < last and first < top + right - left]
             for block in diagonal:  # what the slab has of these counts for nothing
                 cells[block] = 0
-            logs, part = information(cells, uniform, p1.dtype)
+            logs, part = information(cells, uniform, p1.dtype, spare.narrow(0, 0, rows))
             value += part
             if wants_gradient:
                 for block in diagonal:
@@ -147,7 +149,6 @@ def _off_diagonal_sweep(p1: Tensor, p2: Tensor, counts: tuple[int, ...], own: ra
                 _product(p2, logs.T, out=g1[:, mine])
                 g2 = (_product(codes, logs) if g2 is None else
                       _add_product(g2, codes, logs))
-            del cells, logs  # or the next slab would be a third
     g2 = p2.new_zeros(p2.shape, dtype=wide) if g2 is None else g2
     return value / (len(variables) * max(len(counts) - 1, 1)), g1, g2
 
@@ -160,6 +161,11 @@ def _draw(counts: tuple[int, ...], s: Settings, device: torch.device) -> tuple[l
     drawn = sorted((of_first_rank(order) if s.gather_distributed else order)[:s.sampled_variables].tolist())
     variable = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     return drawn, torch.isin(variable, torch.tensor(drawn)).nonzero()[:, 0].to(device)
+
+
+def _slabs(table: Tensor, rows: int) -> list[Tensor]:
+    """Memory for `rows` rows of the matrix, of cells and of their logarithms."""
+    return [table.new_empty(rows, table.shape[1], dtype=_wide(table)) for _ in range(2)]
 
 
 def _among_all(part: Tensor, columns: Tensor, like: Tensor) -> Tensor:
@@ -181,7 +187,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 # Elementwise work: three functions, plain or, for a GPU, each compiled into few kernels
 
-Information = Callable[[Tensor, float, torch.dtype], tuple[Tensor, Tensor]]
+Information = Callable[[Tensor, float, torch.dtype, Tensor], tuple[Tensor, Tensor]]
 
 
 @lru_cache(maxsize=2)
@@ -211,15 +217,15 @@ def _gradient(z1: Tensor, z2: Tensor, g1: Tensor, g2: Tensor, slope: Tensor, sca
                  for p, other, g, d in ((p1, p2, g1, d1), (p2, p1, g2, d2)))
 
 
-def _information(cells: Tensor, uniform: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _information(cells: Tensor, uniform: float, dtype: torch.dtype, spare: Tensor) -> tuple[Tensor, Tensor]:
     """log P less `uniform`, in `dtype`, and Σ P log P, with 0 log 0 = 0."""
     logs = cells.clamp_min(torch.finfo(cells.dtype).tiny).log()
     return (logs - uniform).to(dtype), (cells * logs).sum()
 
 
-def _information_in_place(cells: Tensor, uniform: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`_information`, which spoils `cells` to spare a slab."""
-    logs = cells.clamp_min(torch.finfo(cells.dtype).tiny).log_()
+def _information_in_place(cells: Tensor, uniform: float, dtype: torch.dtype, spare: Tensor) -> tuple[Tensor, Tensor]:
+    """`_information`, which spoils `cells` and writes into `spare`: no slab is made."""
+    logs = torch.clamp(cells, min=torch.finfo(cells.dtype).tiny, out=spare).log_()
     value = cells.mul_(logs).sum()
     return logs if dtype is logs.dtype else logs.sub_(uniform).to(dtype), value
 
