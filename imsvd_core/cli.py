@@ -15,10 +15,10 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from imsvd_core import checkpoints, prepared, training
+from imsvd_core import checkpoints, prepared, signals, training
 from imsvd_core.distributed import first_to_say, process_group, world
 from imsvd_core.evaluation import knn, linear
-from imsvd_core.files import atomic_write
+from imsvd_core.files import Superseded, atomic_write
 from imsvd_core.loop import PRECISIONS, NonFiniteError, pick_device
 from imsvd_core.recipes import RECIPES, Recipe, Scale, current_scale, recipe
 from imsvd_core.results import config_hash, plain, provenance, read_result, write_result
@@ -144,11 +144,14 @@ def evaluate(argv: Sequence[str]) -> Path:
     view, start = EvalView(**asdict(trained.eval_view)), time.perf_counter()
     if kind == "knn":
         device, seed = pick_device(command.device), trained.loop.seed
-        figures = knn.evaluate(backbone, data, command.config, view=view, device=device,
-                               precision=PRECISIONS[trained.loop.precision])
+        with signals.heed(), signals.interruptible():
+            figures = knn.evaluate(backbone, data, command.config, view=view, device=device,
+                                   precision=PRECISIONS[trained.loop.precision])
     else:
         device, seed = pick_device(command.config.loop.device), command.config.loop.seed
-        figures = linear.evaluate(backbone, data, command.config, view=view, run_dir=run / "linear", progress=command.progress)
+        with signals.heed():
+            figures = linear.evaluate(backbone, data, command.config, view=view, run_dir=run / "linear",
+                                      progress=command.progress)
     seconds = max(time.perf_counter() - start, figures.get("seconds", 0))  # of training before a kill, too
     origin = provenance(config=config, device=device, seed=seed, dataset=data[0].title, seconds=seconds)
     return _tell(write_result(path, kind, figures, origin, overwrite=True))
@@ -190,23 +193,30 @@ def _tell(path: Path) -> Path:
     return path
 
 
+def run(argv: Sequence[str]) -> None:
+    """Do one command. Exits with 2 and one line for anything that the user can mend; raises `signals.Stopped` where a
+    notice ended it before its end, with all that it had done saved."""
+    try:
+        COMMANDS[argv[0]](argv[1:])
+    except (ValueError, FileNotFoundError, FileExistsError, checkpoints.CheckpointError, NonFiniteError, Superseded) as error:
+        if first_to_say(str(error)):
+            print(f"imsvd {argv[0]}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point. Exits with 2 and one line for anything that the user can mend; with 143 where a signal stopped it."""
+    """Entry point: `run`, and exit with 143 where a signal stopped it."""
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if not argv or argv[0] in ("-h", "--help") or argv[0] not in COMMANDS:
         print(USAGE)
         raise SystemExit(0 if argv and argv[0] in ("-h", "--help") else 2)
     try:
-        COMMANDS[argv[0]](argv[1:])
-    except training.Stopped as stopped:
+        run(argv)
+    except signals.Stopped as stopped:
         if world()[0] == 0:  # the launcher, which keeps the count of who has said what, may be gone
             print(f"imsvd {argv[0]}: {stopped}", file=sys.stderr)
         raise SystemExit(STOPPED) from None
-    except (ValueError, FileNotFoundError, FileExistsError, checkpoints.CheckpointError, NonFiniteError) as error:
-        if first_to_say(str(error)):
-            print(f"imsvd {argv[0]}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

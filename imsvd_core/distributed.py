@@ -7,6 +7,8 @@ import functools
 import hashlib
 import itertools
 import os
+import socket
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -45,9 +47,7 @@ def process_group(device: str = "auto") -> Iterator[None]:
     """
     tasks = os.environ.get("SUBMITIT_LOCAL_NTASKS") or os.environ.get("SLURM_STEP_NUM_TASKS") or "1"
     if "WORLD_SIZE" not in os.environ and int(tasks) > 1:
-        from submitit.helpers import TorchDistributedEnvironment  # slow to import
-
-        TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+        _find_ranks_of_job()
     if "WORLD_SIZE" not in os.environ:
         yield
         return
@@ -65,6 +65,27 @@ def process_group(device: str = "auto") -> Iterator[None]:
     yield
     dist.destroy_process_group()
     _launcher = None
+
+
+def _find_ranks_of_job() -> None:
+    """Export what torch wants to know of the ranks that one Slurm or submitit job has started.
+
+    The port where they meet is the job's own, and a requeued job's is another one: an attempt whose node was thought
+    dead may still listen at the first. It lies below those that Linux hands out. Raises ValueError if the first
+    node's name means nothing here, where torch would wait for its time-out.
+    """
+    from submitit.helpers import TorchDistributedEnvironment  # slow to import
+
+    there = TorchDistributedEnvironment()
+    parts = (os.environ.get(name, "0") for name in ("SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+    attempt = "/".join([os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID", "0"), *parts])
+    there.master_port = int(os.environ.get("MASTER_PORT", 15_000 + zlib.crc32(attempt.encode()) % 15_000))
+    try:
+        socket.getaddrinfo(there.master_addr, there.master_port)
+    except OSError as error:
+        raise ValueError(f"MASTER_ADDR={there.master_addr!r}, the job's first node, has no address on {socket.gethostname()} "
+                         f"({error}): let the nodes know each other's names, in DNS or /etc/hosts") from None
+    there.export(set_cuda_visible_devices=False)
 
 
 def on_rank_0(work: Callable[P, T]) -> Callable[P, T]:

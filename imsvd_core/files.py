@@ -1,8 +1,17 @@
-"""Files that are either whole or absent, and folders that one process has to itself."""
+"""Files that are either whole or absent, and folders that one process has to itself.
 
+A cluster may take a process for dead that is not, and start its job again: then two write to one folder. Each
+process that holds a folder therefore leaves its token there, a later attempt replaces it, and whoever does not find
+its own any more cannot write: it is fenced off.
+"""
+
+import json
+import logging
 import os
 import socket
 import tempfile
+import time
+import uuid
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +29,7 @@ def atomic_write(path: Path | str) -> Iterator[BinaryIO]:
     """Open a temporary neighbour of `path` for writing; on success flush it to disk and rename it into place.
 
     A reader sees the old file or the new one, never a part; after an error or a kill the old one stands.
+    Raises Superseded, with the old one standing, where this process held a folder above and has lost it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,6 +40,7 @@ def atomic_write(path: Path | str) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
+        check_hold(path)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -41,26 +52,80 @@ def atomic_write(path: Path | str) -> Iterator[BinaryIO]:
         os.close(directory)
 
 
+ATTEMPT = "IMSVD_ATTEMPT"  #: environment variable: which attempt of which job this is; a later one compares greater
+TOKEN = ".attempt"
+PATIENCE = 30.0  #: seconds that an attempt waits for the one it supersedes to let go
+
+log = logging.getLogger(__name__)
+
+
+class Superseded(RuntimeError):
+    """A later attempt at the same work has taken the folder over: this one must not write there any more."""
+
+
 class Hold:
-    """A folder kept from other processes while this object lives; the system ends it with the process, however that dies."""
+    """A folder kept from other processes while this object lives; the system ends it with the process, however that dies.
+
+    The lock keeps out whoever comes second. Where it does not hold (a file system without locks, a node that was
+    thought dead), the token does: of two attempts (`ATTEMPT`) the later takes the folder over.
+    """
 
     def __init__(self, folder: Path):
-        if fcntl is None:
-            return
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not kept by forked workers that live on
-        except (BlockingIOError, PermissionError):
-            holder = os.pread(handle, 1000, 0).decode(errors="replace").strip()
-            os.close(handle)
-            raise ValueError(f"run_dir={str(folder)!r} is in use by {holder or 'another process'}: "
-                             "wait for its end, stop it, or give another folder") from None
-        except OSError:  # a file system without locks
-            os.close(handle)
-            return
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        weakref.finalize(self, os.close, handle)
+        self.folder = folder
+        self.token = {"holder": f"process {os.getpid()} on {socket.gethostname()}", "unique": uuid.uuid4().hex,
+                      "attempt": os.environ.get(ATTEMPT)}
+        handle, there = _lock(folder), _token(folder)
+        if self._precedes(there):
+            raise Superseded(f"run_dir={str(folder)!r} belongs to a later attempt ({there['holder']}): this one ends")
+        if handle is None and not self._supersedes(there):
+            raise ValueError(f"run_dir={str(folder)!r} is in use by {there.get('holder', 'another process')}: "
+                             "wait for its end, stop it, or give another folder")
+        self._leave_token()
+        if handle is None:
+            log.warning("taking %s over from an earlier attempt, %s, which may not be dead", folder, there["holder"])
+            end = time.monotonic() + PATIENCE
+            while (handle := _lock(folder)) is None and time.monotonic() < end:
+                time.sleep(0.1)
+        if handle:
+            weakref.finalize(self, os.close, handle)
+
+    def check(self) -> None:
+        """Raise Superseded if another process has taken the folder over, or removed it."""
+        there = _token(self.folder)
+        if there.get("unique") != self.token["unique"]:
+            by = f"taken over by {there['holder']}" if there else "removed"
+            raise Superseded(f"run_dir={str(self.folder)!r} has been {by}: this process writes no more")
+
+    def _supersedes(self, other: dict) -> bool:
+        return bool(other.get("attempt")) and (self.token["attempt"] or "") > other["attempt"]
+
+    def _precedes(self, other: dict) -> bool:
+        return bool(self.token["attempt"]) and self.token["attempt"] < (other.get("attempt") or "")
+
+    def _leave_token(self) -> None:
+        with atomic_write(self.folder / TOKEN) as file:
+            file.write(json.dumps(self.token).encode() + b"\n")
+
+
+def _lock(folder: Path) -> int | None:
+    """A file handle that locks the folder, 0 where the system has no such locks, or None if another process has it."""
+    if fcntl is None:
+        return 0
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not kept by forked workers that live on
+    except OSError as error:
+        os.close(handle)
+        return None if isinstance(error, BlockingIOError | PermissionError) else 0
+    return handle
+
+
+def _token(folder: Path) -> dict:
+    """Who holds the folder, or held it last."""
+    try:
+        return json.loads((folder / TOKEN).read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 _holds: weakref.WeakValueDictionary[Path, Hold] = weakref.WeakValueDictionary()
@@ -68,13 +133,24 @@ _holds: weakref.WeakValueDictionary[Path, Hold] = weakref.WeakValueDictionary()
 
 def hold(folder: Path | str) -> Hold:
     """Keep other processes out of `folder`, an existing one, for as long as what is returned lives; this process may hold
-    it several times. Raises ValueError naming the process that holds it. Does nothing where the system has no such locks.
+    it several times.
+
+    Raises ValueError naming the process that holds it, unless that is an earlier attempt at the same work (`ATTEMPT`);
+    Superseded if a later one does.
     """
     path = Path(folder).resolve()
     held = _holds.get(path)
     if held is None:
         held = _holds[path] = Hold(path)
     return held
+
+
+def check_hold(path: Path | str) -> None:
+    """Raise Superseded if this process holds a folder at or above `path`, and another has taken it over."""
+    path = Path(path).resolve()
+    for folder, held in list(_holds.items()):
+        if path.is_relative_to(folder):
+            held.check()
 
 
 def _umask() -> int:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from imsvd_core import checkpoints
+from imsvd_core import checkpoints, signals
 from imsvd_core.distributed import launcher_is_gone, mean_over_ranks, on_rank_0, world
 from imsvd_core.files import Hold, hold
 from imsvd_core.gradients import Gradients, Objective, Step
@@ -48,7 +48,9 @@ class LoopConfig:
     seed: int = 0
     """Of the first weights, the order of the data and every draw."""
     save_every: int = 0
-    """Steps between checkpoints beside those at the end of every epoch; 0 for those alone."""
+    """Steps between checkpoints beside those at the end of every epoch; 0 for none by this count."""
+    save_minutes: float = 15.0
+    """Minutes after which a checkpoint is due, however many steps that were; 0 for none by the clock."""
     keep: int = 2
     """Checkpoints to keep."""
     log_every: int = 10
@@ -62,6 +64,8 @@ class LoopConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value} must be at least {least}, and whole")
+        if not self.save_minutes >= 0:
+            raise ValueError(f"save_minutes={self.save_minutes} must be at least 0")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size={self.batch_size} cannot be cut into accumulate={self.accumulate} equal pieces")
         if self.precision not in ("fp32", "bf16", "fp16"):
@@ -71,7 +75,7 @@ class LoopConfig:
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 #: Settings of a loop that touch the record and not the training: a run may be resumed under others.
-OPERATIONAL = ("save_every", "keep", "log_every", "tensorboard")
+OPERATIONAL = ("save_every", "save_minutes", "keep", "log_every", "tensorboard")
 
 
 def essential(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,6 +173,7 @@ class Loop:
         self._last_good: Path | None = None
         self._suspects: list[Tensor] = []  # losses and gradient norms that nobody has looked at yet
         self._stopping = False
+        self._saved_at = time.monotonic()
         self._skipped = 0  # fp16 steps that the scaler has not taken
         self._hold: Hold | None = None
         self._claim()
@@ -197,7 +202,7 @@ class Loop:
                 ends_epoch = self.step % self.steps_per_epoch == 0
                 saves = ends_epoch or (self.config.save_every and self.step % self.config.save_every == 0)
                 logs = saves or self.step % self.config.log_every == 0
-                stops = self._look() if logs or self.device.type == "cpu" else False
+                stops, due = self._look() if logs or self.device.type == "cpu" else (False, False)
                 self.seconds += time.perf_counter() - start
                 if logs:
                     metrics = self._joined(metrics)
@@ -205,7 +210,7 @@ class Loop:
                     since = self.step, self.seconds
                     self.record(**figures)
                     display.show(self.step, figures)
-                if saves or stops:
+                if saves or due or stops:
                     self._save()
                 display.advance()
                 yield Progressed(self.step, self.step / self.steps_per_epoch, ends_epoch, metrics)
@@ -213,11 +218,17 @@ class Loop:
                     return
 
     def stop(self) -> None:
-        """Let all ranks save and leave the iteration together, soon: any rank may ask at any time, in a signal handler, say.
+        """Let all ranks save and leave the iteration together, soon: any rank may ask, at any time. A notice that
+        `signals.heed` hears asks too.
 
         They finish the step at which the loop next looks at its losses: every step on a CPU, every logged one elsewhere.
         """
         self._stopping = True
+
+    def refuse_unfinished(self) -> None:
+        """Raise `signals.Stopped` if the iteration was left, saved, before the last step."""
+        if self.step < self.total_steps:
+            raise signals.Stopped(f"stopped at step {self.step} of {self.total_steps}: run the same command to go on")
 
     def record(self, **figures: float) -> None:
         """Append figures that the caller measured (an accuracy, say) to metrics.jsonl, under the current step.
@@ -256,14 +267,17 @@ class Loop:
         self.scaler.update()
         return metrics
 
-    def _look(self) -> bool:
-        """Look at what nobody has looked at yet, all ranks at the same: does one of them want to stop?
+    def _look(self) -> tuple[bool, bool]:
+        """Look at what nobody has looked at yet, all ranks at the same: does one of them want to stop? Is saving due?
 
         Raises for the first step whose loss or gradient was no number. fp16's scaler may skip a gradient while it looks
         for its scale, which never needs to fall below 1.
         """
-        told = torch.cat([*self._suspects, torch.full((1,), float(self._stopping or launcher_is_gone()), device=self.device)])
-        *suspects, (stopping,) = mean_over_ranks(told).split([2] * len(self._suspects) + [1])
+        stops = self._stopping or signals.told() or launcher_is_gone()
+        waited = time.monotonic() - self._saved_at
+        due = self.rank == 0 and 0 < 60 * self.config.save_minutes <= waited  # one clock counts
+        told = torch.cat([*self._suspects, torch.tensor([float(stops), float(due)], device=self.device)])
+        *suspects, (stops, due) = mean_over_ranks(told).split(2)
         finite = torch.stack(suspects).isfinite()
         searching = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
         if self.scaler.is_enabled():
@@ -275,7 +289,7 @@ class Loop:
             raise NonFiniteError(f"loss or gradient is not finite at step {bad} (loss {suspects[bad - self.step][0].item()}); "
                                  f"{good}. Lower the learning rate (optim.lr={self.optim.lr}), or use precision='fp32'")
         self._suspects.clear()
-        return bool(stopping > 0)
+        return bool(stops > 0), bool(due > 0)
 
     def _joined(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
         """The means over ranks, of metrics that are to be read."""
@@ -294,6 +308,7 @@ class Loop:
 
     def _save(self) -> None:
         self._last_good = self._write_checkpoint()
+        self._saved_at = time.monotonic()
 
     @on_rank_0
     def _write_checkpoint(self) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from imsvd_core.files import atomic_write
+from imsvd_core.files import atomic_write, check_hold
 
 
 class Metrics:
@@ -18,11 +18,13 @@ class Metrics:
         self.path = path
 
     def clear(self) -> None:
+        check_hold(self.path)
         self.path.write_text("")
 
     def append(self, step: int, epoch: float, figures: Mapping[str, float]) -> None:
         line = {"step": step, "epoch": epoch}
         line |= {name: value if math.isfinite(value) else None for name, value in figures.items()}  # JSON has no NaN
+        check_hold(self.path)
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -1,10 +1,7 @@
 """Pretraining: a recipe's method, views, network and data put into the loop."""
 
 import json
-import signal
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,11 +12,11 @@ import torch
 from torch import Tensor
 from torchvision.models.resnet import ResNet
 
-from imsvd_core import datasets
+from imsvd_core import datasets, signals
 from imsvd_core.discretization import hardness, joint, soft_discretize
 from imsvd_core.distributed import on_rank_0, rank_0_first
 from imsvd_core.evaluation import knn
-from imsvd_core.files import atomic_write
+from imsvd_core.files import atomic_write, hold
 from imsvd_core.folders import FolderImages, open_folder
 from imsvd_core.loop import PRECISIONS, Batches, Loop, Progressed, pick_device, stream_seed
 from imsvd_core.methods import IMSVD
@@ -98,8 +95,9 @@ class Pretraining:
         done = self.loop.records("gallery")
         if done and done[-1]["step"] == self.loop.step:
             return done[-1]
-        figures = knn.evaluate(self.network.backbone, (self.gallery, self.test), self.recipe.watch, view=self.eval_view,
-                               device=self.device, precision=self.precision)
+        with signals.interruptible():  # the checkpoint of this step is there
+            figures = knn.evaluate(self.network.backbone, (self.gallery, self.test), self.recipe.watch, view=self.eval_view,
+                                   device=self.device, precision=self.precision)
         if isinstance(self.recipe.method, IMSVD):
             p1, p2 = self.look()
             figures |= asdict(hardness(p1, self.recipe.method.units))
@@ -138,47 +136,32 @@ class Pretraining:
 
         Rank 0 does, while the others wait.
         """
+        held = hold(self.run_dir)  # until its result is written
         save_backbone(self.run_dir / "backbone.safetensors", self.network.backbone, self.recipe.network)
-        figures = {**self.knn(), "steps": self.loop.records(), "watched": self.loop.records("gallery")}
+        with signals.interruptible():
+            accuracy = self.knn()
+        figures = {**accuracy, "steps": self.loop.records(), "watched": self.loop.records("gallery")}
         origin = provenance(config=self.recipe, seed=self.recipe.loop.seed, device=self.device,
                             dataset=self.train.title, seconds=self.loop.seconds, world_size=self.loop.ranks)
+        held.check()
         return write_result(self.run_dir / "result.json", "pretrain", figures, origin, overwrite=True)
-
-
-class Stopped(RuntimeError):
-    """A training that was told to stop did so, saved; the same call goes on with it."""
 
 
 def pretrain(recipe: Recipe, run_dir: Path | str, *, progress: bool = True) -> Path:
     """Train `recipe` to its end, resuming what is in `run_dir`; returns the path of result.json.
 
-    Raises Stopped, with a checkpoint saved, after SIGTERM or SIGUSR2 (a cluster's notice), or when a rank's launcher is gone.
+    Raises `signals.Stopped`, with a checkpoint saved, after SIGTERM or SIGUSR2 (a cluster's notice), or when a rank's
+    launcher is gone; `files.Superseded` when a later attempt has taken `run_dir` over.
     """
-    run = Pretraining(recipe, run_dir, progress=progress)
-    with _stopped_by_signals(run.loop):
+    with signals.heed():
+        run = Pretraining(recipe, run_dir, progress=progress)
         if run.loop.step % run.loop.steps_per_epoch == 0:  # untrained, or killed between an epoch's end and its record
             run.watch()
         for progressed in run:
             if progressed.ends_epoch:
                 run.watch()
-    if run.loop.step < run.loop.total_steps:
-        raise Stopped(f"stopped at step {run.loop.step} of {run.loop.total_steps}: run the same command to go on")
-    return run.finish()
-
-
-@contextmanager
-def _stopped_by_signals(loop: Loop) -> Iterator[None]:
-    """SIGTERM and SIGUSR2 stop `loop`, in the main thread, unless the caller answers them already (as submitit does)."""
-    ours = {}
-    if threading.current_thread() is threading.main_thread():
-        there = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(signal, name)]  # Windows has one
-        ours = {number: signal.signal(number, lambda *_: loop.stop()) for number in there
-                if signal.getsignal(number) is signal.SIG_DFL}
-    try:
-        yield
-    finally:
-        for number, before in ours.items():
-            signal.signal(number, before)
+        run.loop.refuse_unfinished()
+        return run.finish()
 
 
 def load_data(recipe: Recipe) -> tuple[Images, Images]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from imsvd_core import datasets, training
+from imsvd_core import datasets, signals, training
 from imsvd_core.cli import main
 
 
@@ -53,7 +53,7 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(capsys, words, messa
 
 def test_a_stopped_training_says_how_to_go_on_and_exits_as_after_sigterm(capsys, monkeypatch):
     def stopped(*args, **kwargs):
-        raise training.Stopped("stopped at step 3 of 10: run the same command to go on")
+        raise signals.Stopped("stopped at step 3 of 10: run the same command to go on")
 
     monkeypatch.setattr(training, "pretrain", stopped)
     with pytest.raises(SystemExit) as stop:

@@ -14,7 +14,7 @@ evaluation.knn evaluation.linear methods variants arrays.tables
 evaluation.features loop loss information
 gradients streaming folders record
 discretization distributed networks views datasets optim checkpoints results plots
-files attributes arrays.designs arrays.bounds
+files signals attributes arrays.designs arrays.bounds
 """
 
 

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from imsvd_core import datasets
+from imsvd_core import datasets, signals
 from imsvd_core.loop import Loop
 from imsvd_core.methods import BarlowTwins, VICReg
 from imsvd_core.recipes import recipe
 from imsvd_core.results import read_result
-from imsvd_core.training import (Pretraining, Stopped, build_network, load_backbone, load_data, load_run, pretrain,
+from imsvd_core.training import (Pretraining, build_network, load_backbone, load_data, load_run, pretrain,
                                  save_backbone)
 
 
@@ -85,7 +85,7 @@ def test_a_run_killed_at_five_random_steps_ends_with_the_weights_of_an_undisturb
 
 def test_a_run_leaves_everything_and_its_backbone_comes_back(small, tmp_path):
     result = read_result(pretrain(small, tmp_path, progress=False))
-    assert {path.name for path in tmp_path.iterdir()} - {".lock"} == {"config.json", "metrics.jsonl", "checkpoints", "joints",
+    assert {path.name for path in tmp_path.iterdir()} - {".lock", ".attempt"} == {"config.json", "metrics.jsonl", "checkpoints", "joints",
                                                           "backbone.safetensors", "result.json"}
     assert result["figures"]["knn_20"] > 90  # bright and dark are easy to tell apart
     assert [line["step"] for line in result["figures"]["watched"]] == [0, 5, 10]
@@ -188,7 +188,7 @@ def test_a_signal_lets_a_training_save_and_stop_and_the_same_call_ends_it_as_if_
     pretrain(small, tmp_path / "whole", progress=False)
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "_train_one", signalled)
-        with pytest.raises(Stopped, match="stopped at step 4 of 10: run the same command to go on"):
+        with pytest.raises(signals.Stopped, match="stopped at step 4 of 10: run the same command to go on"):
             pretrain(small, tmp_path / "cut", progress=False)
     assert signal.getsignal(number) is signal.SIG_DFL
     assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step-000000004.pt"]

@@ -78,6 +78,7 @@ def evaluate(backbone: nn.Module, data: tuple[ImageData, ImageData], config: Lin
                 settings=settings, progress=progress)
     for _ in loop:
         pass
+    loop.refuse_unfinished()
     head.eval()
     with torch.no_grad():
         right = head(test_features).argmax(1) == test.labels.to(device)
