@@ -53,8 +53,12 @@ def look(graph: Graph, ask: Callable[..., dict[str, queue.Entry]] = queue.ask) -
     Raises ValueError where a folder holds a run with other settings than the graph's.
     """
     submissions = {task.name: submission for task in graph if (submission := read_submission(task.folder))}
-    asked = {submission.job_id: submission.name for task in graph if (submission := submissions.get(task.name))
-             and submission.executor == "slurm" and not task.result.exists()}
+    there: set[str] = set()
+    for task in graph:
+        if task.result.exists() and there.issuperset(task.needs):
+            there.add(task.name)
+    asked = {submission.job_id: submission.name for name, submission in submissions.items()
+             if submission.executor == "slurm" and name not in there}
     try:
         entries, trouble = ask(asked), ""
     except queue.NoAnswer as error:
@@ -102,7 +106,9 @@ def stand(task: Task, needs: Sequence[Standing], submission: Submission | None, 
     elif entry.state == "FAILED":
         why = f"exit code {entry.exit_code}" if entry.exit_code.isdigit() else entry.exit_code or "failed"
     else:
-        why = "completed, but left no result" if entry.state == "COMPLETED" else entry.state
+        why = {"COMPLETED": "completed, but left no result"}.get(entry.state, entry.state)
+        if entry.state in queue.LIVE:
+            why = f"left the queue, {why} when last heard of"
     return Standing(task, "failed", _joined(why, *of_job), job, log=log)
 
 
