@@ -83,8 +83,9 @@ def test_a_job_told_by_usr2_saves_starts_again_and_ends_as_if_nothing_was(tmp_pa
     ends = [torch.load(tmp_path / name / "checkpoints" / "step-000000050.pt", weights_only=True)["state"]["modules"]["network"]
             for name in sent]
     assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
-    commits = [json.loads((tmp_path / name / "result.json").read_text())["provenance"]["commit"] for name in sent]
-    assert commits == [imsvd_core.results.code_version()] * 2
+    origins = [json.loads((tmp_path / name / "result.json").read_text())["provenance"] for name in sent]
+    assert [origin["commit"] for origin in origins] == [imsvd_core.results.code_version()] * 2
+    assert all(origin["command"].startswith("imsvd pretrain cifar10 ") for origin in origins)
 
 
 def wait_for(what, seconds=120):
