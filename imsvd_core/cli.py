@@ -1,4 +1,4 @@
-"""The command line: `imsvd pretrain`, `evaluate`, `launch` and `data`, generated from the dataclasses."""
+"""The command line: `imsvd pretrain`, `evaluate`, `launch`, `reproduce`, `status` and `data`, generated from the dataclasses."""
 
 import argparse
 import json
@@ -20,6 +20,9 @@ from imsvd_core import launch as launcher
 from imsvd_core.distributed import first_to_say, process_group, world
 from imsvd_core.evaluation import knn, linear
 from imsvd_core.files import Superseded, atomic_write
+from imsvd_core.launch import graph as graphs
+from imsvd_core.launch.reproduce import reproduce as bring_about
+from imsvd_core.launch.status import graphs_under, look, watch
 from imsvd_core.loop import PRECISIONS, NonFiniteError, pick_device
 from imsvd_core.recipes import RECIPES, Recipe, Scale, current_scale, recipe
 from imsvd_core.results import config_hash, plain, provenance, read_result, write_result
@@ -35,6 +38,8 @@ commands:
   evaluate linear RUN    linear probe on a run's frozen backbone
   launch RECIPE          the same training as a job of a cluster (Slurm), queued again whenever it is stopped; --dry-run
                          tells what it will take
+  reproduce              a table of the paper, a figure, or all: what it needs as a graph of jobs, the finished left alone
+  status [FOLDER]        where what was launched stands: waiting, running, done, failed
   data check NAME ROOT   whether a data root (imagenet, places205, voc07, coco) is whole, or how to prepare one
 
 `imsvd COMMAND --help` lists every setting. Environment: IMSVD_SCALE (smoke, laptop, full), IMSVD_DATA (data root),
@@ -115,6 +120,40 @@ class DataCheckCommand:
     json: Path | None = None
     """Also write the report to this file."""
     progress: bool = True
+
+
+@dataclass(frozen=True)
+class ReproduceCommand:
+    """Tables and figures of the paper as a graph of jobs: pretrainings, then their evaluations; a run that several need is
+    made once. Call it again to go on: what is finished or on its way stays, what failed is done again.
+
+    All other settings are those of `imsvd pretrain RECIPE --help`, for all pretrainings alike."""
+
+    config: Annotated[launcher.LaunchConfig, tyro.conf.arg(name="")]
+    table: tuple[int, ...] = ()
+    """Such as 1 2."""
+    figure: tuple[int, ...] = ()
+    all: bool = False
+    """Every table and figure that is held."""
+    scale: Scale = "laptop"
+    """Which version of the recipes; IMSVD_SCALE by default."""
+    out: Path | None = None
+    """Folder of the runs; runs/reproduce-SCALE by default."""
+    profile: str | None = None
+    """Which cluster of ~/.config/imsvd/clusters.toml (or of the file IMSVD_CLUSTERS) the options start from; by default
+    the one that it names as default."""
+    dry_run: bool = False
+    """Show what would be done, and do nothing."""
+
+
+@dataclass(frozen=True)
+class StatusCommand:
+    """Where what was launched stands: live until everything has ended, once where this is no terminal."""
+
+    folder: tyro.conf.Positional[Path] = Path("runs")
+    """Folder of `imsvd reproduce`, run folder of `imsvd launch`, or the folder that holds such folders."""
+    once: bool = False
+    """Show it once, on a terminal too."""
 
 
 def pretrain(argv: Sequence[str]) -> Path:
@@ -226,16 +265,38 @@ def data(argv: Sequence[str]) -> None:
     raise SystemExit(0 if report.ok else 2)
 
 
+def reproduce(argv: Sequence[str]) -> None:
+    default = ReproduceCommand(launcher.load_profile(_peek(argv, "--profile")), scale=_peek(argv, "--scale") or current_scale())
+    command, settings = tyro.cli(ReproduceCommand, prog="imsvd reproduce", args=argv, default=default, return_unknown_args=True)
+    wanted = (tuple(graphs.TABLES), tuple(graphs.FIGURES)) if command.all else (command.table, command.figure)
+    out = (command.out or Path("runs") / f"reproduce-{command.scale}").absolute()
+    graph = graphs.build(*wanted, command.scale, out, settings)
+    if not bring_about(graph, out, command.config, _wide(), dry_run=command.dry_run):
+        raise SystemExit(1)
+
+
+def status(argv: Sequence[str]) -> None:
+    command = tyro.cli(StatusCommand, prog="imsvd status", args=argv)
+    found = graphs_under(command.folder)
+    watch(lambda: [standing for graph in found for standing in look(graph).values()], _wide(),
+          once=command.once)
+
+
 STOPPED = 143  #: exit status of a training that was told to stop: 128 + SIGTERM, as shells have it
 
-COMMANDS: dict[str, Callable[[Sequence[str]], Path | None]] = {"pretrain": pretrain, "evaluate": evaluate, "launch": launch,
-                                                                     "data": data}
+COMMANDS: dict[str, Callable[[Sequence[str]], Path | None]] = {
+    "pretrain": pretrain, "evaluate": evaluate, "launch": launch, "reproduce": reproduce, "status": status, "data": data}
 
 
 def _peek(argv: Sequence[str], option: str) -> str | None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(option, dest="value")
     return parser.parse_known_args(argv)[0].value
+
+
+def _wide() -> Console:
+    """For tables: as wide as the terminal, wider where they are read later."""
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def _tell(path: Path) -> Path:

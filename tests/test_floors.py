@@ -8,6 +8,9 @@ import imsvd_core
 PACKAGE = Path(imsvd_core.__file__).parent
 FLOORS = """
 cli
+launch.reproduce
+launch.status
+launch.graph launch.queue
 launch
 launch.plan launch.submit
 training launch.job launch.config

@@ -1,0 +1,111 @@
+"""What Slurm says of jobs: one squeue and, for those that have left the queue, one sacct for all of them."""
+
+import subprocess
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+#: States in which a job is still to run, runs, or may come back. All others are ends.
+LIVE = frozenset("""PENDING CONFIGURING RUNNING SUSPENDED STOPPED SIGNALING STAGE_OUT COMPLETING RESIZING REQUEUED
+    REQUEUE_FED REQUEUE_HOLD SPECIAL_EXIT RESV_DEL_HOLD""".split())
+PATIENCE = 60  # seconds that Slurm may take to answer
+_FIELDS = ("JobID", "State", "Reason", "StartTime", "TimeUsed", "RestartCnt", "exit_code", "Name")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A job as Slurm sees it now."""
+
+    job_id: str
+    name: str
+    state: str  #: Slurm's own word, such as RUNNING
+    reason: str = ""  #: why it is pending, in Slurm's own word
+    start: str = ""  #: when it started or is expected to, as Slurm prints it; "" if unknown
+    elapsed: str = ""  #: of the current attempt, as Slurm prints it
+    restarts: int = 0
+    exit_code: str = ""  #: such as 2, or "signal 9"; "" for 0 and for jobs that have not ended
+    in_queue: bool = True  #: squeue has told, not the accounting, which lags behind
+
+    @property
+    def live(self) -> bool:
+        """Whether it may still do something: what only the accounting calls running has left the queue."""
+        return self.in_queue and self.state in LIVE
+
+
+class NoAnswer(RuntimeError):
+    """squeue could not be asked."""
+
+
+def ask(jobs: Mapping[str, str], names: Collection[str] = ()) -> dict[str, Entry]:
+    """What Slurm says of jobs {id: name}, and of those in the queue that bear one of `names`; by id.
+
+    A job that neither squeue nor sacct knows is left out. Raises NoAnswer if squeue cannot be asked; sacct may be missing.
+    """
+    wanted = {*names, *jobs.values()}
+    if not wanted:
+        return {}
+    form = ",".join(f"{field}:|" for field in _FIELDS)
+    listed = read_squeue(_run("squeue", "--noheader", "--states=all", f"--Format={form}", f"--name={','.join(sorted(wanted))}"))
+    known = {entry.job_id: entry for entry in listed if entry.name in names or jobs.get(entry.job_id) == entry.name}
+    if gone := sorted(jobs.keys() - known.keys()):
+        try:
+            told = _run("sacct", "--allocations", "--parsable2", "--noheader", f"--jobs={','.join(gone)}",
+                        "--format=JobIDRaw,State,ExitCode,Start,Elapsed,JobName")
+        except NoAnswer:  # many clusters keep no accounts
+            return known
+        for entry in read_sacct(told):  # of several records of one job the last one counts
+            if entry.name in (jobs.get(entry.job_id), "allocation"):  # which is what a job is called that never began
+                known[entry.job_id] = entry
+    return known
+
+
+def read_squeue(text: str) -> list[Entry]:
+    """The jobs that squeue printed, in `_FIELDS`."""
+    entries = []
+    for line in text.splitlines():
+        values = line.strip().rstrip("|").split("|")
+        if len(values) != len(_FIELDS):
+            continue
+        job, state, reason, start, elapsed, restarts, status, name = values
+        entries.append(Entry(job, name, state, "" if reason in ("None", "N/A") else reason, _known(start), elapsed,
+                             int(restarts) if restarts.isdigit() else 0, _of_wait(int(status) if status.isdigit() else 0)))
+    return entries
+
+
+def read_sacct(text: str) -> list[Entry]:
+    """The jobs that sacct printed: JobIDRaw, State, ExitCode, Start, Elapsed, JobName; oldest record first."""
+    entries = []
+    for line in text.splitlines():
+        values = line.split("|")
+        if len(values) != 6:
+            continue
+        job, state, code, start, elapsed, name = values
+        status, _, signal = code.partition(":")
+        code = f"signal {signal}" if signal not in ("", "0") else "" if status == "0" else status
+        entries.append(Entry(job, name, (state.split() or [""])[0], "", _known(start), elapsed, 0, code, in_queue=False))
+    return entries
+
+
+def cancel(job_ids: Iterable[str]) -> None:
+    """scancel them."""
+    _run("scancel", *job_ids)
+
+
+def _of_wait(status: int) -> str:
+    if status & 127:
+        return f"signal {status & 127}"
+    return str(status >> 8) if status >> 8 else ""
+
+
+def _known(time: str) -> str:
+    return "" if time in ("N/A", "Unknown", "None", "") else time
+
+
+def _run(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NoAnswer(f"{command[0]} cannot be asked: {error}") from error
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        raise NoAnswer(f"{command[0]} failed: {said[-1] if said else f'exit code {done.returncode}'}")
+    return done.stdout

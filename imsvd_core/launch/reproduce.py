@@ -1,0 +1,157 @@
+"""A graph of runs brought to its end: what is finished stays, what runs goes on, the rest is submitted."""
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+from rich.console import Console
+
+from imsvd_core.files import hold
+from imsvd_core.launch import queue
+from imsvd_core.launch.config import LaunchConfig
+from imsvd_core.launch.graph import Graph, Task
+from imsvd_core.launch.status import Standing, alive, live_table, look, read_submission, summary, table
+from imsvd_core.launch.submit import Submission, snapshot, submit
+from imsvd_core.results import write_json
+
+PATIENCE = 60.0  #: seconds to wait for jobs that are ending to have ended
+PAUSE = 1.0  #: seconds between looks at a job that runs here
+
+
+def reproduce(graph: Graph, out: Path, config: LaunchConfig, console: Console, *, dry_run: bool = False) -> bool:
+    """Bring `graph`, whose folder is `out`, to its end; returns whether nothing has failed.
+
+    Whether a task is finished, on its way or lost is found out anew each time. With Slurm, what is neither finished nor
+    on its way is submitted, each task to start after those that it needs; this returns at once. Else tasks run here, one
+    after the other, shown live, and what needs a failed one is not run.
+
+    Raises ValueError, before anything is submitted, if a folder holds a run with other settings, if another call is at
+    work in `out`, if a task is on its way with other settings or elsewhere, or if Slurm does not answer.
+    """
+    if not dry_run:
+        out.mkdir(parents=True, exist_ok=True)
+        keep = hold(out)  # until the end: one call at a time
+    standings = list(look(graph).values())
+    if all(standing.state == "done" for standing in standings):
+        console.print(table(standings), f"{summary(standings)}: there is nothing left to do", sep="\n")
+        return True
+    _refuse_strangers(graph, standings, config)
+    if dry_run:
+        missing = [one.task.name for one in standings if one.state != "done" and not one.live]
+        console.print(table(standings), f"would submit {len(missing)}: {', '.join(missing)}", sep="\n")
+        return True
+    graph.save(out)
+    code = snapshot(out / "code")
+    if failed := [one for one in standings if one.state in ("failed", "cancelled")]:
+        console.print(table(failed, "to be done again:"))
+    if config.executor == "slurm":
+        _submit_all(graph, out, config, code, console)
+        ok = True
+    else:
+        ok = _run_all(graph, out, config, code, console)
+    del keep
+    return ok
+
+
+def job_name(task: Task, out: Path) -> str:
+    """A name that no other task's job bears, of this graph or another."""
+    return f"{task.name}@{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:8]}"
+
+
+def _refuse_strangers(graph: Graph, standings: Sequence[Standing], config: LaunchConfig) -> None:
+    """Raise ValueError for a job on its way that would not give what is asked for, or that is not where it is asked for."""
+    for standing in standings:
+        submission = read_submission(standing.task.folder) if standing.live else None
+        if submission and (submission.executor == "slurm") != (config.executor == "slurm"):
+            raise ValueError(f"executor={config.executor!r}: {standing.task.name} is on its way by {submission.executor} "
+                             f"(job {submission.job_id}): wait for its end, or stop it")
+        if submission and submission.argv != standing.task.argv:
+            raise ValueError(f"{standing.task.name} is on its way with other settings: stop it (job {submission.job_id}), "
+                             "or give another --out")
+
+
+def _submit_all(graph: Graph, out: Path, config: LaunchConfig, code: Path, console: Console) -> None:
+    names = {job_name(task, out): task for task in graph}
+    try:
+        _wait_for_endings(graph, console)
+        queued = [entry for entry in queue.ask({}, names).values() if entry.live]
+    except queue.NoAnswer as error:
+        raise ValueError(f"executor='slurm': {error}; nothing was submitted") from None
+    standings = look(graph)  # after the queue was asked: what has left it in between has its result
+    useless = [entry.job_id for entry in queued if not _has_a_future(names[entry.name], entry, standings)]
+    if useless:
+        queue.cancel(useless)
+    live = {names[entry.name].name: entry.job_id for entry in queued if entry.job_id not in useless}
+    jobs, sent = dict(live), 0
+    for task in graph:
+        if standings[task.name].state == "done":
+            continue
+        if task.name in live:
+            _adopt(task, live[task.name], config, out)
+            continue
+        after = [jobs[need] for need in task.needs if standings[need].state != "done"]
+        submission = submit(task.argv, name=job_name(task, out), folder=task.folder, config=fitting(task, config), code=code,
+                            after=after)
+        jobs[task.name], sent = submission.job_id, sent + 1
+        console.print(f"submitted {task.name} as job {submission.job_id}" + (f", after {', '.join(after)}" if after else ""),
+                      highlight=False)
+    done = sum(standing.state == "done" for standing in standings.values())
+    console.print(f"{sent} submitted, {len(live)} on their way already, {done} done. "
+                  f"`imsvd status {out}` shows how they get on", highlight=False, soft_wrap=True)
+
+
+def _wait_for_endings(graph: Graph, console: Console) -> None:
+    """Let Slurm clear up after jobs that have just ended: until then it does not say how."""
+    until = time.monotonic() + PATIENCE
+    while endings := [one.task.name for one in look(graph).values() if one.ending]:
+        if time.monotonic() > until:
+            raise queue.NoAnswer(f"Slurm is still clearing up after {', '.join(endings)}: try again in a minute")
+        console.print(f"waiting for Slurm to clear up after {', '.join(endings)}", highlight=False)
+        time.sleep(2)
+
+
+def _has_a_future(task: Task, entry: queue.Entry, standings: dict[str, Standing]) -> bool:
+    """Not if it waits for what has failed, nor if we were cut off between asking for it and giving it its work."""
+    return standings[task.name].state != "not run" and (task.folder / f"{entry.job_id}_submitted.pkl").exists()
+
+
+def _adopt(task: Task, job: str, config: LaunchConfig, out: Path) -> None:
+    """Record a job of ours that is in the queue, and that we were cut off from recording."""
+    there = read_submission(task.folder)
+    if there is None or there.job_id != job:
+        submission = Submission(job_name(task, out), task.argv, job, "slurm", str(task.folder.absolute()),
+                                fitting(task, config).ranks, datetime.now(timezone.utc).isoformat())
+        write_json(task.folder / "submission.json", {key: value for key, value in vars(submission).items() if key != "job"})
+
+
+def fitting(task: Task, config: LaunchConfig) -> LaunchConfig:
+    """What the task uses of what is given: an evaluation is the work of one process."""
+    if task.argv[0] != "evaluate":
+        return config
+    return replace(config, nodes=1, tasks_per_node=1, gpus_per_node=min(1, config.gpus_per_node))
+
+
+def _run_all(graph: Graph, out: Path, config: LaunchConfig, code: Path, console: Console) -> bool:
+    with live_table(console) as update:
+        for task in graph:
+            standings = look(graph)
+            if standings[task.name].state == "done" or any(standings[need].state != "done" for need in task.needs):
+                continue
+            submission = read_submission(task.folder)
+            if not (submission and alive(submission)):  # else of a call that was cut off
+                submission = submit(task.argv, name=job_name(task, out), folder=task.folder, config=fitting(task, config),
+                                    code=code)
+            if config.executor == "debug":
+                with contextlib.suppress(Exception, SystemExit):  # what it left tells
+                    submission.job.results()
+            while alive(submission):
+                update(look(graph).values())
+                time.sleep(PAUSE)
+            update(look(graph).values())
+    standings = look(graph).values()
+    console.print(table(standings), summary(standings), sep="\n")
+    return all(standing.state == "done" for standing in standings)
