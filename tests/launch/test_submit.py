@@ -107,3 +107,16 @@ def test_only_the_attempt_that_slurm_counts_as_running_asks_to_be_queued_again(m
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert job._is_running("5", 2) is expected
+
+
+def test_a_run_whose_job_is_on_its_way_is_not_launched_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", "input()", str(tmp_path / "jobs")], stdin=subprocess.PIPE) as alive:
+        told = {"name": tmp_path.name, "argv": ["pretrain"], "job_id": str(alive.pid), "executor": "local", "tasks": 1,
+                "folder": str(tmp_path / "jobs"), "submitted": ""}
+        (tmp_path / "jobs").mkdir()
+        (tmp_path / "jobs" / "submission.json").write_text(json.dumps(told))
+        with pytest.raises(SystemExit):
+            main(["launch", *OPTIONS, "--executor", "local", "--run-dir", str(tmp_path)])
+        alive.communicate(b"\n")
+    assert f"has a job on its way, {alive.pid} (starting): wait for its end" in capsys.readouterr().err
