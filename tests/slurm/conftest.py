@@ -1,0 +1,14 @@
+"""One real Slurm for all tests here."""
+
+from collections.abc import Iterator
+
+import pytest
+from cluster import Cluster, missing
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if reason := missing():
+        pytest.skip(reason)
+    with Cluster(tmp_path_factory.mktemp("slurm")) as started:
+        yield started
