@@ -1,4 +1,4 @@
-"""The command line: `imsvd pretrain`, `imsvd evaluate` and `imsvd data`, generated from the dataclasses."""
+"""The command line: `imsvd pretrain`, `evaluate`, `launch` and `data`, generated from the dataclasses."""
 
 import argparse
 import json
@@ -16,6 +16,7 @@ import tyro
 from rich.console import Console
 
 from imsvd_core import checkpoints, prepared, signals, training
+from imsvd_core import launch as launcher
 from imsvd_core.distributed import first_to_say, process_group, world
 from imsvd_core.evaluation import knn, linear
 from imsvd_core.files import Superseded, atomic_write
@@ -32,6 +33,8 @@ commands:
                          On several processes: torchrun --nproc-per-node 2 -m imsvd_core.cli pretrain RECIPE
   evaluate knn RUN       weighted k-nearest-neighbour accuracy of a run's backbone
   evaluate linear RUN    linear probe on a run's frozen backbone
+  launch RECIPE          the same training as a job of a cluster (Slurm), queued again whenever it is stopped; --dry-run
+                         tells what it will take
   data check NAME ROOT   whether a data root (imagenet, places205, voc07, coco) is whole, or how to prepare one
 
 `imsvd COMMAND --help` lists every setting. Environment: IMSVD_SCALE (smoke, laptop, full), IMSVD_DATA (data root),
@@ -48,6 +51,20 @@ class PretrainCommand:
     scale: Scale = "laptop"
     """Which version of the recipe the other settings start from; IMSVD_SCALE by default."""
     progress: bool = True
+
+
+@dataclass(frozen=True)
+class LaunchCommand:
+    """Send a recipe's training as a job: it saves when it is told to stop, is queued again, and goes on.
+
+    All other settings are those of `imsvd pretrain RECIPE --help`."""
+
+    config: Annotated[launcher.LaunchConfig, tyro.conf.arg(name="")]
+    profile: str | None = None
+    """Which cluster of ~/.config/imsvd/clusters.toml (or of the file IMSVD_CLUSTERS) the options start from; by default
+    the one that it names as default."""
+    dry_run: bool = False
+    """Print the batch script and the plan (hours, cost, memory, disk, what would be refused), and send nothing."""
 
 
 @dataclass(frozen=True)
@@ -108,16 +125,52 @@ def pretrain(argv: Sequence[str]) -> Path:
 
 
 def _pretrain(argv: Sequence[str]) -> Path:
+    _, command = _parse_pretrain(argv, "imsvd pretrain")
+    return _tell(training.pretrain(command.recipe, command.run_dir, progress=command.progress))
+
+
+def _parse_pretrain(argv: Sequence[str], prog: str) -> tuple[str, PretrainCommand]:
+    """The recipe's name, and the settings with their run folder."""
     scale = _peek(argv, "--scale") or current_scale()
     defaults = {name: (build.__doc__ or name, PretrainCommand(recipe(name, scale), scale=scale))
                 for name, build in RECIPES.items()}
     command = tyro.extras.overridable_config_cli(
-        defaults, prog="imsvd pretrain", args=argv,
+        defaults, prog=prog, args=argv,
         description=f"Train a recipe; `imsvd pretrain RECIPE --help` lists its settings.\n\n{PretrainCommand.__doc__}")
     name = next(word for word in argv if word in RECIPES)
     run_dir = command.run_dir or Path("runs") / f"{name}-{command.scale}-seed{command.recipe.loop.seed}"
-    result = training.pretrain(command.recipe, run_dir, progress=command.progress)
-    return _tell(result)
+    return name, replace(command, run_dir=run_dir)
+
+
+def launch(argv: Sequence[str]) -> None:
+    default = LaunchCommand(launcher.load_profile(_peek(argv, "--profile")))
+    if not argv or argv[0] in ("-h", "--help"):
+        tyro.cli(LaunchCommand, prog="imsvd launch RECIPE", args=["--help"], default=default)
+    name = argv[0]
+    if name not in RECIPES:
+        raise ValueError(f"recipe={name!r} is unknown; there are: {', '.join(RECIPES)}")
+    command, rest = tyro.cli(LaunchCommand, prog="imsvd launch RECIPE", args=argv[1:], default=default, return_unknown_args=True)
+    _, pretraining = _parse_pretrain([name, *rest], "imsvd launch")
+    run_dir = pretraining.run_dir.absolute()
+    taken = launcher.plan(name, pretraining.recipe, command.config, run_dir)
+    folder, job_name = run_dir / "jobs", run_dir.name
+    if command.dry_run:
+        if command.config.executor == "slurm":
+            print(launcher.batch_script(job_name, folder, command.config, run_dir / "code"))
+        print(taken)
+        return
+    if taken.refused:
+        raise ValueError("not sent:\n  " + "\n  ".join(taken.refused))
+    print(taken)
+    given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    given.add_argument("--scale")
+    given.add_argument("--run-dir")
+    words = ["pretrain", name, "--scale", pretraining.scale, "--run-dir", str(run_dir), "--no-progress",
+             *given.parse_known_args(rest)[1]]
+    sent = launcher.submit(words, name=job_name, folder=folder, config=command.config, code=launcher.snapshot(run_dir / "code"))
+    print(f"job {sent.job_id} sent; its logs are in {folder}; imsvd status {run_dir} tells how it stands")
+    if command.config.executor == "debug":
+        sent.job.result()
 
 
 def evaluate(argv: Sequence[str]) -> Path:
@@ -175,7 +228,8 @@ def data(argv: Sequence[str]) -> None:
 
 STOPPED = 143  #: exit status of a training that was told to stop: 128 + SIGTERM, as shells have it
 
-COMMANDS: dict[str, Callable[[Sequence[str]], Path | None]] = {"pretrain": pretrain, "evaluate": evaluate, "data": data}
+COMMANDS: dict[str, Callable[[Sequence[str]], Path | None]] = {"pretrain": pretrain, "evaluate": evaluate, "launch": launch,
+                                                                     "data": data}
 
 
 def _peek(argv: Sequence[str], option: str) -> str | None:

@@ -273,7 +273,7 @@ class Loop:
         Raises for the first step whose loss or gradient was no number. fp16's scaler may skip a gradient while it looks
         for its scale, which never needs to fall below 1.
         """
-        stops = self._stopping or signals.told() or launcher_is_gone()
+        stops = self._stopping or bool(signals.told()) or launcher_is_gone()
         waited = time.monotonic() - self._saved_at
         due = self.rank == 0 and 0 < 60 * self.config.save_minutes <= waited  # one clock counts
         told = torch.cat([*self._suspects, torch.tensor([float(stops), float(due)], device=self.device)])

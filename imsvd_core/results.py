@@ -41,7 +41,7 @@ class Provenance:
 def provenance(*, config: Any, seed: int, device: torch.device | str, dataset: str, seconds: float,
                command: str | None = None, world_size: int = 1) -> Provenance:
     """Provenance of a run of this process, now. `config` is a dataclass or anything JSON can hold."""
-    return Provenance(command=command or _command(), commit=_commit(), config_hash=config_hash(config), seed=seed,
+    return Provenance(command=command or _command(), commit=code_version(), config_hash=config_hash(config), seed=seed,
                       device=device_name(device), dataset=dataset, seconds=round(seconds, 1),
                       date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
                       versions={name: metadata.version(name) for name in ("torch", "torchvision", "numpy")}
@@ -133,8 +133,11 @@ def _command() -> str:
 
 
 @lru_cache(maxsize=1)
-def _commit() -> str:
+def code_version() -> str:
+    """Git commit of the package, with "+changes" if the tree differs from it; a launch's copy remembers its own."""
     here = Path(__file__).parent
+    if (here / "COMMIT").exists():
+        return (here / "COMMIT").read_text().strip()
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True).stdout.strip()

@@ -10,7 +10,7 @@ class Stopped(RuntimeError):
     """Work that was told to stop did so, with what it had saved; the same call goes on with it."""
 
 
-_told = False
+_told = 0  # the last notice's number
 _interruptible = False
 _NOTICES = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(signal, name)]  # Windows has one
 
@@ -35,11 +35,11 @@ def heed(*, override: bool = False) -> Iterator[None]:
         for number, answer in before.items():
             signal.signal(number, answer)
         if before:
-            _told = False
+            _told = 0
 
 
-def told() -> bool:
-    """Whether this process has been told to stop, in a `heed` block."""
+def told() -> int:
+    """The signal that told this process to stop, in a `heed` block; 0 for none."""
     return _told
 
 
@@ -58,6 +58,6 @@ def interruptible() -> Iterator[None]:
 
 def _hear(number: int, frame: object) -> None:
     global _told
-    _told = True
+    _told = number
     if _interruptible:
         raise Stopped(f"told to stop by {signal.Signals(number).name}: run the same command to go on")

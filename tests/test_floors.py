@@ -8,7 +8,9 @@ import imsvd_core
 PACKAGE = Path(imsvd_core.__file__).parent
 FLOORS = """
 cli
-training
+launch
+launch.plan launch.submit
+training launch.job launch.config
 recipes arrays prepared
 evaluation.knn evaluation.linear methods variants arrays.tables
 evaluation.features loop loss information

@@ -1,0 +1,113 @@
+"""A command as a cluster's job: told to stop it saves and is queued again, killed it is resumed, superseded it is fenced.
+
+    submitit → Job() → imsvd_core.cli.run(argv) → Loop        on every rank
+                └─ SIGUSR2, SIGTERM → signals.told() ─┘       the ranks agree at a step's end, rank 0 saves, all leave,
+                                                              and rank 0 asks Slurm to queue the job again
+"""
+
+import faulthandler
+import logging
+import os
+import pkgutil
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+
+import submitit
+
+from imsvd_core import signals
+from imsvd_core.files import ATTEMPT
+
+COMMAND = "imsvd_core.cli:run"  #: what a job calls, with its command line
+STOPPED = 143  #: exit status of a job that was told to stop: 128 + SIGTERM
+LINGER = 30.0  #: seconds after which a rank that hangs while it leaves is ended, with a trace of where it hung
+
+log = logging.getLogger(__name__)
+
+
+class Job:
+    """What submitit calls on every rank: an `imsvd` command that goes on, as often as the cluster takes its nodes away.
+
+    It answers signals in place of submitit's handler, which would save and requeue from within a step, on rank 0 alone.
+
+    Args:
+        argv: the command line, ["pretrain", "cifar10", …]; all state is in its run folder.
+        max_requeues: attempts after the first.
+    """
+
+    def __init__(self, argv: Sequence[str], max_requeues: int = 1000):
+        self.argv = list(argv)
+        self.max_requeues = max_requeues
+        self.submitted = datetime.now(timezone.utc).isoformat(timespec="microseconds")
+
+    def __call__(self) -> None:
+        environment = submitit.JobEnvironment()
+        attempt = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        os.environ[ATTEMPT] = f"{self.submitted}#{attempt:06d}"
+        _forget_earlier_attempt(environment)
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+        if environment.global_rank == 0:
+            log.info("attempt %d of job %s: imsvd %s", attempt, environment.job_id, " ".join(self.argv))
+        with signals.heed(override=True):
+            try:
+                pkgutil.resolve_name(COMMAND)(self.argv)
+            except signals.Stopped as stopped:
+                self._leave(environment, attempt, str(stopped))
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """The same again, should submitit ask: everything is in the run's folder."""
+        return submitit.helpers.DelayedSubmission(self)
+
+    def _leave(self, environment: submitit.JobEnvironment, attempt: int, why: str) -> None:
+        """End this rank, all else being saved; rank 0 has the job queued again if it is still this attempt's."""
+        faulthandler.dump_traceback_later(LINGER, exit=True)
+        if environment.global_rank > 0:
+            raise SystemExit(0)  # a failure would make srun kill rank 0, which has yet to ask
+        log.info("%s", why)
+        if environment.cluster == "local":
+            if signals.told() == signal.SIGUSR2:
+                environment._requeue(0)  # exits with what submitit's local controller understands
+        elif environment.cluster == "slurm" and _is_running(environment.job_id, attempt):
+            if attempt >= self.max_requeues:
+                log.error("not queued again: max_requeues=%d attempts have been made; launch it anew to go on", self.max_requeues)
+            else:
+                _requeue(environment, self.max_requeues - attempt)
+        raise SystemExit(STOPPED)
+
+
+def _forget_earlier_attempt(environment: submitit.JobEnvironment) -> None:
+    """Remove what an earlier attempt of this job left of its outcome: it was not the last word, and half-written it
+    would stop submitit from writing a new one."""
+    result = environment.paths.result_pickle
+    for left_over in (result, result.with_suffix(".pkl.save_tmp")):
+        left_over.unlink(missing_ok=True)
+
+
+def _is_running(job: str, attempt: int) -> bool:
+    """Whether Slurm counts this attempt as running: not as cancelled, nor as lost and started again elsewhere.
+
+    Where Slurm does not answer, it is: to ask for nothing would lose the job's place.
+    """
+    try:
+        told = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("scontrol does not tell how the job stands: %s", error)
+        return True
+    facts = dict(re.findall(r"(JobState|Restarts)=(\w+)", told))
+    log.info("Slurm says: %s", facts)
+    return facts.get("JobState") == "RUNNING" and int(facts.get("Restarts", attempt)) == attempt
+
+
+def _requeue(environment: submitit.JobEnvironment, left: int) -> None:
+    """Ask for the job to be queued again, several times where the controller does not answer."""
+    for pause in (1, 3, 9, 0):
+        try:
+            environment._requeue(left)  # scontrol requeue
+            return
+        except (OSError, subprocess.SubprocessError) as error:
+            log.warning("scontrol requeue failed: %s", error)
+            time.sleep(pause)
+    log.error("the job could not be queued again; all is saved: launch it anew to go on")

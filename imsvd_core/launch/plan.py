@@ -1,0 +1,178 @@
+"""What a launch will take, and what would be refused, told before anything is sent."""
+
+import json
+import math
+import shutil
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from imsvd_core import datasets, prepared
+from imsvd_core.datasets import data_root
+from imsvd_core.launch.config import LaunchConfig
+from imsvd_core.networks import NetworkConfig, TwinNetwork
+from imsvd_core.recipes import Recipe
+from imsvd_core.results import STORE, read_result
+
+#: Table IV: what 100 epochs of ImageNet took on 32 Tesla V100 at batch size 2,048 (hours), and a GPU's peak memory (GB).
+TABLE_IV = {"imsvd": (8.5, 10.4), "vicreg": (11.0, 11.3), "barlow-twins": (12.0, 11.3)}
+TABLE_IV_GPUS, TABLE_IV_BATCH = 32, 2048
+PAPER = NetworkConfig("resnet50", False, (8192,), 8160)  #: of IMSVD's row
+PUBLISHED = {"cifar10": 50_000, "cifar100": 50_000, "fashion-mnist": 60_000}  #: training images
+OPTIMIZER_STATES = {"adamw": 2, "sgd": 1, "lars": 1}  #: numbers kept beside each weight
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A launch before it is sent. Unknown figures are None; each measured or quoted one says where it comes from."""
+
+    name: str
+    config: LaunchConfig
+    samples: int | None  #: training images; None where the data are not here
+    batch_per_rank: int
+    steps: int | None
+    hours: float | None
+    hours_source: str
+    memory_gb: float | None
+    memory_source: str
+    disk_gb: float
+    disk_free_gb: float
+    refused: tuple[str, ...]  #: why it would not be sent, each with its remedy
+
+    @property
+    def attempts(self) -> int | None:
+        """How often the job has to be queued, by its time limit alone."""
+        useful = self.config.minutes / 60 - self.config.grace_seconds / 3600
+        return None if self.hours is None else max(1, math.ceil(self.hours / useful))
+
+    def __str__(self) -> str:
+        config = self.config
+        devices = f"{config.gpus} GPUs" if config.gpus else f"{config.ranks} processes without GPU"
+        lines = [f"{self.name}: {devices} ({config.nodes} × {config.ranks_per_node}), {self.batch_per_rank} images on each"]
+        lines.append(f"  steps     {_number(self.steps)}" + (f" over {self.samples:,} images" if self.samples else ""))
+        hours = f"{_number(self.hours)} hours" if self.hours is not None else "unknown"
+        lines.append(f"  time      {hours} ({self.hours_source}), in {_number(self.attempts)} attempts of at most {config.time}")
+        if config.gpus and self.hours is not None:
+            price = config.gpu_hour_price
+            cost = (f"{self.hours * config.gpus * price:,.0f} {config.currency} at {price:g} an hour" if price
+                    else "cost unknown: set gpu_hour_price in the profile")
+            lines.append(f"  GPU hours {self.hours * config.gpus:,.0f}; {cost}")
+        memory = f"{_number(self.memory_gb)} GB on each GPU" if self.memory_gb is not None else "unknown"
+        lines.append(f"  memory    {memory} ({self.memory_source})")
+        lines.append(f"  disk      {_number(self.disk_gb)} GB for the run, {_number(self.disk_free_gb)} GB free")
+        lines += [f"  refused: {reason}" for reason in self.refused]
+        return "\n".join(lines)
+
+
+def plan(name: str, recipe: Recipe, config: LaunchConfig, run_dir: Path | str) -> Plan:
+    """What `recipe` will take under `config`, in `run_dir`.
+
+    Time is what the run's own records say if it has begun, else what was measured and stored for this recipe on as
+    many GPUs, else the paper's Table IV, scaled to epochs and GPUs and labelled as quoted, where it applies.
+    """
+    run_dir = Path(run_dir).absolute()
+    loop = recipe.loop
+    samples, refused = _data(recipe)
+    per_step = config.ranks * loop.accumulate
+    if loop.batch_size % per_step:
+        refused.append(f"batch_size={loop.batch_size} cannot be cut into equal pieces, accumulate={loop.accumulate} on each "
+                       f"of {config.ranks} ranks: take a multiple of {per_step}")
+    if samples and loop.batch_size > samples:
+        refused.append(f"batch_size={loop.batch_size} exceeds the {samples} samples: take a smaller batch or more data")
+    useful = config.minutes - config.grace_seconds / 60
+    if not 0 < loop.save_minutes <= useful:
+        refused.append(f"time={config.time!r} leaves {useful:g} minutes before the notice, and a checkpoint is due every "
+                       f"save_minutes={loop.save_minutes:g}: a node that dies would cost a whole attempt; ask for more time, "
+                       "or set --loop.save-minutes")
+    network = _size(recipe.network)
+    states = OPTIMIZER_STATES[recipe.optim.name]
+    disk = network * 4 * (1 + states) * (loop.keep + 1) / 1e9  # a new checkpoint stands beside those kept
+    free = shutil.disk_usage(next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())).free / 1e9
+    if disk > free:
+        refused.append(f"run_dir={str(run_dir)!r} needs {disk:.1f} GB, and {free:.1f} are free: make room, or keep fewer "
+                       f"checkpoints than --loop.keep {loop.keep}")
+    steps = loop.epochs * (samples // loop.batch_size) if samples else None
+    hours, hours_source = _hours(name, recipe, config, run_dir, samples)
+    memory, memory_source = _memory(recipe, config)
+    return Plan(name, config, samples, loop.batch_size // config.ranks, steps, hours, hours_source, memory, memory_source,
+                disk, free, tuple(refused))
+
+
+def _data(recipe: Recipe) -> tuple[int | None, list[str]]:
+    """How many images there are to train on, as far as that is known without reading them, and what is wrong."""
+    kind, _, path = recipe.data.partition(":")
+    try:
+        found = _count(recipe.data)
+    except (ValueError, OSError) as error:
+        found, refused = None, [f"data={recipe.data!r}: {error}"]
+    else:
+        refused = []
+    root, name = data_root() / path, Path(path).name
+    if kind == "tree" and name in prepared.SPECS:  # checked or not, its publishers say how many it has
+        report = prepared.checked(name, root)
+        if not refused and (report is None or not report.ok):
+            fault = "has not been checked" if report is None else "was found wanting"
+            refused = [f"data={recipe.data!r}: {root} {fault}: run imsvd data check {name} {root}"]
+        found = prepared.SPECS[name].counts["train"]
+    return recipe.samples or found, refused
+
+
+def _count(data: str) -> int:
+    if data.partition(":")[0] in ("tree", "folder"):
+        home, classes = datasets.find_split(datasets.find_folder(data, data_root()), "train")
+        return sum(len(datasets.find_images(home, label)) for label in classes)
+    name = datasets.resolve(data)  # downloads it, rather now than on a node without network
+    return datasets.ATTRIBUTES_SIZES["train"] if name == "attributes" else PUBLISHED[name]
+
+
+def _hours(name: str, recipe: Recipe, config: LaunchConfig, run_dir: Path, samples: int | None) -> tuple[float | None, str]:
+    loop = recipe.loop
+    images = loop.epochs * samples if samples else None
+    if images and (speed := _own_speed(run_dir, config.ranks)):
+        return images / speed / 3600, "measured: this run so far"
+    for file in sorted(STORE.glob("benchmark-training-cuda*.json")):
+        stored = read_result(file)
+        setting, figures = stored["figures"].get("setting", {}), stored["figures"]
+        if images and setting.get("recipe") == name and config.gpus == 1 and "two_view_images_per_second" in figures:
+            return images / figures["two_view_images_per_second"] / 3600, f"measured: {stored['provenance']['device']}"
+    if recipe.network.backbone != "resnet50" or recipe.method.name not in TABLE_IV or not config.gpus:
+        return None, "no measurement is stored, and the paper has none"
+    per_hundred = TABLE_IV[recipe.method.name][0]
+    return (per_hundred * loop.epochs / 100 * TABLE_IV_GPUS / config.gpus,
+            f"quoted: Table IV, {per_hundred:g} hours for 100 epochs on {TABLE_IV_GPUS} V100, scaled")
+
+
+def _own_speed(run_dir: Path, ranks: int) -> float | None:
+    """Images a second of a run that has begun, on as many ranks; the median of its records."""
+    try:
+        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        begun = json.loads((run_dir / "submission.json").read_text()) if (run_dir / "submission.json").exists() else None
+    except (OSError, ValueError):
+        return None
+    speeds = [line["samples_per_second"] for line in lines if "samples_per_second" in line]
+    return statistics.median(speeds) if speeds and (begun is None or begun["tasks"] == ranks) else None
+
+
+def _memory(recipe: Recipe, config: LaunchConfig) -> tuple[float | None, str]:
+    """A GPU's peak: the paper's, what is fixed (weights, gradients, momentum) exchanged, the rest scaled with the images."""
+    if recipe.network.backbone != "resnet50" or recipe.method.name != "imsvd" or not config.gpus:
+        return None, "no measurement is stored, and the paper has none"
+    quoted = TABLE_IV["imsvd"][1]
+    fixed, ours = (4 * (2 + states) * _size(network) / 1e9 for network, states in
+                   ((PAPER, 1), (recipe.network, OPTIMIZER_STATES[recipe.optim.name])))
+    images = recipe.loop.batch_size / config.ranks / recipe.loop.accumulate
+    share = images / (TABLE_IV_BATCH / TABLE_IV_GPUS)
+    return ours + (quoted - fixed) * share, (f"quoted: Table IV, {quoted:g} GB for 64 images on a V100, of which {fixed:.1f} are "
+                                             "weights, gradients and momentum, the rest scaled")
+
+
+def _size(config: NetworkConfig) -> int:
+    """Parameters of backbone and projector."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in TwinNetwork.build(config).parameters())
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"

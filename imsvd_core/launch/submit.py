@@ -1,0 +1,156 @@
+"""From a command to a job in the queue, with the code as it is now."""
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+import imsvd_core
+from imsvd_core.launch.config import LaunchConfig
+from imsvd_core.launch.job import Job
+from imsvd_core.results import code_version, write_json
+
+KEPT = ("IMSVD_DATA", "IMSVD_DATASET", "IMSVD_SCALE")  # environment that a job needs, whatever the cluster exports
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job that was sent, as submission.json keeps it."""
+
+    name: str
+    argv: tuple[str, ...]  #: the `imsvd` command
+    job_id: str
+    executor: str
+    folder: str  #: of its logs, `{job_id}_{rank}_log.out` and `.err`
+    tasks: int
+    submitted: str  #: UTC, ISO 8601
+    job: submitit.Job | None = field(default=None, repr=False, compare=False)  #: only where it was sent
+
+    @classmethod
+    def read(cls, folder: Path | str) -> "Submission | None":
+        """The last one of `folder`; None if there is none."""
+        try:
+            told = json.loads((Path(folder) / "submission.json").read_text())
+        except FileNotFoundError:
+            return None
+        return cls(**told | {"argv": tuple(told["argv"])})
+
+
+def submit(argv: Sequence[str], *, name: str, folder: Path | str, config: LaunchConfig, code: Path | str,
+           after: Sequence[str] = ()) -> Submission:
+    """Send `imsvd argv` as the job `name`.
+
+    Args:
+        folder: of logs, and of submission.json, which is written as soon as the job has its number.
+        code: what `snapshot` returned.
+        after: numbers of Slurm jobs that have to end well before; if one does not, this one is taken out of the queue.
+
+    Raises ValueError with what sbatch says, where it refuses.
+    """
+    folder = Path(folder).absolute()
+    job = Job(argv, config.max_requeues)
+    try:
+        with _outside_any_job():
+            sent = _executor(config, name, folder, Path(code), after).submit(job)
+    except submitit.core.utils.FailedJobError as error:
+        raise ValueError(f"sbatch refused {name}: {str(error).strip()}") from None
+    submission = Submission(name, tuple(argv), sent.job_id, config.executor, str(folder), config.ranks, job.submitted, sent)
+    write_json(folder / "submission.json", {key: value for key, value in vars(submission).items() if key != "job"})
+    return submission
+
+
+def batch_script(name: str, folder: Path | str, config: LaunchConfig, code: Path | str, after: Sequence[str] = ()) -> str:
+    """What `submit` would hand to sbatch; needs no Slurm."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    folder = Path(folder).absolute()
+    command = f"{_python()} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    return _make_sbatch_string(command, folder, **_slurm_parameters(config, name, Path(code), after))
+
+
+def snapshot(folder: Path | str) -> Path:
+    """Copy the package, as it is now, below `folder`; returns what is to stand in PYTHONPATH.
+
+    A job that starts, or starts again, next week then runs what was submitted. The same code is copied once.
+    """
+    package = Path(imsvd_core.__file__).parent
+    files = sorted(path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
+    folder = Path(folder).absolute()
+    home = folder / digest.hexdigest()[:12]
+    if not home.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as part:
+            copy = Path(part) / home.name / package.name
+            shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+            (copy / "COMMIT").write_text(code_version())
+            try:
+                copy.parent.rename(home)
+            except OSError:  # somebody else was faster
+                if not home.exists():
+                    raise
+    return home
+
+
+@contextmanager
+def _outside_any_job() -> Iterator[None]:
+    """Hide the job that we may be in ourselves, but not where the cluster is."""
+    if "SLURM_JOB_ID" not in os.environ:
+        yield
+        return
+    where = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
+    with submitit.helpers.clean_env(), submitit.helpers.environment_variables(**where):
+        yield
+
+
+def _executor(config: LaunchConfig, name: str, folder: Path, code: Path, after: Sequence[str]) -> submitit.Executor:
+    if config.executor == "debug":
+        return submitit.DebugExecutor(folder)
+    if config.executor == "slurm":
+        if shutil.which("sbatch") is None:
+            raise ValueError("executor='slurm' needs sbatch, which is not here: run this on a login node of the cluster, "
+                             "or choose executor='local'")
+        executor = submitit.SlurmExecutor(folder, max_num_timeout=config.max_requeues, python=_python())
+        executor.update_parameters(**_slurm_parameters(config, name, code, after))
+        return executor
+    executor = submitit.LocalExecutor(folder, max_num_timeout=config.max_requeues, python=_python())
+    executor.update_parameters(tasks_per_node=config.ranks_per_node, gpus_per_node=config.gpus_per_node,
+                               timeout_min=config.minutes, signal_delay_s=config.grace_seconds, setup=_setup(config, code))
+    return executor
+
+
+def _slurm_parameters(config: LaunchConfig, name: str, code: Path, after: Sequence[str]) -> dict[str, Any]:
+    given = {"mem": config.mem_gb and f"{round(1024 * config.mem_gb)}MB", "cpus_per_task": config.cpus_per_task,
+             "gpus_per_node": config.gpus_per_node or None}
+    given |= {key: getattr(config, key) for key in ("partition", "account", "qos", "constraint")}
+    more = {"requeue": True}  # also where the cluster's default is not to
+    if after:
+        more |= {"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"}
+    return {"job_name": name, "nodes": config.nodes, "ntasks_per_node": config.ranks_per_node, "time": config.minutes,
+            "signal_delay_s": config.grace_seconds, "additional_parameters": more,
+            "srun_args": ["--kill-on-bad-exit=1"],  # no rank outlives one that failed
+            "setup": [*_setup(config, code), "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"],  # srun no longer inherits it
+            **{key: value for key, value in given.items() if value is not None}}
+
+
+def _setup(config: LaunchConfig, code: Path) -> list[str]:
+    kept = [f"export {name}={shlex.quote(os.environ[name])}" for name in KEPT if name in os.environ]
+    return [*config.setup, f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}", *kept,
+            "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"]
+
+
+def _python() -> str:
+    """This Python, deaf to SIGUSR2 until it listens: a notice that comes while it still imports would end it."""
+    return shlex.join(["sh", "-c", 'trap "" USR2; exec "$@"', "sh", sys.executable])
