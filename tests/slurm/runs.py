@@ -16,7 +16,8 @@ PATIENCE = 150.0  #: seconds that a job may need for anything
 
 @dataclass
 class Run:
-    """One job. `step` is the last that its record names, `reached` the highest it ever named; times are `time.time()`'s."""
+    """One job. `step` is the last that its record names, `reached` the highest that it was seen to name before the job was
+    first resumed; times are `time.time()`'s."""
 
     cluster: Cluster
     job: str
@@ -35,7 +36,8 @@ class Run:
     @property
     def step(self) -> int:
         step = max((line["step"] for line in self.records), default=0)
-        self.reached = max(step, self.reached)
+        if not self.resumed:
+            self.reached = max(step, self.reached)
         return step
 
     @property
