@@ -4,7 +4,7 @@ BIN    := .venv/bin
 READY  := .venv/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help book test notebooks serve bench clean
+.PHONY: help book test slurm notebooks serve bench clean
 
 help:  ## List these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,8 +16,11 @@ book: $(READY)  ## Execute every chapter and render _build/html/index.html
 test: $(READY)  ## Test the package, every chapter as a notebook, and the rendered pages
 	@status=0; \
 	$(BIN)/python book/_ext/notebooks.py build/smoke --execute || status=1; \
-	OMP_NUM_THREADS=1 IMSVD_BOOK=build/smoke $(BIN)/python -m pytest -n 2 --dist loadfile || status=1; \
+	OMP_NUM_THREADS=1 IMSVD_BOOK=build/smoke $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slurm" || status=1; \
 	exit $$status
+
+slurm: $(READY)  ## Test launching on a real Slurm of two nodes, started for it; needs root and Slurm's packages
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/slurm
 
 notebooks: $(READY)  ## Write the chapters as Jupyter notebooks into _build/notebooks
 	$(BIN)/python book/_ext/notebooks.py _build/notebooks

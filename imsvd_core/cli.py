@@ -193,6 +193,11 @@ def launch(argv: Sequence[str]) -> None:
     run_dir = pretraining.run_dir.absolute()
     taken = launcher.plan(name, pretraining.recipe, command.config, run_dir)
     folder, job_name = run_dir / "jobs", run_dir.name
+    if (folder / "submission.json").exists():
+        for standing in look(graphs_under(run_dir)[0]).values():
+            if standing.live:
+                raise ValueError(f"run_dir={str(run_dir)!r} has a job on its way, {standing.job} ({standing.words or standing.state}): "
+                                 "wait for its end, stop it, or give another folder")
     if command.dry_run:
         if command.config.executor == "slurm":
             print(launcher.batch_script(job_name, folder, command.config, run_dir / "code"))

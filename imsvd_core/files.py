@@ -72,7 +72,8 @@ class Hold:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.token = {"holder": f"process {os.getpid()} on {socket.gethostname()}", "unique": uuid.uuid4().hex,
+        job = f", job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+        self.token = {"holder": f"process {os.getpid()} on {socket.gethostname()}{job}", "unique": uuid.uuid4().hex,
                       "attempt": os.environ.get(ATTEMPT)}
         handle, there = _lock(folder), _token(folder)
         if self._precedes(there):

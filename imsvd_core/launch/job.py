@@ -12,6 +12,7 @@ import pkgutil
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -47,6 +48,7 @@ class Job:
         environment = submitit.JobEnvironment()
         attempt = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         os.environ[ATTEMPT] = f"{self.submitted}#{attempt:06d}"
+        sys.argv = ["imsvd", *self.argv]  # what results name as their command
         _forget_earlier_attempt(environment)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
         if environment.global_rank == 0:

@@ -60,7 +60,7 @@ def submit(argv: Sequence[str], *, name: str, folder: Path | str, config: Launch
     folder = Path(folder).absolute()
     job = Job(argv, config.max_requeues)
     try:
-        with _outside_any_job():
+        with _outside_any_job(), submitit.helpers.environment_variables(**_environment(config, Path(code))):
             sent = _executor(config, name, folder, Path(code), after).submit(job)
     except submitit.core.utils.FailedJobError as error:
         raise ValueError(f"sbatch refused {name}: {str(error).strip()}") from None
@@ -126,9 +126,20 @@ def _executor(config: LaunchConfig, name: str, folder: Path, code: Path, after: 
         executor.update_parameters(**_slurm_parameters(config, name, code, after))
         return executor
     executor = submitit.LocalExecutor(folder, max_num_timeout=config.max_requeues, python=_python())
+    # submitit asks for the number of the shell that runs the set-up, and bash would give its own to the last command
+    setup = ["trap : EXIT", *config.setup] if config.setup else []
     executor.update_parameters(tasks_per_node=config.ranks_per_node, gpus_per_node=config.gpus_per_node,
-                               timeout_min=config.minutes, signal_delay_s=config.grace_seconds, setup=_setup(config, code))
+                               timeout_min=config.minutes, signal_delay_s=config.grace_seconds, setup=setup)
     return executor
+
+
+def _environment(config: LaunchConfig, code: Path) -> dict[str, str]:
+    """What a local job inherits; a cluster's has it from its script."""
+    if config.executor != "local":
+        return {}
+    path = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": f"{code}{os.pathsep}{path}" if path else str(code),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(config.cpus_per_task or 1)}
 
 
 def _slurm_parameters(config: LaunchConfig, name: str, code: Path, after: Sequence[str]) -> dict[str, Any]:

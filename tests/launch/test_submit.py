@@ -1,0 +1,122 @@
+"""What is sent, and what a job does when it is told to stop: on this machine, through submitit's local executor."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import imsvd_core
+from imsvd_core.cli import main
+from imsvd_core.launch import LaunchConfig, Submission, batch_script, job, snapshot, submit
+
+OPTIONS = ["cifar10", "--scale", "smoke", "--data", "attributes", "--samples", "80", "--loop.batch-size", "16", "--loop.epochs", "10", "--look", "16",
+           "--loop.log-every", "1", "--knn.neighbors", "20", "--knn.gallery", "40", "--knn.queries", "20", "--watch.gallery", "40",
+           "--watch.queries", "20"]
+
+
+def test_the_batch_script_asks_for_what_was_configured(tmp_path, monkeypatch):
+    monkeypatch.setenv("IMSVD_DATA", "/data of ours")
+    config = LaunchConfig(nodes=4, gpus_per_node=8, cpus_per_task=10, mem_gb=200, partition="gpu", account="vision", qos="long",
+                          constraint="v100", time="1-00:00:00", grace_seconds=300, setup=("module load cuda",))
+    lines = batch_script("run", tmp_path, config, tmp_path / "code", after=("7", "8")).splitlines()
+    for option in ("nodes=4", "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=10", "mem=204800MB", "partition=gpu", "account=vision",
+                   "qos=long", "constraint=v100", "time=1440", "signal=USR2@300", "requeue", "dependency=afterok:7:8",
+                   "kill-on-invalid-dep=yes", "job-name=run", "open-mode=append"):
+        assert f"#SBATCH --{option}" in lines, option
+    assert lines.index("module load cuda") < lines.index("export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}")
+    assert "export IMSVD_DATA='/data of ours'" in lines
+    assert any(line.startswith("srun ") and "--kill-on-bad-exit=1" in line for line in lines)
+
+
+def test_a_snapshot_is_what_runs_whatever_happens_to_the_code_after_it(tmp_path):
+    code = snapshot(tmp_path)
+    assert snapshot(tmp_path) == code  # once
+    assert [path.name for path in tmp_path.iterdir()] == [code.name]
+    told = subprocess.run([sys.executable, "-c", "import imsvd_core.results as r; print(r.__file__); print(r.code_version())"],
+                          capture_output=True, text=True, cwd="/", env={**os.environ, "PYTHONPATH": str(code)}).stdout.split()
+    assert Path(told[0]).is_relative_to(code) and told[1] == imsvd_core.results.code_version()
+
+
+def test_without_slurm_a_launch_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match="executor='slurm' needs sbatch, which is not here"):
+        submit(["pretrain"], name="run", folder=tmp_path, config=LaunchConfig(), code=tmp_path)
+
+
+def test_a_dry_run_prints_script_and_plan_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["launch", *OPTIONS, "--dry-run", "--nodes", "2", "--partition", "main"])
+    told = capsys.readouterr().out
+    assert "#SBATCH --partition=main" in told and "cifar10: 2 processes without GPU (2 × 1), 8 images on each" in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_plan_refuses_is_not_sent(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["launch", *OPTIONS, "--executor", "local", "--tasks-per-node", "3"])
+    assert stop.value.code == 2 and "not sent:\n  batch_size=16 cannot be cut" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow  # several times two processes
+def test_a_job_told_by_usr2_saves_starts_again_and_ends_as_if_nothing_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name in ("told", "whole"):
+        main(["launch", *OPTIONS, "--executor", "local", "--tasks-per-node", "2", "--run-dir", name])
+    sent = {name: Submission.read(tmp_path / name / "jobs") for name in ("whole", "told")}
+    records = tmp_path / "told" / "metrics.jsonl"
+    wait_for(lambda: records.exists() and records.read_text().count("loss") > 5)
+    for rank in ranks_of(sent["told"].job_id):
+        os.kill(rank, signal.SIGUSR2)
+    for name in sent:
+        wait_for((tmp_path / name / "result.json").exists)
+    log = (tmp_path / "told" / "jobs" / f"{sent['told'].job_id}_0_log.err").read_text()
+    assert log.count("run the same command to go on") == 1 and log.count("resumed ") == 1
+    ends = [torch.load(tmp_path / name / "checkpoints" / "step-000000050.pt", weights_only=True)["state"]["modules"]["network"]
+            for name in sent]
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+    origins = [json.loads((tmp_path / name / "result.json").read_text())["provenance"] for name in sent]
+    assert [origin["commit"] for origin in origins] == [imsvd_core.results.code_version()] * 2
+    assert all(origin["command"].startswith("imsvd pretrain cifar10 ") for origin in origins)
+
+
+def wait_for(what, seconds=120):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def ranks_of(controller):
+    return [int(pid) for pid in Path(f"/proc/{controller}/task/{controller}/children").read_text().split()]
+
+
+@pytest.mark.parametrize(("state", "restarts", "expected"), [("RUNNING", 2, True), ("RUNNING", 3, False), ("COMPLETING", 2, False),
+                                                              ("CANCELLED", 2, False), ("PENDING", 3, False)])
+def test_only_the_attempt_that_slurm_counts_as_running_asks_to_be_queued_again(monkeypatch, tmp_path, state, restarts, expected):
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\necho 'JobId=5 JobName=run\n   JobState={state} Reason=None\n   Requeue=1 Restarts={restarts} BatchFlag=1'\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert job._is_running("5", 2) is expected
+
+
+def test_a_run_whose_job_is_on_its_way_is_not_launched_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", "input()", str(tmp_path / "jobs")], stdin=subprocess.PIPE) as alive:
+        told = {"name": tmp_path.name, "argv": ["pretrain"], "job_id": str(alive.pid), "executor": "local", "tasks": 1,
+                "folder": str(tmp_path / "jobs"), "submitted": ""}
+        (tmp_path / "jobs").mkdir()
+        (tmp_path / "jobs" / "submission.json").write_text(json.dumps(told))
+        with pytest.raises(SystemExit):
+            main(["launch", *OPTIONS, "--executor", "local", "--run-dir", str(tmp_path)])
+        alive.communicate(b"\n")
+    assert f"has a job on its way, {alive.pid} (starting): wait for its end" in capsys.readouterr().err
