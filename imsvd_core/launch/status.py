@@ -233,7 +233,7 @@ def watch(look_again: Callable[[], Iterable[Standing]], console: Console, *, onc
     """Show what `look_again` sees until nothing is on its way any more, or Ctrl-C; once if this is no terminal."""
     standings = list(look_again())
     if once or not console.is_terminal:
-        console.print(_whole(standings))
+        console.print(table(standings), summary(standings), sep="\n")
         return standings
     with live_table(console, keep=True) as update, contextlib.suppress(KeyboardInterrupt):  # the jobs go on
         update(standings)
@@ -251,11 +251,11 @@ def live_table(console: Console, *, keep: bool = False) -> Iterator[Callable[[It
         yield lambda standings: None
         return
     with Live(console=console, auto_refresh=False, transient=not keep) as live:
-        yield lambda standings: live.update(_whole(list(standings)), refresh=True)
+        def update(standings: Iterable[Standing]) -> None:
+            standings = list(standings)
+            live.update(Group(summary(standings), table(standings)), refresh=True)  # a low terminal cuts off the end
 
-
-def _whole(standings: Sequence[Standing]) -> Group:
-    return Group(table(standings), Text(summary(standings)))
+        yield update
 
 
 def _why(entry: queue.Entry, needs: Sequence[Standing]) -> str:
