@@ -1,12 +1,14 @@
 """On W ranks the loss is that of the joined batch."""
 
 import functools
+import os
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from imsvd_core import distributed
 from imsvd_core.distributed import first_to_say, mean_over_ranks, on_rank_0, process_group, rank_0_first, world
 from imsvd_core.loss import CrossJointEntropyLoss
 
@@ -184,6 +186,46 @@ def test_a_process_alone_joins_no_group_and_torchrun_with_one_a_group_of_one(mon
     with process_group("cpu"):
         assert dist.is_initialized() and dist.get_backend() == "gloo" and world() == (0, 1)
     assert not dist.is_initialized()
+
+
+@pytest.fixture
+def slurm(monkeypatch):
+    """The environment of the second of two tasks, one on each node of Slurm's job 7."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    settings = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": 7, "SLURM_STEP_ID": 0, "SLURM_JOB_NODELIST": "localhost,elsewhere",
+                "SLURM_STEP_NUM_TASKS": 2, "SLURM_NTASKS": 2, "SLURM_JOB_NUM_NODES": 2, "SLURM_PROCID": 1, "SLURM_LOCALID": 0,
+                "SLURM_NODEID": 1}
+    with monkeypatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, str(value))
+        yield patch
+
+
+def meeting_point(patch, **environment):
+    """Where the job's ranks would meet."""
+    names = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    with patch.context() as inner:
+        for name, value in environment.items():
+            inner.setenv(name, value)
+        for name in names:
+            inner.setenv(name, "")
+            inner.delenv(name)
+        distributed._find_ranks_of_job()
+        return [os.environ[name] for name in names]
+
+
+def test_the_ranks_of_a_job_meet_where_no_other_attempt_does(slurm):
+    first = meeting_point(slurm)
+    assert first[:1] + first[2:] == ["localhost", "1", "2", "0", "1"] and meeting_point(slurm) == first
+    others = [meeting_point(slurm, SLURM_RESTART_COUNT="1"), meeting_point(slurm, SLURM_STEP_ID="1"), meeting_point(slurm, SLURM_JOB_ID="8")]
+    ports = {int(point[1]) for point in (first, *others)}
+    assert len(ports) == 4 and all(15_000 <= port < 30_000 for port in ports)
+    assert meeting_point(slurm, SLURM_RESTART_COUNT="1")[1] == others[0][1]
+
+
+def test_a_first_node_that_has_no_address_here_is_named_at_once(slurm):
+    with pytest.raises(ValueError, match="MASTER_ADDR='nowhere.invalid', the job's first node, has no address on"):
+        meeting_point(slurm, SLURM_JOB_NODELIST="nowhere.invalid,localhost")
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):

@@ -69,8 +69,9 @@ class Plan:
 def plan(name: str, recipe: Recipe, config: LaunchConfig, run_dir: Path | str) -> Plan:
     """What `recipe` will take under `config`, in `run_dir`.
 
-    Time is what the run's own records say if it has begun, else what was measured and stored for this recipe on as
-    many GPUs, else the paper's Table IV, scaled to epochs and GPUs and labelled as quoted, where it applies.
+    Time is what the run's own records say if it has begun, else what was measured on one GPU and stored for this
+    recipe (benchmarks/training.py), else the paper's Table IV, where it applies, labelled as quoted. The latter two are
+    scaled to epochs and GPUs as if nothing were lost between them.
     """
     run_dir = Path(run_dir).absolute()
     loop = recipe.loop
@@ -135,8 +136,10 @@ def _hours(name: str, recipe: Recipe, config: LaunchConfig, run_dir: Path, sampl
     for file in sorted(STORE.glob("benchmark-training-cuda*.json")):
         stored = read_result(file)
         setting, figures = stored["figures"].get("setting", {}), stored["figures"]
-        if images and setting.get("recipe") == name and config.gpus == 1 and "two_view_images_per_second" in figures:
-            return images / figures["two_view_images_per_second"] / 3600, f"measured: {stored['provenance']['device']}"
+        if images and config.gpus and setting.get("recipe") == name and "two_view_images_per_second" in figures:
+            scaled = f", divided by {config.gpus}" if config.gpus > 1 else ""
+            return (images / figures["two_view_images_per_second"] / config.gpus / 3600,
+                    f"measured: one {stored['provenance']['device']}{scaled}")
     if recipe.network.backbone != "resnet50" or recipe.method.name not in TABLE_IV or not config.gpus:
         return None, "no measurement is stored, and the paper has none"
     per_hundred = TABLE_IV[recipe.method.name][0]

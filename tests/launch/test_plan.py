@@ -1,5 +1,6 @@
 """What a launch will take, and what would be refused, before anything is sent."""
 
+import importlib
 import json
 from dataclasses import replace
 
@@ -46,6 +47,17 @@ def test_a_run_that_has_begun_tells_its_own_time(imagenet, tmp_path):
                                                     for step, speed in ((1, 10.0), (2, 1000.0), (3, 1100.0))))
     one = plan("imagenet-100", recipe("imagenet-100", "full"), FULL, tmp_path)
     assert one.hours == pytest.approx(100 * 1_281_167 / 1000 / 3600) and one.hours_source == "measured: this run so far"
+
+
+def test_a_stored_measurement_goes_before_the_papers(imagenet, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("imsvd_core.launch.plan"), "STORE", tmp_path)
+    stored = {"name": "benchmark", "provenance": {"device": "NVIDIA H100"},
+              "figures": {"setting": {"recipe": "imagenet-100"}, "two_view_images_per_second": 2500.0}}
+    (tmp_path / "benchmark-training-cuda.json").write_text(json.dumps(stored))
+    one = plan("imagenet-100", recipe("imagenet-100", "full"), FULL, tmp_path)
+    assert one.hours == pytest.approx(100 * 1_281_167 / 2500 / 32 / 3600)
+    assert one.hours_source == "measured: one NVIDIA H100, divided by 32"
+    assert "quoted" in plan("imagenet-200", recipe("imagenet-200", "full"), FULL, tmp_path).hours_source
 
 
 def test_what_nobody_measured_is_unknown(tmp_path):
