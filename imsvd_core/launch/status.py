@@ -253,7 +253,7 @@ def live_table(console: Console, *, keep: bool = False) -> Iterator[Callable[[It
     with Live(console=console, auto_refresh=False, transient=not keep) as live:
         def update(standings: Iterable[Standing]) -> None:
             standings = list(standings)
-            live.update(Group(summary(standings), table(standings)), refresh=True)  # a low terminal cuts off the end
+            live.update(Group(Text(summary(standings)), table(standings)), refresh=True)  # a low terminal cuts off the end
 
         yield update
 

@@ -93,6 +93,8 @@ def test_a_result_counts_if_its_run_had_the_settings_asked_for(tmp_path):
     assert not finished(first)
     write_json(first.result, {})
     assert finished(first)  # how many checkpoints were kept is no matter
+    write_json(first.run_dir / "config.json", {name: value for name, value in first.settings.items() if name != "on_corrupt"})
+    assert finished(first)  # nor is a setting that the run did not know yet
     write_json(first.run_dir / "config.json", {**first.settings, "samples": 99})
     with pytest.raises(ValueError, match=r"samples: 99 there, 256 asked for\): give the same ones, another --out, or remove"):
         finished(first)
@@ -284,6 +286,16 @@ def pictures(tmp_path):
                 noise = generator.integers(0, 160, (32, 32, 3), dtype=np.uint8) + 90 * (label == "light")
                 Image.fromarray(noise.astype(np.uint8)).save(folder / f"{number}.png")
     return tmp_path / "pictures"
+
+
+def test_debugging_goes_on_after_a_failure_in_this_process(tmp_path, pictures):
+    first, knn = (one for one in build((2,), (), "smoke", tmp_path, ("--data", f"folder:{pictures}"))
+                  if one.name.startswith("imsvd"))
+    (first.run_dir / "checkpoints").mkdir(parents=True)
+    (first.run_dir / "checkpoints" / "step-000000001.pt").write_text("torn")
+    console = Console(record=True, width=200, file=open(tmp_path / "said", "w"))
+    assert not reproduce(Graph([first, knn]), tmp_path, LaunchConfig(executor="debug"), console)
+    assert "2 tasks: 1 failed, 1 not run" in console.export_text()
 
 
 @pytest.mark.slow  # five processes, one after the other, that import torch

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cluster import Cluster
@@ -57,8 +58,9 @@ def until_quiet(out: Path, timeout: float = 600) -> dict[str, Standing]:
 
 
 def test_a_graph_with_a_failing_parent_runs_as_designed_and_a_second_call_runs_what_failed_alone(
-        cluster: Cluster, environment: dict[str, str], data: str, tmp_path: Path, observed: list[dict]) -> None:
+        cluster: Cluster, environment: dict[str, str], data: str, tmp_path: Path, figures: dict[str, Any]) -> None:
     out, calls = tmp_path / "out", []
+    observed = figures.setdefault("graphs", [])
 
     def imsvd(*words: str) -> str:
         done = subprocess.run([sys.executable, "-m", "imsvd_core.cli", *words], env=environment, cwd=tmp_path,
@@ -109,7 +111,7 @@ def test_a_graph_with_a_failing_parent_runs_as_designed_and_a_second_call_runs_w
     assert "15 tasks: 15 done" in imsvd("status", str(out))
     told = cluster.run("sacct", "-X", "-n", "-P", "-o", "JobName", "-S", "2000-01-01").split()
     assert sum(name.endswith(_mark(second)) for name in told) <= 18  # never sent more often than needed
-    observed.append({"graph": "calls", "seconds": [round(call, 1) for call in calls]})
+    observed.append({"graph": "all calls", "jobs": 18, "seconds_of_calls": [round(call, 1) for call in calls], **_counts(second)})
 
 
 def _counts(standings: dict[str, Standing]) -> dict[str, int]:
