@@ -178,6 +178,8 @@ def alive(submission: Submission) -> bool:
     try:
         os.kill(number, 0)
         command = Path(f"/proc/{number}/cmdline").read_bytes().decode(errors="replace")
+        if not command:  # dead, though nobody has asked after it yet; or just being started
+            return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except PermissionError:
         return True
     except FileNotFoundError:  # no such view of processes here

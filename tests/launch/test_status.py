@@ -200,6 +200,8 @@ def test_last_words_are_the_job_s_own_and_of_the_first_rank_that_has_any(tmp_pat
 
 def test_a_process_is_a_job_s_own_if_it_works_in_its_folder(tmp_path):
     with subprocess.Popen(["sleep", "60"]) as other:
+        while not Path(f"/proc/{other.pid}/cmdline").read_bytes():  # it is still being started
+            pass
         assert not alive(sent(str(other.pid), folder=tmp_path))  # the number has gone to somebody else
         other.kill()
     with subprocess.Popen(["sh", "-c", f"read line # {tmp_path}"], stdin=subprocess.PIPE) as ours:
