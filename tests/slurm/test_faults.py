@@ -293,11 +293,13 @@ def test_starting_up(launch, data, figures, tmp_path, request):
         seconds["launched"].append(run.until_step(1) - run.sent)
         run.cluster.empty()
         plain = Run(run.cluster, "", tmp_path / str(number), tmp_path, time.time())
-        srun = ["srun", "--nodes=2", "--ntasks-per-node=1", "--quiet", sys.executable]
+        srun = ["srun", "--nodes=2", "--ntasks-per-node=1", "--quiet", "env", "SUBMITIT_EXECUTOR=slurm", sys.executable]
         command = [*srun, "-m", "imsvd_core.cli", *TRAINING, "--data", data, "--run-dir", str(plain.run_dir)]
-        with subprocess.Popen(command, stderr=subprocess.DEVNULL):
-            seconds["srun"].append(plain.until("the first step", lambda: plain.step) - plain.sent)
+        with open(tmp_path / "srun.err", "w") as log, subprocess.Popen(command, stderr=log) as process:
+            first = plain.until("the first step", lambda: plain.step or process.poll())
             run.cluster.empty()
+        assert plain.step, (tmp_path / "srun.err").read_text()
+        seconds["srun"].append(first - plain.sent)
         start = time.time()
         subprocess.run([*srun, "-c", "import imsvd_core.training"], check=True)
         seconds["srun_imports"].append(time.time() - start)
