@@ -1,4 +1,4 @@
-"""What tests of several modules share: processes that form a group."""
+"""What tests of several modules share: processes that form a group, and the option to keep what they measure."""
 
 import os
 import socket
@@ -9,6 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", metavar="FILE", type=Path, help="with -m slurm: write what was observed as a result, for the book")
 
 
 def _run(rank: int, size: int, port: int, work: Callable, folder: str, backend: str) -> None:

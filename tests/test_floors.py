@@ -12,7 +12,8 @@ launch.reproduce
 launch.status
 launch.graph launch.queue
 launch
-launch.plan launch.submit
+launch.plan
+launch.submit
 training launch.job launch.config
 recipes arrays prepared
 evaluation.knn evaluation.linear methods variants arrays.tables

@@ -48,8 +48,9 @@ class Job:
         environment = submitit.JobEnvironment()
         attempt = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         os.environ[ATTEMPT] = f"{self.submitted}#{attempt:06d}"
-        sys.argv = ["imsvd", *self.argv]  # what results name as their command
-        _forget_earlier_attempt(environment)
+        if environment.cluster != "debug":  # which shares this process with others
+            sys.argv = ["imsvd", *self.argv]  # what results name as their command
+            _forget_earlier_attempt(environment)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
         if environment.global_rank == 0:
             log.info("attempt %d of job %s: imsvd %s", attempt, environment.job_id, " ".join(self.argv))

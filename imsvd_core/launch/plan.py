@@ -12,6 +12,7 @@ import torch
 from imsvd_core import datasets, prepared
 from imsvd_core.datasets import data_root
 from imsvd_core.launch.config import LaunchConfig
+from imsvd_core.launch.submit import Submission
 from imsvd_core.networks import NetworkConfig, TwinNetwork
 from imsvd_core.recipes import Recipe
 from imsvd_core.results import STORE, read_result
@@ -53,7 +54,8 @@ class Plan:
         lines = [f"{self.name}: {devices} ({config.nodes} × {config.ranks_per_node}), {self.batch_per_rank} images on each"]
         lines.append(f"  steps     {_number(self.steps)}" + (f" over {self.samples:,} images" if self.samples else ""))
         hours = f"{_number(self.hours)} hours" if self.hours is not None else "unknown"
-        lines.append(f"  time      {hours} ({self.hours_source}), in {_number(self.attempts)} attempts of at most {config.time}")
+        lines.append(f"  time      {hours} ({self.hours_source}), in {_number(self.attempts)} {'attempt' if self.attempts == 1 else 'attempts'} "
+                     f"of at most {config.time}")
         if config.gpus and self.hours is not None:
             price = config.gpu_hour_price
             cost = (f"{self.hours * config.gpus * price:,.0f} {config.currency} at {price:g} an hour" if price
@@ -148,14 +150,14 @@ def _hours(name: str, recipe: Recipe, config: LaunchConfig, run_dir: Path, sampl
 
 
 def _own_speed(run_dir: Path, ranks: int) -> float | None:
-    """Images a second of a run that has begun, on as many ranks; the median of its records."""
+    """Images a second of a run that was launched before, on as many ranks; the median of its records."""
     try:
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        begun = json.loads((run_dir / "submission.json").read_text()) if (run_dir / "submission.json").exists() else None
+        begun = Submission.read(run_dir / "jobs")
     except (OSError, ValueError):
         return None
     speeds = [line["samples_per_second"] for line in lines if "samples_per_second" in line]
-    return statistics.median(speeds) if speeds and (begun is None or begun["tasks"] == ranks) else None
+    return statistics.median(speeds) if speeds and begun and begun.tasks == ranks else None
 
 
 def _memory(recipe: Recipe, config: LaunchConfig) -> tuple[float | None, str]:

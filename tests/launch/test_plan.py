@@ -42,11 +42,18 @@ def test_time_and_memory_scale_with_the_gpus_but_not_what_every_gpu_holds(imagen
     assert half.memory_gb == pytest.approx(fixed + 2 * (10.4 - fixed))
 
 
-def test_a_run_that_has_begun_tells_its_own_time(imagenet, tmp_path):
+@pytest.mark.parametrize("ranks", [32, 16])
+def test_a_run_that_has_begun_on_as_many_ranks_tells_its_own_time(imagenet, tmp_path, ranks):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": step, "samples_per_second": speed}) + "\n"
                                                     for step, speed in ((1, 10.0), (2, 1000.0), (3, 1100.0))))
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "submission.json").write_text(json.dumps({
+        "name": "run", "argv": [], "job_id": "1", "executor": "slurm", "folder": "", "tasks": ranks, "submitted": ""}))
     one = plan("imagenet-100", recipe("imagenet-100", "full"), FULL, tmp_path)
-    assert one.hours == pytest.approx(100 * 1_281_167 / 1000 / 3600) and one.hours_source == "measured: this run so far"
+    if ranks == FULL.ranks:
+        assert one.hours == pytest.approx(100 * 1_281_167 / 1000 / 3600) and one.hours_source == "measured: this run so far"
+    else:
+        assert "quoted" in one.hours_source
 
 
 def test_a_stored_measurement_goes_before_the_papers(imagenet, tmp_path, monkeypatch):

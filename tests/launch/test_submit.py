@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import imsvd_core
+from imsvd_core import datasets
 from imsvd_core.cli import main
 from imsvd_core.launch import LaunchConfig, Submission, batch_script, job, snapshot, submit
 
@@ -86,6 +87,13 @@ def test_a_job_told_by_usr2_saves_starts_again_and_ends_as_if_nothing_was(tmp_pa
     origins = [json.loads((tmp_path / name / "result.json").read_text())["provenance"] for name in sent]
     assert [origin["commit"] for origin in origins] == [imsvd_core.results.code_version()] * 2
     assert all(origin["command"].startswith("imsvd pretrain cifar10 ") for origin in origins)
+
+
+def test_debug_trains_in_this_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "ATTRIBUTES_SIZES", {"train": 600, "test": 200})
+    before = dict(os.environ)
+    main(["launch", *OPTIONS, "--executor", "debug", "--loop.epochs", "1", "--run-dir", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "result.json").exists() and dict(os.environ) == before
 
 
 def wait_for(what, seconds=120):

@@ -190,6 +190,11 @@ class Cluster:
         self._until(f"job {job} is {' or '.join(wanted)}", lambda: self.state(job) in wanted, timeout, lambda: self.job(job))
         return self.state(job)
 
+    def settings(self, *names: str) -> dict[str, str]:
+        """What the controller goes by."""
+        told = (line.partition("=") for line in self.run("scontrol", "show", "config").splitlines())
+        return {name.strip(): value.strip() for name, _, value in told if name.strip() in names}
+
     def empty(self) -> None:
         """End all jobs, the unwilling ones by force, and wait until nothing of them is left."""
         user = f"--user={os.geteuid()}"

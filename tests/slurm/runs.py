@@ -63,8 +63,9 @@ class Run:
 
     @property
     def seconds_per_step(self) -> float:
-        """The median over the run."""
-        speeds = sorted(line["samples_per_second"] for line in self.records if "samples_per_second" in line)
+        """The median over what the first attempt did, as far as it was kept."""
+        last = min(self.resumed, default=self.step)
+        speeds = sorted(line["samples_per_second"] for line in self.records if "samples_per_second" in line and line["step"] <= last)
         batch = json.loads((self.run_dir / "config.json").read_text())["loop"]["batch_size"]
         return batch / speeds[len(speeds) // 2]
 

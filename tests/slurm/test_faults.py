@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -47,7 +49,7 @@ Loop._train_one = _failing
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     """2,000 images of CIFAR-10, 200 of each class, where there is a tree of it; else drawn ones."""
-    source, folder = data_root() / "cifar10", tmp_path_factory.mktemp("cifar10")
+    source, folder = data_root() / "cifar10", tmp_path_factory.mktemp("data") / "cifar10"
     if not (source / "train").is_dir():
         return "attributes"
     for split, count in (("train", 200), ("test", 40)):
@@ -94,14 +96,17 @@ def _empty(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(launch: Launch, observed: list) -> Run:
+def undisturbed(launch: Launch, data: str, figures: dict[str, Any]) -> Run:
     run = launch()
     running = run.until_state("RUNNING")
     first = run.until_step(1)
-    assert finish(run) == "COMPLETED"
+    assert finish(run) == "COMPLETED", run.about()
     assert run.attempts == 1 and max(run.checkpoints) == STEPS == run.step
     assert [line["step"] for line in run.records if "loss" in line] == list(range(1, STEPS + 1))
-    observed.append(row(run, "none", sent_to_running_s=running - run.sent, sent_to_first_step_s=first - run.sent))
+    slurm = {"version": run.cluster.run("sinfo", "-V").strip(), "nodes": len(NODES), **run.cluster.settings("SlurmdTimeout", "KillWait")}
+    figures["setting"] |= {"recipe": "cifar10 at scale smoke", "dataset": "attributes (drawn)" if data == "attributes" else "CIFAR-10 (JPEG)",
+                           "samples": SAMPLES, "steps": STEPS, "ranks": 2, "save_interval_s": SAVE_SECONDS, "slurm": slurm}
+    figures["faults"].append(row(run, "none", sent_to_running_s=running - run.sent, sent_to_first_step_s=first - run.sent))
     return run
 
 
@@ -133,7 +138,7 @@ def follow(run: Run, since: float) -> dict[str, float]:
 def assert_unmarked(run: Run, undisturbed: Run, attempts: int | None = 2) -> None:
     """The run went to its end, in so many attempts, and nothing else shows it."""
     assert finish(run) == "COMPLETED", run.about()
-    assert attempts in (None, run.attempts) and len(run.resumed) == run.attempts - 1, run.about()
+    assert attempts in (None, run.attempts), run.about()
     run.assert_ended_like(undisturbed)
     assert (run.run_dir / "result.json").exists()
 
@@ -142,7 +147,7 @@ def test_two_nodes_undisturbed(undisturbed):
     assert json.loads((undisturbed.run_dir / "result.json").read_text())["provenance"]["world_size"] == 2
 
 
-def test_usr2_in_the_middle_of_an_epoch(launch, undisturbed, observed):
+def test_usr2_in_the_middle_of_an_epoch(launch, undisturbed, figures):
     run = launch()
     run.until_step(MIDDLE)
     told = time.time()
@@ -150,21 +155,22 @@ def test_usr2_in_the_middle_of_an_epoch(launch, undisturbed, observed):
     seen = follow(run, told)
     assert seen["lost"] == 0 and run.resumed[0] % EPOCH
     assert_unmarked(run, undisturbed)
-    observed.append(row(run, "USR2 in mid-epoch", **seen))
+    figures["faults"].append(row(run, "USR2 in mid-epoch", **seen))
 
 
-def test_usr2_while_it_still_imports(launch, undisturbed, observed):
+def test_usr2_while_it_still_imports(launch, undisturbed, figures):
     run = launch()
     run.until("started", lambda: all(any("_submit" in command for command in run.cluster.processes(node)) for node in NODES))
-    for pause in (0.3, 1.5):
-        time.sleep(pause)
+    for moment in (0.3, 1.5):  # nobody listens yet
+        time.sleep(moment)
         run.cluster.scancel("--signal=USR2", run.job)
-    assert not run.step
-    assert_unmarked(run, undisturbed, attempts=None)
-    observed.append(row(run, "USR2 while it starts"))
+    run.until("begun", lambda: "attempt 0" in run.log)
+    run.cluster.scancel("--signal=USR2", run.job)  # heard, before there is anything to save
+    assert_unmarked(run, undisturbed)
+    figures["faults"].append(row(run, "USR2 while it starts"))
 
 
-def test_a_job_in_a_higher_partition(launch, undisturbed, observed):
+def test_a_job_in_a_higher_partition(launch, undisturbed, figures):
     run = launch()
     run.until_step(MIDDLE)
     told = time.time()
@@ -172,10 +178,19 @@ def test_a_job_in_a_higher_partition(launch, undisturbed, observed):
     seen = follow(run, told)
     assert run.cluster.state(higher) == "COMPLETED" and seen["lost"] == 0
     assert_unmarked(run, undisturbed)
-    observed.append(row(run, "preempted", **seen))
+    figures["faults"].append(row(run, "preempted", **seen))
 
 
-def test_a_time_limit(launch, undisturbed, observed):
+def test_a_higher_partition_while_it_still_imports(launch, undisturbed, figures):
+    run = launch()
+    run.until("started", lambda: all(any("_submit" in command for command in run.cluster.processes(node)) for node in NODES))
+    higher = run.cluster.sbatch("sleep 3", "--partition=high", "--nodes=2", "--exclusive")
+    run.cluster.wait_for(higher)
+    assert_unmarked(run, undisturbed, attempts=None)
+    figures["faults"].append(row(run, "preempted while it starts"))
+
+
+def test_a_time_limit(launch, undisturbed, figures):
     run = launch(replace(TWO_NODES, time="1", grace_seconds=5), added=SLOWLY.format(attempts=("0", "1"), seconds=0.4))
     run.until_step(1)
     run.until("requeued", lambda: run.attempts > 1)
@@ -183,11 +198,11 @@ def test_a_time_limit(launch, undisturbed, observed):
     run.until("resumed", lambda: run.resumed)
     assert run.resumed[0] == reached
     assert_unmarked(run, undisturbed, attempts=None)
-    observed.append(row(run, "time limit"))
+    figures["faults"].append(row(run, "time limit"))
 
 
 @pytest.mark.parametrize("node", NODES)
-def test_a_node_is_lost(node, launch, undisturbed, observed):
+def test_a_node_is_lost(node, launch, undisturbed, figures):
     run = launch()
     run.until_step(MIDDLE)
     lost = time.time()
@@ -200,11 +215,11 @@ def test_a_node_is_lost(node, launch, undisturbed, observed):
     seen.pop("signal_to_saved_s")
     assert_unmarked(run, undisturbed)
     told = row(run, f"node lost, {'with' if node == 'n1' else 'without'} rank 0", **seen)
-    observed.append(told)
+    figures["faults"].append(told)
     assert told["seconds_lost"] <= SAVE_SECONDS + told["seconds_per_step"]
 
 
-def test_slurmd_alone_is_killed(launch, undisturbed, observed):
+def test_slurmd_alone_is_killed(launch, undisturbed, figures):
     """Its ranks live on and write, until the attempt that takes their place begins."""
     config = replace(TWO_NODES, nodes=1, tasks_per_node=2)
     run = launch(config, added=SLOWLY.format(attempts=("0",), seconds=0.6))
@@ -219,10 +234,10 @@ def test_slurmd_alone_is_killed(launch, undisturbed, observed):
     finally:
         run.cluster.start_node(node)
     assert_unmarked(run, undisturbed)
-    observed.append(row(run, "slurmd killed, ranks alive", **seen))
+    figures["faults"].append(row(run, "slurmd killed, ranks alive", **seen))
 
 
-def test_a_cancelled_job(launch, observed):
+def test_a_cancelled_job(launch, figures):
     run = launch()
     run.until_step(MIDDLE)
     told = time.time()
@@ -233,20 +248,40 @@ def test_a_cancelled_job(launch, observed):
     assert run.step == step and saved > told and run.attempts == 1
     time.sleep(8)  # as long as a requeue takes
     assert run.job not in run.cluster.squeue() and run.cluster.state(run.job) == "CANCELLED"
-    observed.append(row(run, "cancelled", signal_to_saved_s=saved - told, signal_to_ended_s=ended - told))
+    figures["faults"].append(row(run, "cancelled", signal_to_saved_s=saved - told, signal_to_ended_s=ended - told))
 
 
-def test_a_failing_parent(launch, observed):
+def test_a_failing_parent(launch, figures):
     parent = launch(argv=("--loop.epochs", "0"))
     child = launch(after=(parent.job,))
     assert finish(parent) == "FAILED" and "epochs=0 must be at least 1" in parent.log
     assert finish(child) == "CANCELLED" and not child.run_dir.exists() and child.job not in child.cluster.squeue()
-    observed.append({"fault": "its parent fails", "outcome": "CANCELLED", "attempts": 0, "steps_lost": 0, "seconds_lost": 0})
+    figures["faults"].append({"fault": "its parent fails", "outcome": "CANCELLED", "attempts": 0, "steps_lost": 0, "seconds_lost": 0})
 
 
-def test_one_rank_fails(launch, observed):
+def test_one_rank_fails(launch, figures):
     run = launch(added=FAILING)
     run.until_step(5)
     failed = time.time()
     assert finish(run) == "FAILED" and run.attempts == 1 and "rank 1 alone failed" in run.log
-    observed.append(row(run, "one rank fails", failed_to_ended_s=time.time() - failed))
+    figures["faults"].append(row(run, "one rank fails", failed_to_ended_s=time.time() - failed))
+
+
+def test_starting_up(launch, data, figures, tmp_path, request):
+    """From the command to the first step: launched, started with srun alone; and srun with the imports alone."""
+    seconds: dict[str, list[float]] = {"launched": [], "srun": [], "srun_imports": []}
+    for number in range(3 if request.config.getoption("--record") else 1):
+        run = launch()
+        seconds["launched"].append(run.until_step(1) - run.sent)
+        run.cluster.empty()
+        plain = Run(run.cluster, "", tmp_path / str(number), tmp_path, time.time())
+        srun = ["srun", "--nodes=2", "--ntasks-per-node=1", "--quiet", sys.executable]
+        command = [*srun, "-m", "imsvd_core.cli", *TRAINING, "--data", data, "--run-dir", str(plain.run_dir)]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL):
+            seconds["srun"].append(plain.until("the first step", lambda: plain.step) - plain.sent)
+            run.cluster.empty()
+        start = time.time()
+        subprocess.run([*srun, "-c", "import imsvd_core.training"], check=True)
+        seconds["srun_imports"].append(time.time() - start)
+    figures["start_up"] |= {f"{name}_s": [round(value, 2) for value in values] for name, values in seconds.items()}
+    assert seconds["launched"][-1] < seconds["srun"][-1] + 10
