@@ -144,6 +144,7 @@ def disturb(watch: Watch) -> None:
 def figures(watch: Watch) -> dict:
     watch.until("its end", lambda: watch.state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"))
     watch.until("its ranks' end", lambda: not watch.alive)
+    watch.until("its accounts", lambda: watch.cluster.sacct(watch.job)[-1]["State"] == watch.state)
     return {"events": watch.events, "states": watch.states, "steps": watch.steps, "saves": sorted(watch.saves),
             "ranks": watch.ranks, "log": log(watch), "accounts": watch.cluster.sacct(watch.job)}
 
