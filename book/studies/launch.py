@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -43,7 +43,8 @@ class Watch:
         self.ranks: dict[str, list[list[float]]] = {node: [] for node in NODES}  # when Python was there: [from, to]
         self.events: list[tuple[float, str]] = []
         self.job = ""
-        self._alive, self._read, self._slow = set(), 0, 0.0
+        self.alive: set[str] = set()  # nodes on which there is Python now
+        self._read, self._slow = 0, 0.0
 
     def note(self, event: str, when: float | None = None) -> None:
         self.events.append((self.now(when), event))
@@ -58,9 +59,8 @@ class Watch:
         if metrics.exists():
             lines = metrics.read_text().splitlines(keepends=True)
             if len(lines) < self._read:  # a resumption has dropped what it does again
-                self._read = 0
-                self.steps.append((now, max((json.loads(line)["step"] for line in lines), default=0)))
                 self._read = len(lines)
+                self.steps.append((now, max((json.loads(line)["step"] for line in lines), default=0)))
             for line in lines[self._read:]:
                 if line.endswith("\n"):
                     self._read += 1
@@ -75,20 +75,21 @@ class Watch:
             self._look_around(now)
 
     def _look_around(self, now: float) -> None:
-        told = self.cluster.run("squeue", "-h", "-j", self.job, "-t", "all", "-o", "%T %r", check=False).strip() if self.job else ""
+        asked = "squeue", "-h", "-j", self.job, "-t", "all", "-o", "%T %r"
+        told = self.cluster.run(*asked, check=False).strip() if self.job else ""
         if told and (not self.states or self.states[-1][1] != told):
             self.states.append((now, told))
             self.note(f"Slurm: {told}")
         for node in NODES:
             here = any("submitit.core._submit" in command and "srun" not in command and "slurm_script" not in command
                        for command in self.cluster.processes(node))
-            if here and node not in self._alive:
+            if here and node not in self.alive:
                 self.ranks[node].append([now, now])
-                self._alive.add(node)
+                self.alive.add(node)
             elif here:
                 self.ranks[node][-1][1] = now
             else:
-                self._alive.discard(node)
+                self.alive.discard(node)
 
     def until(self, what: str, happened: Callable[[], object]) -> None:
         end = time.time() + PATIENCE
@@ -109,8 +110,8 @@ class Watch:
 
 def launch(cluster: Cluster, run_dir: Path, data: Path) -> Watch:
     """Send the training; returns its watch."""
-    command = [sys.executable, "-m", "imsvd_core.cli", "launch", "cifar10", *LAUNCH, *SETTINGS, "--data", f"folder:{data.resolve()}",
-               "--run-dir", str(run_dir)]
+    command = [sys.executable, "-m", "imsvd_core.cli", "launch", "cifar10", *LAUNCH, *SETTINGS,
+               "--data", f"folder:{data.resolve()}", "--run-dir", str(run_dir)]
     watch = Watch(cluster, run_dir)
     sent = subprocess.run(command, env=cluster.env | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
                           capture_output=True, text=True)
@@ -142,9 +143,10 @@ def disturb(watch: Watch) -> None:
 
 def figures(watch: Watch) -> dict:
     watch.until("its end", lambda: watch.state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"))
-    watch.until("its ranks' end", lambda: not watch._alive or watch.now() - watch._slow > 1)
-    return {"events": watch.events, "states": watch.states, "steps": watch.steps, "saves": sorted(watch.saves), "ranks": watch.ranks,
-            "log": log(watch), "accounts": watch.cluster.sacct(watch.job)}
+    watch.until("its ranks' end", lambda: not watch.alive)
+    watch.until("its accounts", lambda: watch.cluster.sacct(watch.job)[-1]["State"] == watch.state)
+    return {"events": watch.events, "states": watch.states, "steps": watch.steps, "saves": sorted(watch.saves),
+            "ranks": watch.ranks, "log": log(watch), "accounts": watch.cluster.sacct(watch.job)}
 
 
 def log(watch: Watch) -> list[tuple[float, str]]:
@@ -185,18 +187,14 @@ def main(home: Path) -> None:
     data = link_images(home / "cifar10")
     with Cluster(home / "slurm") as cluster:
         disturbed = launch(cluster, home / "run", data)
-        try:
-            disturb(disturbed)
-            story = figures(disturbed)
-        finally:
-            for path in sorted((home / "run" / "jobs").glob("*_log.err")):
-                print(path.name, path.read_text()[-3000:], sep="\n")
+        disturb(disturbed)
+        story = figures(disturbed)
         alone = launch(cluster, home / "undisturbed", data)
-        plain_story = figures(alone)
+        peaceful = figures(alone)
     first, second = weights(home / "run"), weights(home / "undisturbed")
     identical = all(torch.equal(first[name], second[name]) for name in first)
-    kept = {"disturbed": story, "undisturbed": plain_story, "identical_weights": identical, "epochs": 4,
-            "sent": datetime.fromtimestamp(disturbed.began, timezone.utc).isoformat(timespec="seconds")}
+    slurm = cluster.run("sinfo", "--version").strip()
+    kept = {"disturbed": story, "undisturbed": peaceful, "identical_weights": identical, "epochs": 4, "slurm": slurm}
     origin = provenance(config={"settings": SETTINGS, "launch": LAUNCH}, seed=0, device="cpu", world_size=2,
                         dataset="CIFAR-10 (JPEG), 2,560 training images", seconds=time.perf_counter() - began)
     write_result(home / "result.json", "launch-recorded", plain(kept), origin, overwrite=True)

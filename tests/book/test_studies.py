@@ -1,14 +1,17 @@
 """The scripts whose results the book stores."""
 
 import importlib.util
+import re
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from imsvd_core.recipes import recipe
-from imsvd_core.results import read_result
+from imsvd_core.results import STORE, read_result
 from imsvd_core.training import load_backbone, pretrain
 
 STUDIES = Path(__file__).parents[2] / "book" / "studies"
@@ -64,3 +67,29 @@ def test_a_run_is_kept_with_its_model_and_its_matrices(tmp_path):
     trained, kept = (load_backbone(path) for path in (tmp_path / "run" / "backbone.safetensors", tmp_path / "store" / "kept.safetensors"))
     images = torch.rand(2, 3, 32, 32)
     assert torch.allclose(trained.eval()(images), kept.eval()(images), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("path", sorted(STORE.glob("*.json")), ids=lambda path: path.stem)
+def test_a_stored_result_names_no_folder_of_the_machine_that_made_it(path):
+    assert not re.findall(r"/(?:root|home|tmp|work|Users|mnt)/\S*", path.read_text())
+
+
+def test_the_recorded_launch_tells_what_a_log_says_by_the_names_of_folders_alone(tmp_path):
+    pytest.importorskip("fcntl")  # the cluster is of Linux
+    study, run_dir = load("launch"), tmp_path / "runs" / "run"
+    (run_dir / "jobs").mkdir(parents=True)
+    (run_dir / "jobs" / "7_0_log.err").write_text(
+        f"srun: error\n2026-11-23 03:36:53,148 resumed {run_dir} at step 51 of 160, data {tmp_path}/runs/cifar10\n")
+    watch = study.Watch(None, run_dir)
+    watch.job, watch.began = "7", datetime(2026, 11, 23, 3, 36, 50).timestamp()
+    assert study.log(watch) == [(3.148, "resumed run at step 51 of 160, data cifar10")]
+
+
+def test_a_watch_sees_steps_that_are_done_again(tmp_path):
+    watch = load("launch").Watch(None, tmp_path)
+    watch._slow = float("inf")  # no cluster to look at
+    lines = [f'{{"step": {step}, "loss": 1}}\n' for step in (1, 2, 3)]
+    for there in (lines[:1], lines, lines[:2], lines):  # the third: a resumption has dropped a step
+        (tmp_path / "metrics.jsonl").write_text("".join(there))
+        watch.look()
+    assert [step for _, step in watch.steps] == [1, 2, 3, 2, 3]
