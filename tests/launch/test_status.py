@@ -10,7 +10,8 @@ from rich.console import Console
 
 from imsvd_core.launch import queue, status
 from imsvd_core.launch.graph import Graph, Task
-from imsvd_core.launch.status import Standing, alive, graphs_under, last_words, look, progress, stand, summary, watch
+from imsvd_core.launch.queue import alive
+from imsvd_core.launch.status import Standing, graphs_under, last_words, look, progress, stand, summary, watch
 from imsvd_core.launch.submit import Submission
 from imsvd_core.results import write_json
 
