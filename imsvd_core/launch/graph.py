@@ -77,7 +77,7 @@ class Graph:
         tasks = {task.name: task for task in self}
         if (out / GRAPH).exists():
             tasks = {task.name: task for task in Graph.load(out)} | tasks
-        rows = [{**asdict(task), "run_dir": str(task.run_dir.relative_to(out)), "result": str(task.result.relative_to(out))}
+        rows = [asdict(task) | {name: str(getattr(task, name).relative_to(out)) for name in ("run_dir", "result")}
                 for task in tasks.values()]
         write_json(out / GRAPH, {"tasks": rows})
 
@@ -89,15 +89,15 @@ class Graph:
             return cls(Task(**{**row, "argv": tuple(row["argv"]), "needs": tuple(row["needs"]),
                                "run_dir": out / row["run_dir"], "result": out / row["result"]}) for row in rows)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{out / GRAPH} is not a graph: remove it, and `imsvd reproduce` writes it anew") from error
+            raise ValueError(f"{out / GRAPH} is not a graph: remove it, `imsvd reproduce` writes it anew") from error
 
 
 def build(tables: Sequence[int], figures: Sequence[int], scale: Scale, out: Path,
           settings: Sequence[str] = ()) -> Graph:
     """What tables and figures of the paper need, at a scale, in run folders under `out`.
 
-    `settings` are options of `imsvd pretrain`, such as ("--loop.epochs", "4"), for all pretrainings alike. `auto` data is
-    what it stands for here, for all. Raises ValueError for a table or figure that is not held, naming those that are.
+    `settings` are options of `imsvd pretrain`, such as ("--loop.epochs", "4"), for all pretrainings alike. `auto`
+    data are what it stands for here, for all. Raises ValueError for what is not held, naming what is.
     """
     for kind, numbers, held in (("table", tables, TABLES), ("figure", figures, FIGURES)):
         for number in numbers:

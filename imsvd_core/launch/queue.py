@@ -1,8 +1,13 @@
-"""What Slurm says of jobs: one squeue and, for those that have left the queue, one sacct for all of them."""
+"""What Slurm says of jobs: one squeue and, for those that have left the queue, one sacct for all of them.
+And of a job on this machine, whether it lives."""
 
+import os
 import subprocess
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+from imsvd_core.launch.submit import Submission
 
 #: States in which a job is still to run, runs, or may come back. All others are ends.
 LIVE = frozenset("""PENDING CONFIGURING RUNNING SUSPENDED STOPPED SIGNALING STAGE_OUT COMPLETING RESIZING REQUEUED
@@ -38,14 +43,17 @@ class NoAnswer(RuntimeError):
 def ask(jobs: Mapping[str, str], names: Collection[str] = ()) -> dict[str, Entry]:
     """What Slurm says of jobs {id: name}, and of those in the queue that bear one of `names`; by id.
 
-    A job that neither squeue nor sacct knows is left out. Raises NoAnswer if squeue cannot be asked; sacct may be missing.
+    A job that neither squeue nor sacct knows is left out. Raises NoAnswer if squeue cannot be asked; there may be
+    no sacct.
     """
     wanted = {*names, *jobs.values()}
     if not wanted:
         return {}
     form = ",".join(f"{field}:|" for field in _FIELDS)
-    listed = read_squeue(_run("squeue", "--noheader", "--states=all", f"--Format={form}", f"--name={','.join(sorted(wanted))}"))
-    known = {entry.job_id: entry for entry in listed if entry.name in names or jobs.get(entry.job_id) == entry.name}
+    listed = read_squeue(_run("squeue", "--noheader", "--states=all", f"--Format={form}",
+                              f"--name={','.join(sorted(wanted))}"))
+    known = {entry.job_id: entry for entry in listed
+             if entry.name in names or jobs.get(entry.job_id) == entry.name}
     if gone := sorted(jobs.keys() - known.keys()):
         try:
             told = _run("sacct", "--allocations", "--parsable2", "--noheader", f"--jobs={','.join(gone)}",
@@ -53,7 +61,7 @@ def ask(jobs: Mapping[str, str], names: Collection[str] = ()) -> dict[str, Entry
         except NoAnswer:  # many clusters keep no accounts
             return known
         for entry in read_sacct(told):  # of several records of one job the last one counts
-            if entry.job_id in gone and entry.name in (jobs[entry.job_id], "allocation"):  # which is what a job is called that never began
+            if entry.job_id in gone and entry.name in (jobs[entry.job_id], "allocation"):  # if it never began
                 known[entry.job_id] = entry
     return known
 
@@ -66,8 +74,9 @@ def read_squeue(text: str) -> list[Entry]:
         if len(values) != len(_FIELDS):
             continue
         job, state, reason, start, elapsed, restarts, status, name = values
+        restarts, status = (int(value) if value.isdigit() else 0 for value in (restarts, status))
         entries.append(Entry(job, name, state, "" if reason in ("None", "N/A") else reason, _known(start), elapsed,
-                             int(restarts) if restarts.isdigit() else 0, _of_wait(int(status) if status.isdigit() else 0)))
+                             restarts, _of_wait(status)))
     return entries
 
 
@@ -81,13 +90,36 @@ def read_sacct(text: str) -> list[Entry]:
         job, state, code, start, elapsed, name = values
         status, _, signal = code.partition(":")
         code = f"signal {signal}" if signal not in ("", "0") else "" if status == "0" else status
-        entries.append(Entry(job, name, (state.split() or [""])[0], "", _known(start), elapsed, 0, code, in_queue=False))
+        entries.append(Entry(job, name, (state.split() or [""])[0], "", _known(start), elapsed, 0, code,
+                             in_queue=False))
     return entries
 
 
 def cancel(job_ids: Iterable[str]) -> None:
     """scancel them."""
     _run("scancel", *job_ids)
+
+
+def alive(submission: Submission) -> bool:
+    """Whether a job that was started on this machine still runs."""
+    number = int(submission.job_id) if submission.job_id.isdigit() else 0
+    try:
+        if number <= 0 or os.waitpid(number, os.WNOHANG)[0] == number:  # a child of ours that has ended
+            return False
+    except (ChildProcessError, AttributeError):  # another's; Windows
+        pass
+    try:
+        os.kill(number, 0)
+        command = Path(f"/proc/{number}/cmdline").read_bytes().decode(errors="replace")
+        if not command:  # dead, though nobody has asked after it yet; or just being started
+            return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except PermissionError:
+        return True
+    except FileNotFoundError:  # no such view of processes here
+        return not Path("/proc/self").exists()
+    except OSError:
+        return False
+    return submission.folder in command  # else the number has gone to another process
 
 
 def _of_wait(status: int) -> str:

@@ -14,7 +14,7 @@ from imsvd_core.files import hold
 from imsvd_core.launch import queue
 from imsvd_core.launch.config import LaunchConfig
 from imsvd_core.launch.graph import Graph, Task
-from imsvd_core.launch.status import Standing, alive, live_table, look, read_submission, summary, table
+from imsvd_core.launch.status import Standing, live_table, look, read_submission, summary, table
 from imsvd_core.launch.submit import Submission, snapshot, submit
 from imsvd_core.results import write_json
 
@@ -25,9 +25,9 @@ PAUSE = 1.0  #: seconds between looks at a job that runs here
 def reproduce(graph: Graph, out: Path, config: LaunchConfig, console: Console, *, dry_run: bool = False) -> bool:
     """Bring `graph`, whose folder is `out`, to its end; returns whether nothing has failed.
 
-    Whether a task is finished, on its way or lost is found out anew each time. With Slurm, what is neither finished nor
-    on its way is submitted, each task to start after those that it needs; this returns at once. Else tasks run here, one
-    after the other, shown live, and what needs a failed one is not run.
+    Whether a task is finished, on its way or lost is found out anew each time. With Slurm, what is neither finished
+    nor on its way is submitted, each task to start after those that it needs; this returns at once. Else tasks run
+    here, one after the other, shown live, and what needs a failed one is not run.
 
     Raises ValueError, before anything is submitted, if a folder holds a run with other settings, if another call is at
     work in `out`, if a task is on its way with other settings or elsewhere, or if Slurm does not answer.
@@ -63,7 +63,7 @@ def job_name(task: Task, out: Path) -> str:
 
 
 def _refuse_strangers(graph: Graph, standings: Sequence[Standing], config: LaunchConfig) -> None:
-    """Raise ValueError for a job on its way that would not give what is asked for, or that is not where it is asked for."""
+    """Raise ValueError for a job on its way that gives other than what is asked for, or elsewhere."""
     for standing in standings:
         submission = read_submission(standing.task.folder) if standing.live else None
         if submission and (submission.executor == "slurm") != (config.executor == "slurm"):
@@ -94,11 +94,11 @@ def _submit_all(graph: Graph, out: Path, config: LaunchConfig, code: Path, conso
             _adopt(task, live[task.name], config, out)
             continue
         after = [jobs[need] for need in task.needs if standings[need].state != "done"]
-        submission = submit(task.argv, name=job_name(task, out), folder=task.folder, config=fitting(task, config), code=code,
-                            after=after)
+        submission = submit(task.argv, name=job_name(task, out), folder=task.folder, config=fitting(task, config),
+                            code=code, after=after)
         jobs[task.name], sent = submission.job_id, sent + 1
-        console.print(f"submitted {task.name} as job {submission.job_id}" + (f", after {', '.join(after)}" if after else ""),
-                      highlight=False)
+        needs = f", after {', '.join(after)}" if after else ""
+        console.print(f"submitted {task.name} as job {submission.job_id}{needs}", highlight=False)
     done = sum(standing.state == "done" for standing in standings.values())
     console.print(f"{sent} submitted, {len(live)} on their way already, {done} done. "
                   f"`imsvd status {out}` shows how they get on", highlight=False, soft_wrap=True)
@@ -125,7 +125,8 @@ def _adopt(task: Task, job: str, config: LaunchConfig, out: Path) -> None:
     if there is None or there.job_id != job:
         submission = Submission(job_name(task, out), task.argv, job, "slurm", str(task.folder.absolute()),
                                 fitting(task, config).ranks, datetime.now(timezone.utc).isoformat())
-        write_json(task.folder / "submission.json", {key: value for key, value in vars(submission).items() if key != "job"})
+        told = {key: value for key, value in vars(submission).items() if key != "job"}
+        write_json(task.folder / "submission.json", told)
 
 
 def fitting(task: Task, config: LaunchConfig) -> LaunchConfig:
@@ -142,13 +143,13 @@ def _run_all(graph: Graph, out: Path, config: LaunchConfig, code: Path, console:
             if standings[task.name].state == "done" or any(standings[need].state != "done" for need in task.needs):
                 continue
             submission = read_submission(task.folder)
-            if not (submission and alive(submission)):  # else of a call that was cut off
-                submission = submit(task.argv, name=job_name(task, out), folder=task.folder, config=fitting(task, config),
-                                    code=code)
+            if not (submission and queue.alive(submission)):  # else of a call that was cut off
+                submission = submit(task.argv, name=job_name(task, out), folder=task.folder,
+                                    config=fitting(task, config), code=code)
             if config.executor == "debug":
                 with contextlib.suppress(Exception, SystemExit):  # what it left tells
                     submission.job.results()
-            while alive(submission):
+            while queue.alive(submission):
                 update(look(graph).values())
                 time.sleep(PAUSE)
             update(look(graph).values())

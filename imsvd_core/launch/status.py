@@ -70,12 +70,13 @@ def look(graph: Graph, ask: Callable[..., dict[str, queue.Entry]] = queue.ask) -
         needs = [standings[need] for need in task.needs]
         if task.name in done and all(need.state == "done" for need in needs):
             standings[task.name] = Standing(task, "done", outcome(task), submission and submission.job_id)
-        elif submission and submission.executor != "slurm" and alive(submission):
+        elif submission and submission.executor != "slurm" and queue.alive(submission):
             standings[task.name] = Standing(task, "running", progress(task) or "starting", submission.job_id)
         elif submission and trouble:
             standings[task.name] = Standing(task, "unknown", trouble, submission.job_id)
         else:
-            standings[task.name] = stand(task, needs, submission, entries.get(submission.job_id) if submission else None)
+            entry = entries.get(submission.job_id) if submission else None
+            standings[task.name] = stand(task, needs, submission, entry)
     return standings
 
 
@@ -144,7 +145,7 @@ def progress(task: Task) -> str:
 
 
 def last_words(submission: Submission, lines: int = 3) -> tuple[str, ...]:
-    """The last lines that a job said, those of its first rank if that said any; srun's own only where there are no others."""
+    """The last lines that a job said, its first rank's if there are any; srun's own only where there are no others."""
     folder = Path(submission.folder)
     for ending in ("err", "out"):
         for rank in range(submission.tasks):
@@ -167,28 +168,8 @@ def read_submission(folder: Path) -> Submission | None:
         raise ValueError(f"{folder / 'submission.json'} is not a submission: remove it") from error
 
 
-def alive(submission: Submission) -> bool:
-    """Whether a job that was started on this machine still runs."""
-    number = int(submission.job_id) if submission.job_id.isdigit() else 0
-    try:
-        if number <= 0 or os.waitpid(number, os.WNOHANG)[0] == number:  # a child of ours that has ended
-            return False
-    except (ChildProcessError, AttributeError):  # another's; Windows
-        pass
-    try:
-        os.kill(number, 0)
-        command = Path(f"/proc/{number}/cmdline").read_bytes().decode(errors="replace")
-    except PermissionError:
-        return True
-    except FileNotFoundError:  # no such view of processes here
-        return not Path("/proc/self").exists()
-    except OSError:
-        return False
-    return submission.folder in command  # else the number has gone to another process
-
-
 def graphs_under(folder: Path) -> list[Graph]:
-    """The graphs in `folder` or right under it: those of `imsvd reproduce`, and runs of `imsvd launch` as graphs of one task.
+    """The graphs in `folder` or right under it, of `imsvd reproduce`; runs of `imsvd launch` as graphs of one task.
 
     Raises ValueError if there are none.
     """
@@ -246,7 +227,7 @@ def watch(look_again: Callable[[], Iterable[Standing]], console: Console, *, onc
 
 @contextlib.contextmanager
 def live_table(console: Console, *, keep: bool = False) -> Iterator[Callable[[Iterable[Standing]], None]]:
-    """What is passed to the function stands on the terminal, in place of what stood there before; nowhere if this is none."""
+    """What is passed to the function stands on the terminal, in place of what stood there before; if this is one."""
     if not console.is_terminal:
         yield lambda standings: None
         return
@@ -266,7 +247,9 @@ def _why(entry: queue.Entry, needs: Sequence[Standing]) -> str:
     if entry.reason == "BeginTime":
         return f"begins at {entry.start.replace('T', ' ')}" if entry.start else "begins later"
     words = _REASONS.get(entry.reason, f"waits: {entry.reason}").format(job=entry.job_id)
-    return f"{words}, expected at {entry.start.replace('T', ' ')}" if entry.start and entry.reason == "Resources" else words
+    if entry.start and entry.reason == "Resources":
+        words += f", expected at {entry.start.replace('T', ' ')}"
+    return words
 
 
 def _named(name: str) -> str:

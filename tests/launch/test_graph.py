@@ -1,4 +1,4 @@
-"""What a table needs, each piece once; what is finished stays, what is lost is done again, what is on its way is left alone."""
+"""What a table needs, each piece once; what is finished stays, what is lost is done again, what is on its way goes on."""
 
 import json
 from dataclasses import replace

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from imsvd_core.launch import queue, status
 from imsvd_core.launch.graph import Graph, Task
-from imsvd_core.launch.status import Standing, alive, graphs_under, last_words, look, progress, stand, summary, watch
+from imsvd_core.launch.queue import alive
+from imsvd_core.launch.status import Standing, graphs_under, last_words, look, progress, stand, summary, watch
 from imsvd_core.launch.submit import Submission
 from imsvd_core.results import write_json
 
@@ -200,6 +201,8 @@ def test_last_words_are_the_job_s_own_and_of_the_first_rank_that_has_any(tmp_pat
 
 def test_a_process_is_a_job_s_own_if_it_works_in_its_folder(tmp_path):
     with subprocess.Popen(["sleep", "60"]) as other:
+        while not Path(f"/proc/{other.pid}/cmdline").read_bytes():  # it is still being started
+            pass
         assert not alive(sent(str(other.pid), folder=tmp_path))  # the number has gone to somebody else
         other.kill()
     with subprocess.Popen(["sh", "-c", f"read line # {tmp_path}"], stdin=subprocess.PIPE) as ours:

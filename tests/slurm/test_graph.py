@@ -1,4 +1,4 @@
-"""All tables and figures as a graph of jobs on a real Slurm: one parent fails, its cause is mended, and the graph goes on."""
+"""All tables and figures as a graph of jobs on a real Slurm: one parent fails, its cause is mended, the graph goes on."""
 
 import os
 import shutil
