@@ -138,6 +138,7 @@ def finished(task: Task) -> bool:
     gave what a pretraining has left there so far."""
     stored = _config(task)
     if stored is not None and task.settings:
+        stored = plain(from_plain(Recipe, stored))  # with what came later, by its default
         other = _differences(essential(stored), essential(task.settings))
         if other and (task.result.exists() or any((task.run_dir / "checkpoints").glob("step-*.pt"))):
             raise ValueError(f"run_dir={str(task.run_dir)!r} holds a run with other settings ({other}): "

@@ -53,7 +53,7 @@ def ask(jobs: Mapping[str, str], names: Collection[str] = ()) -> dict[str, Entry
         except NoAnswer:  # many clusters keep no accounts
             return known
         for entry in read_sacct(told):  # of several records of one job the last one counts
-            if entry.name in (jobs.get(entry.job_id), "allocation"):  # which is what a job is called that never began
+            if entry.job_id in gone and entry.name in (jobs[entry.job_id], "allocation"):  # which is what a job is called that never began
                 known[entry.job_id] = entry
     return known
 

@@ -53,8 +53,12 @@ def look(graph: Graph, ask: Callable[..., dict[str, queue.Entry]] = queue.ask) -
     Raises ValueError where a folder holds a run with other settings than the graph's.
     """
     submissions = {task.name: submission for task in graph if (submission := read_submission(task.folder))}
-    asked = {submission.job_id: submission.name for task in graph if (submission := submissions.get(task.name))
-             and submission.executor == "slurm" and not task.result.exists()}
+    there: set[str] = set()
+    for task in graph:
+        if task.result.exists() and there.issuperset(task.needs):
+            there.add(task.name)
+    asked = {submission.job_id: submission.name for name, submission in submissions.items()
+             if submission.executor == "slurm" and name not in there}
     try:
         entries, trouble = ask(asked), ""
     except queue.NoAnswer as error:
@@ -102,7 +106,9 @@ def stand(task: Task, needs: Sequence[Standing], submission: Submission | None, 
     elif entry.state == "FAILED":
         why = f"exit code {entry.exit_code}" if entry.exit_code.isdigit() else entry.exit_code or "failed"
     else:
-        why = "completed, but left no result" if entry.state == "COMPLETED" else entry.state
+        why = {"COMPLETED": "completed, but left no result"}.get(entry.state, entry.state)
+        if entry.state in queue.LIVE:
+            why = f"left the queue, {why} when last heard of"
     return Standing(task, "failed", _joined(why, *of_job), job, log=log)
 
 
@@ -227,7 +233,7 @@ def watch(look_again: Callable[[], Iterable[Standing]], console: Console, *, onc
     """Show what `look_again` sees until nothing is on its way any more, or Ctrl-C; once if this is no terminal."""
     standings = list(look_again())
     if once or not console.is_terminal:
-        console.print(_whole(standings))
+        console.print(table(standings), summary(standings), sep="\n")
         return standings
     with live_table(console, keep=True) as update, contextlib.suppress(KeyboardInterrupt):  # the jobs go on
         update(standings)
@@ -245,11 +251,11 @@ def live_table(console: Console, *, keep: bool = False) -> Iterator[Callable[[It
         yield lambda standings: None
         return
     with Live(console=console, auto_refresh=False, transient=not keep) as live:
-        yield lambda standings: live.update(_whole(list(standings)), refresh=True)
+        def update(standings: Iterable[Standing]) -> None:
+            standings = list(standings)
+            live.update(Group(Text(summary(standings)), table(standings)), refresh=True)  # a low terminal cuts off the end
 
-
-def _whole(standings: Sequence[Standing]) -> Group:
-    return Group(table(standings), Text(summary(standings)))
+        yield update
 
 
 def _why(entry: queue.Entry, needs: Sequence[Standing]) -> str:

@@ -158,6 +158,24 @@ def test_usr2_in_the_middle_of_an_epoch(launch, undisturbed, figures):
     figures["faults"].append(row(run, "USR2 in mid-epoch", **seen))
 
 
+def test_usr2_while_workers_decode(launch, data, figures):
+    """It reaches the workers too, who go on until their trainer has no more use for them."""
+    if data == "attributes":
+        pytest.skip("workers stream images from a tree of files, and there is none of CIFAR-10")
+    argv = ("--data", data.replace("folder:", "tree:"), "--loop.epochs", "2")
+    whole, run = launch(argv=argv), launch(argv=argv)
+    run.until_step(EPOCH // 2)
+    pythons = [one for node in NODES for one in run.cluster.processes(node) if one.startswith(sys.executable)]
+    assert len(pythons) > 4, pythons  # more than the two runs' ranks: their workers, forked
+    told = time.time()
+    run.cluster.scancel("--signal=USR2", run.job)
+    seen = follow(run, told)
+    assert seen["lost"] == 0 and "DataLoader worker" not in run.log
+    assert finish(whole) == "COMPLETED"
+    assert_unmarked(run, whole)
+    figures["faults"].append(row(run, "USR2 while workers decode", **seen))
+
+
 def test_usr2_while_it_still_imports(launch, undisturbed, figures):
     run = launch()
     run.until("started", lambda: all(any("_submit" in command for command in run.cluster.processes(node)) for node in NODES))
@@ -275,11 +293,13 @@ def test_starting_up(launch, data, figures, tmp_path, request):
         seconds["launched"].append(run.until_step(1) - run.sent)
         run.cluster.empty()
         plain = Run(run.cluster, "", tmp_path / str(number), tmp_path, time.time())
-        srun = ["srun", "--nodes=2", "--ntasks-per-node=1", "--quiet", sys.executable]
+        srun = ["srun", "--nodes=2", "--ntasks-per-node=1", "--quiet", "env", "SUBMITIT_EXECUTOR=slurm", sys.executable]
         command = [*srun, "-m", "imsvd_core.cli", *TRAINING, "--data", data, "--run-dir", str(plain.run_dir)]
-        with subprocess.Popen(command, stderr=subprocess.DEVNULL):
-            seconds["srun"].append(plain.until("the first step", lambda: plain.step) - plain.sent)
+        with open(tmp_path / "srun.err", "w") as log, subprocess.Popen(command, stderr=log) as process:
+            first = plain.until("the first step", lambda: plain.step or process.poll())
             run.cluster.empty()
+        assert plain.step, (tmp_path / "srun.err").read_text()
+        seconds["srun"].append(first - plain.sent)
         start = time.time()
         subprocess.run([*srun, "-c", "import imsvd_core.training"], check=True)
         seconds["srun_imports"].append(time.time() - start)
