@@ -30,6 +30,8 @@ def figures(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
     if path and any(seen.values()):
         before = read_result(path)["figures"] if path.exists() else {}
         kept = before | {name: value for name, value in seen.items() if value}
+        rows = {row["fault"]: row for row in [*before.get("faults", []), *seen["faults"]]}
+        kept["faults"] = list(rows.values())
         setting = kept.get("setting", {})
         origin = provenance(config=setting, seed=0, device="cpu", dataset=setting.get("dataset", "none"),
                             seconds=time.monotonic() - start, world_size=setting.get("ranks", 1),
