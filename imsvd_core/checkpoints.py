@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from imsvd_core.files import atomic_write
+from imsvd_core.files import atomic_write, check_hold
 
 FORMAT = "imsvd-checkpoint/1"
 _NAME = re.compile(r"step-(\d+)\.pt")
@@ -26,10 +26,12 @@ def save(directory: Path | str, step: int, state: dict[str, Any], keep: int = 2)
     if keep < 1:
         raise ValueError(f"keep={keep} must be at least 1: the newest checkpoint has to stay")
     path = Path(directory) / f"step-{step:09d}.pt"
+    check_hold(path)  # else what we remove may be what our successor is writing
     for left_over in Path(directory).glob(".step-*.part"):  # of a process that was killed while it saved
         left_over.unlink(missing_ok=True)
     with atomic_write(path) as file:
         torch.save({"format": FORMAT, "step": step, "state": state}, file)
+    check_hold(path)
     there = paths(directory)
     now = there.index(path)  # files before it are of later steps: of a past that a resumption has undone
     for old in there[:now] + there[now + keep:]:

@@ -25,11 +25,11 @@ except ImportError:  # Windows
 
 
 @contextmanager
-def atomic_write(path: Path | str) -> Iterator[BinaryIO]:
+def atomic_write(path: Path | str, *, fenced: bool = True) -> Iterator[BinaryIO]:
     """Open a temporary neighbour of `path` for writing; on success flush it to disk and rename it into place.
 
     A reader sees the old file or the new one, never a part; after an error or a kill the old one stands.
-    Raises Superseded, with the old one standing, where this process held a folder above and has lost it.
+    Raises Superseded, with the old one standing, where this process held a folder above and has lost it, if `fenced`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,8 +40,13 @@ def atomic_write(path: Path | str) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
-        check_hold(path)
-        os.replace(temporary, path)
+        if fenced:
+            check_hold(path)
+        try:
+            os.replace(temporary, path)
+        except FileNotFoundError:  # a successor has tidied up
+            check_hold(path)
+            raise
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -91,9 +96,14 @@ class Hold:
             weakref.finalize(self, os.close, handle)
 
     def check(self) -> None:
-        """Raise Superseded if another process has taken the folder over, or removed it."""
+        """Raise Superseded if another process has taken the folder over, or removed it.
+
+        An earlier attempt that fell asleep while it took the folder, and wakes, does not keep it.
+        """
         there = _token(self.folder)
-        if there.get("unique") != self.token["unique"]:
+        if self._supersedes(there):
+            self._leave_token()
+        elif there.get("unique") != self.token["unique"]:
             by = f"taken over by {there['holder']}" if there else "removed"
             raise Superseded(f"run_dir={str(self.folder)!r} has been {by}: this process writes no more")
 
@@ -104,7 +114,7 @@ class Hold:
         return bool(self.token["attempt"]) and self.token["attempt"] < (other.get("attempt") or "")
 
     def _leave_token(self) -> None:
-        with atomic_write(self.folder / TOKEN) as file:
+        with atomic_write(self.folder / TOKEN, fenced=False) as file:
             file.write(json.dumps(self.token).encode() + b"\n")
 
 
@@ -122,11 +132,16 @@ def _lock(folder: Path) -> int | None:
 
 
 def _token(folder: Path) -> dict:
-    """Who holds the folder, or held it last."""
-    try:
-        return json.loads((folder / TOKEN).read_text())
-    except (OSError, ValueError):
-        return {}
+    """Who holds the folder, or held it last; {} if nobody did. A file system that stumbles is asked again."""
+    for pause in (0.1, 1, 5, None):
+        try:
+            return json.loads((folder / TOKEN).read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
+        except OSError:
+            if pause is None:
+                raise
+            time.sleep(pause)
 
 
 _holds: weakref.WeakValueDictionary[Path, Hold] = weakref.WeakValueDictionary()

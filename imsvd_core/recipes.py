@@ -150,7 +150,7 @@ def _imagenet(scale: Scale, epochs: int = 100) -> Recipe:
         method=IMSVD(units=80), network=NetworkConfig(backbone="resnet50", cifar_stem=False, hidden=(8192,), dim=8160),
         views=imagenet_views(), data="tree:imagenet",
         optim=OptimConfig(name="lars", lr=0.6 * 2048 / 256, weight_decay=1e-6, warmup_epochs=10, final_lr_fraction=0.002 / 4.8),
-        loop=LoopConfig(epochs=epochs, batch_size=2048, save_every=100),
+        loop=LoopConfig(epochs=epochs, batch_size=2048),
         eval_view=EvalViewConfig(256, 224, IMAGENET_MEAN, IMAGENET_STD),
         watch=KNNConfig(neighbors=(20,), gallery=20_000, queries=5_000),
         linear=LinearConfig(OptimConfig(name="sgd", lr=0.02, weight_decay=1e-6, warmup_epochs=0),

@@ -3,10 +3,11 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from imsvd_core import files
+from imsvd_core import checkpoints, files
 from imsvd_core.files import ATTEMPT, Superseded, atomic_write, hold
 
 WRITER = """
@@ -98,6 +99,55 @@ def test_without_locks_the_token_alone_keeps_two_processes_apart(writer, tmp_pat
     held = hold(tmp_path)
     assert "has been taken over by process" in first.write("mine")
     held.check()
+
+
+def test_an_earlier_attempt_that_falls_asleep_while_it_takes_a_folder_does_not_keep_it(tmp_path, monkeypatch):
+    monkeypatch.setenv(ATTEMPT, "2026-01-01T00:00:00#000000")
+    leave, later = files.Hold._leave_token, []
+
+    def sleepy(self):
+        if not later:
+            monkeypatch.setenv(ATTEMPT, "2026-01-01T00:00:00#000001")
+            later.append(None)
+            later[0] = files.Hold(tmp_path)  # begins, and has the folder, before the first wakes up
+        leave(self)
+
+    monkeypatch.setattr(files.Hold, "_leave_token", sleepy)
+    earlier = files.Hold(tmp_path)
+    later[0].check()
+    with pytest.raises(Superseded):
+        earlier.check()
+    later[0].check()
+
+
+def test_a_superseded_attempt_does_not_tidy_up_what_its_successor_is_writing(tmp_path, monkeypatch):
+    monkeypatch.setenv(ATTEMPT, "2026-01-01T00:00:00#000000")
+    earlier = hold(tmp_path)
+    checkpoints.save(tmp_path / "checkpoints", 1, {})
+    monkeypatch.setenv(ATTEMPT, "2026-01-01T00:00:00#000001")
+    files.Hold(tmp_path)
+    half = tmp_path / "checkpoints" / ".step-000000002.pt.x.part"
+    half.touch()
+    with pytest.raises(Superseded):
+        checkpoints.save(tmp_path / "checkpoints", 1, {})
+    assert half.exists() and earlier
+
+
+def test_a_file_system_that_stumbles_is_asked_again(tmp_path, monkeypatch):
+    held, read, failures = hold(tmp_path), Path.read_text, [OSError("stale"), OSError("stale")]
+
+    def stumbling(path, *args, **kwargs):
+        if failures:
+            raise failures.pop()
+        return read(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", stumbling)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    held.check()
+    assert not failures
+    monkeypatch.setattr(Path, "read_text", lambda path: (_ for _ in ()).throw(OSError("gone for good")))
+    with pytest.raises(OSError, match="gone for good"):
+        held.check()
 
 
 def test_a_folder_that_was_removed_is_not_made_again(tmp_path):

@@ -4,7 +4,7 @@ import math
 import os
 import re
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -31,6 +31,10 @@ class LaunchConfig:
     qos: str | None = None
     constraint: str | None = None
     """Features that the nodes must have, v100 say."""
+    exclude: str | None = None
+    """Nodes to keep away from, as Slurm writes them: node[3,7]."""
+    options: dict[str, str] = field(default_factory=dict)
+    """Any other options of sbatch: --options reservation night mail-type END."""
     time: str = "1-00:00:00"
     """Limit of one attempt, as Slurm writes it: minutes, H:MM:SS, D-HH:MM:SS. A run that needs longer goes on in the next."""
     grace_seconds: int = 120
@@ -112,7 +116,7 @@ def load_profile(name: str | None = None, path: Path | str | None = None) -> Lau
         return LaunchConfig()
     if name not in profiles:
         raise ValueError(f"profile={name!r} is not in {file}; there are: {', '.join(profiles) or 'none'}")
-    known = [field.name for field in fields(LaunchConfig)]
+    known = [one.name for one in fields(LaunchConfig)]
     if unknown := sorted(set(profiles[name]) - set(known)):
         raise ValueError(f"{file}, [{name}]: no setting is called {', '.join(unknown)}; there are: {', '.join(known)}")
     hints = get_type_hints(LaunchConfig)
@@ -122,18 +126,20 @@ def load_profile(name: str | None = None, path: Path | str | None = None) -> Lau
     return LaunchConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in profiles[name].items()})
 
 
-KINDS = {int: "a whole number", float: "a number", str: "text, in quotes", tuple: "a list of texts"}
+KINDS = {int: "a whole number", float: "a number", str: "text, in quotes", tuple: "a list of texts", dict: "a table of texts"}
 
 
 def _kinds(hint: Any) -> tuple[type, ...]:
     """The types that a setting's annotation stands for."""
     if get_origin(hint) is Literal:
         return (str,)
-    return (tuple,) if get_origin(hint) is tuple else get_args(hint) or (hint,)
+    return (get_origin(hint),) if get_origin(hint) in (tuple, dict) else get_args(hint) or (hint,)
 
 
 def _fits(value: Any, hint: Any) -> bool:
     kinds = _kinds(hint)
     if tuple in kinds:
         return isinstance(value, list) and all(isinstance(one, str) for one in value)
+    if dict in kinds:
+        return isinstance(value, dict) and all(isinstance(one, str) for one in value.values())
     return isinstance(value, (*kinds, int) if float in kinds else kinds) and not isinstance(value, bool)

@@ -66,8 +66,8 @@ class Job:
 
     def _leave(self, environment: submitit.JobEnvironment, attempt: int, why: str) -> None:
         """End this rank, all else being saved; rank 0 has the job queued again if it is still this attempt's."""
-        faulthandler.dump_traceback_later(LINGER, exit=True)
         if environment.global_rank > 0:
+            faulthandler.dump_traceback_later(LINGER, exit=True)
             raise SystemExit(0)  # a failure would make srun kill rank 0, which has yet to ask
         log.info("%s", why)
         if environment.cluster == "local":
@@ -78,6 +78,7 @@ class Job:
                 log.error("not queued again: max_requeues=%d attempts have been made; launch it anew to go on", self.max_requeues)
             else:
                 _requeue(environment, self.max_requeues - attempt)
+        faulthandler.dump_traceback_later(LINGER, exit=True)
         raise SystemExit(STOPPED)
 
 

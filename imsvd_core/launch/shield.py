@@ -1,4 +1,4 @@
-"""Run a command to which SIGUSR2 waits until it listens (`imsvd_core.signals.heed`), be it still importing.
+"""Run a command for which SIGUSR2 and SIGTERM wait until it listens (`imsvd_core.signals.heed`), be it still importing.
 
     python -IS shield.py COMMAND ...
 """
@@ -8,5 +8,5 @@ import signal
 import sys
 
 if __name__ == "__main__":
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGTERM})
     os.execv(sys.argv[1], sys.argv[1:])

@@ -145,14 +145,15 @@ def _environment(config: LaunchConfig, code: Path) -> dict[str, str]:
 def _slurm_parameters(config: LaunchConfig, name: str, code: Path, after: Sequence[str]) -> dict[str, Any]:
     given = {"mem": config.mem_gb and f"{round(1024 * config.mem_gb)}MB", "cpus_per_task": config.cpus_per_task,
              "gpus_per_node": config.gpus_per_node or None}
-    given |= {key: getattr(config, key) for key in ("partition", "account", "qos", "constraint")}
-    more = {"requeue": True}  # also where the cluster's default is not to
+    given |= {key: getattr(config, key) for key in ("partition", "account", "qos", "constraint", "exclude")}
+    more: dict[str, Any] = {"requeue": True, **config.options}  # queued again also where the cluster's default is not to
     if after:
         more |= {"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"}
     return {"job_name": name, "nodes": config.nodes, "ntasks_per_node": config.ranks_per_node, "time": config.minutes,
-            "signal_delay_s": config.grace_seconds, "additional_parameters": more,
+            "signal_delay_s": config.grace_seconds, "additional_parameters": more, "wckey": None,  # submitit's own may be unknown
             "srun_args": ["--kill-on-bad-exit=1"],  # no rank outlives one that failed
-            "setup": [*_setup(config, code), "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"],  # srun no longer inherits it
+            "setup": [*_setup(config, code),
+                      '[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK'],  # srun does not inherit it
             **{key: value for key, value in given.items() if value is not None}}
 
 
@@ -165,5 +166,5 @@ def _setup(config: LaunchConfig, code: Path) -> list[str]:
 
 
 def _python(code: Path) -> str:
-    """This Python, which keeps a notice (SIGUSR2) until it listens: one that comes while it still imports would end it."""
+    """This Python, which keeps notices (SIGUSR2, SIGTERM) until it listens: one that comes while it imports would end it."""
     return shlex.join([sys.executable, "-IS", str(code / "imsvd_core" / "launch" / "shield.py"), sys.executable])

@@ -25,13 +25,13 @@ OPTIONS = ["cifar10", "--scale", "smoke", "--data", "attributes", "--samples", "
 def test_the_batch_script_asks_for_what_was_configured(tmp_path, monkeypatch):
     monkeypatch.setenv("IMSVD_DATA", "/data of ours")
     config = LaunchConfig(nodes=4, gpus_per_node=8, cpus_per_task=10, mem_gb=200, partition="gpu", account="vision", qos="long",
-                          constraint="v100", time="1-00:00:00", grace_seconds=300, setup=("module load cuda",))
+                          constraint="v100", exclude="n7", options={"reservation": "night"}, time="1-00:00:00", grace_seconds=300, setup=("module load cuda",))
     lines = batch_script("run", tmp_path, config, tmp_path / "code", after=("7", "8")).splitlines()
     for option in ("nodes=4", "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=10", "mem=204800MB", "partition=gpu", "account=vision",
-                   "qos=long", "constraint=v100", "time=1440", "signal=USR2@300", "requeue", "dependency=afterok:7:8",
+                   "qos=long", "constraint=v100", "exclude=n7", "reservation=night", "time=1440", "signal=USR2@300", "requeue", "dependency=afterok:7:8",
                    "kill-on-invalid-dep=yes", "job-name=run", "open-mode=append"):
         assert f"#SBATCH --{option}" in lines, option
-    assert lines.index("module load cuda") < lines.index("export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}")
+    assert lines.index("module load cuda") < next(number for number, line in enumerate(lines) if "export SRUN_CPUS_PER_TASK=" in line)
     assert "export IMSVD_DATA='/data of ours'" in lines
     assert any(line.startswith("srun ") and "--kill-on-bad-exit=1" in line for line in lines)
 
@@ -46,14 +46,15 @@ def test_a_snapshot_is_what_runs_whatever_happens_to_the_code_after_it(tmp_path)
     assert Path(told[0]).is_relative_to(code) and told[1] == imsvd_core.results.code_version()
 
 
-def test_a_notice_that_comes_while_python_still_imports_waits_until_it_is_heeded():
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_a_notice_that_comes_while_python_still_imports_waits_until_it_is_heeded(number):
     shield = Path(job.__file__).with_name("shield.py")
     listens = ("import os, signal, time; print('here', flush=True); input(); from imsvd_core import signals\n"
-               "with signals.heed(override=True): print(signals.told() == signal.SIGUSR2)")
+               "with signals.heed(override=True): print(signals.told() == " + f"{int(number)})")
     with subprocess.Popen([sys.executable, "-IS", shield, sys.executable, "-c", listens], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           text=True) as process:
         assert process.stdout.readline() == "here\n"
-        process.send_signal(signal.SIGUSR2)
+        process.send_signal(number)
         assert process.communicate("\n")[0] == "True\n" and process.returncode == 0
 
 
