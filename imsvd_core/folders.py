@@ -204,7 +204,9 @@ def decode(file: str) -> Tensor:
 
 
 def share_of_cores() -> int:
-    """The cores that this process may use, divided by the ranks on this host; 1 or more."""
+    """The cores that this process may use, divided by the ranks on this host; 1 or more. A task of Slurm's has its own."""
+    if "SLURM_CPUS_PER_TASK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:  # not torchrun inside a task
+        return int(os.environ["SLURM_CPUS_PER_TASK"])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 

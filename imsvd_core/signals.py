@@ -19,7 +19,8 @@ _NOTICES = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(
 def heed(*, override: bool = False) -> Iterator[None]:
     """Answer SIGTERM and SIGUSR2 until the end of the block: `told()` becomes true, and work that looks at it stops.
 
-    Only in the main thread; a signal that the caller answers or ignores already is left alone, unless `override`.
+    Only in the main thread; a signal that the caller answers or ignores already is left alone, unless `override`, which
+    also hears one that was kept waiting (blocked).
     """
     global _told
     before = {}
@@ -29,6 +30,8 @@ def heed(*, override: bool = False) -> Iterator[None]:
                   if answer == signal.SIG_DFL or override and answer not in (_hear, None)}
         for number in before:
             signal.signal(number, _hear)
+        if override and hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _NOTICES)  # one may have been waiting
     try:
         yield
     finally:

@@ -20,7 +20,7 @@ evaluation.knn evaluation.linear methods variants arrays.tables
 evaluation.features loop loss information
 gradients streaming folders record
 discretization distributed networks views datasets optim checkpoints results plots
-files signals attributes arrays.designs arrays.bounds
+files signals launch.shield attributes arrays.designs arrays.bounds
 """
 
 

@@ -6,7 +6,7 @@ import re
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Executor = Literal["slurm", "local", "debug"]
 PROFILES = Path("~/.config/imsvd/clusters.toml")  #: or where IMSVD_CLUSTERS points
@@ -115,4 +115,25 @@ def load_profile(name: str | None = None, path: Path | str | None = None) -> Lau
     known = [field.name for field in fields(LaunchConfig)]
     if unknown := sorted(set(profiles[name]) - set(known)):
         raise ValueError(f"{file}, [{name}]: no setting is called {', '.join(unknown)}; there are: {', '.join(known)}")
+    hints = get_type_hints(LaunchConfig)
+    for key, value in profiles[name].items():
+        if not _fits(value, hints[key]):
+            raise ValueError(f"{file}, [{name}]: {key}={value!r} must be {KINDS[_kinds(hints[key])[0]]}")
     return LaunchConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in profiles[name].items()})
+
+
+KINDS = {int: "a whole number", float: "a number", str: "text, in quotes", tuple: "a list of texts"}
+
+
+def _kinds(hint: Any) -> tuple[type, ...]:
+    """The types that a setting's annotation stands for."""
+    if get_origin(hint) is Literal:
+        return (str,)
+    return (tuple,) if get_origin(hint) is tuple else get_args(hint) or (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kinds = _kinds(hint)
+    if tuple in kinds:
+        return isinstance(value, list) and all(isinstance(one, str) for one in value)
+    return isinstance(value, (*kinds, int) if float in kinds else kinds) and not isinstance(value, bool)

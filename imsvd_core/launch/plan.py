@@ -38,6 +38,7 @@ class Plan:
     hours_source: str
     memory_gb: float | None
     memory_source: str
+    starved: bool  #: whether a GPU's images are decoded by the one core that nobody asked to be more
     disk_gb: float
     disk_free_gb: float
     refused: tuple[str, ...]  #: why it would not be sent, each with its remedy
@@ -63,6 +64,8 @@ class Plan:
             lines.append(f"  GPU hours {self.hours * config.gpus:,.0f}; {cost}")
         memory = f"{_number(self.memory_gb)} GB on each GPU" if self.memory_gb is not None else "unknown"
         lines.append(f"  memory    {memory} ({self.memory_source})")
+        cores = f"{config.cpus_per_task or 1} for each process"
+        lines.append(f"  cores     {cores}{', which decode its images: set cpus_per_task' if self.starved else ''}")
         lines.append(f"  disk      {_number(self.disk_gb)} GB for the run, {_number(self.disk_free_gb)} GB free")
         lines += [f"  refused: {reason}" for reason in self.refused]
         return "\n".join(lines)
@@ -99,8 +102,9 @@ def plan(name: str, recipe: Recipe, config: LaunchConfig, run_dir: Path | str) -
     steps = loop.epochs * (samples // loop.batch_size) if samples else None
     hours, hours_source = _hours(name, recipe, config, run_dir, samples)
     memory, memory_source = _memory(recipe, config)
+    starved = config.gpus > 0 and config.executor == "slurm" and config.cpus_per_task is None and recipe.data.startswith("tree:")
     return Plan(name, config, samples, loop.batch_size // config.ranks, steps, hours, hours_source, memory, memory_source,
-                disk, free, tuple(refused))
+                starved, disk, free, tuple(refused))
 
 
 def _data(recipe: Recipe) -> tuple[int | None, list[str]]:
@@ -139,13 +143,13 @@ def _hours(name: str, recipe: Recipe, config: LaunchConfig, run_dir: Path, sampl
         stored = read_result(file)
         setting, figures = stored["figures"].get("setting", {}), stored["figures"]
         if images and config.gpus and setting.get("recipe") == name and "two_view_images_per_second" in figures:
-            scaled = f", divided by {config.gpus}" if config.gpus > 1 else ""
-            return (images / figures["two_view_images_per_second"] / config.gpus / 3600,
+            scaled = f", divided by {config.ranks}" if config.ranks > 1 else ""
+            return (images / figures["two_view_images_per_second"] / config.ranks / 3600,
                     f"measured: one {stored['provenance']['device']}{scaled}")
     if recipe.network.backbone != "resnet50" or recipe.method.name not in TABLE_IV or not config.gpus:
         return None, "no measurement is stored, and the paper has none"
     per_hundred = TABLE_IV[recipe.method.name][0]
-    return (per_hundred * loop.epochs / 100 * TABLE_IV_GPUS / config.gpus,
+    return (per_hundred * loop.epochs / 100 * TABLE_IV_GPUS / config.ranks,
             f"quoted: Table IV, {per_hundred:g} hours for 100 epochs on {TABLE_IV_GPUS} V100, scaled")
 
 

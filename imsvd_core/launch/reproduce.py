@@ -14,8 +14,10 @@ from imsvd_core.files import hold
 from imsvd_core.launch import queue
 from imsvd_core.launch.config import LaunchConfig
 from imsvd_core.launch.graph import Graph, Task
+from imsvd_core.launch.plan import plan
 from imsvd_core.launch.status import Standing, live_table, look, read_submission, summary, table
 from imsvd_core.launch.submit import Submission, snapshot, submit
+from imsvd_core.recipes import Recipe, from_plain
 from imsvd_core.results import write_json
 
 PATIENCE = 60.0  #: seconds to wait for jobs that are ending to have ended
@@ -29,7 +31,7 @@ def reproduce(graph: Graph, out: Path, config: LaunchConfig, console: Console, *
     nor on its way is submitted, each task to start after those that it needs; this returns at once. Else tasks run
     here, one after the other, shown live, and what needs a failed one is not run.
 
-    Raises ValueError, before anything is submitted, if a folder holds a run with other settings, if another call is at
+    Raises ValueError, before anything is submitted, if a training's plan is refused, if a folder holds a run with other settings, if another call is at
     work in `out`, if a task is on its way with other settings or elsewhere, or if Slurm does not answer.
     """
     if not dry_run:
@@ -40,10 +42,15 @@ def reproduce(graph: Graph, out: Path, config: LaunchConfig, console: Console, *
         console.print(table(standings), f"{summary(standings)}: there is nothing left to do", sep="\n")
         return True
     _refuse_strangers(graph, standings, config)
+    missing = [one.task for one in standings if one.state != "done" and not one.live]
+    plans = [plan(task.argv[1], from_plain(Recipe, task.settings), config, task.run_dir)
+             for task in missing if task.argv[0] == "pretrain"]
     if dry_run:
-        missing = [one.task.name for one in standings if one.state != "done" and not one.live]
-        console.print(table(standings), f"would submit {len(missing)}: {', '.join(missing)}", sep="\n")
+        console.print(table(standings), *plans, f"would submit {len(missing)}: {', '.join(task.name for task in missing)}",
+                      sep="\n", highlight=False)
         return True
+    if refused := sorted({reason for one in plans for reason in one.refused}):
+        raise ValueError("nothing was submitted:\n  " + "\n  ".join(refused))
     graph.save(out)
     code = snapshot(out / "code")
     if failed := [one for one in standings if one.state in ("failed", "cancelled")]:

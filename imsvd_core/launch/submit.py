@@ -74,7 +74,7 @@ def batch_script(name: str, folder: Path | str, config: LaunchConfig, code: Path
     from submitit.slurm.slurm import _make_sbatch_string
 
     folder = Path(folder).absolute()
-    command = f"{_python()} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    command = f"{_python(Path(code))} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     return _make_sbatch_string(command, folder, **_slurm_parameters(config, name, Path(code), after))
 
 
@@ -122,10 +122,10 @@ def _executor(config: LaunchConfig, name: str, folder: Path, code: Path, after: 
         if shutil.which("sbatch") is None:
             raise ValueError("executor='slurm' needs sbatch, which is not here: run this on a login node of the cluster, "
                              "or choose executor='local'")
-        executor = submitit.SlurmExecutor(folder, max_num_timeout=config.max_requeues, python=_python())
+        executor = submitit.SlurmExecutor(folder, max_num_timeout=config.max_requeues, python=_python(code))
         executor.update_parameters(**_slurm_parameters(config, name, code, after))
         return executor
-    executor = submitit.LocalExecutor(folder, max_num_timeout=config.max_requeues, python=_python())
+    executor = submitit.LocalExecutor(folder, max_num_timeout=config.max_requeues, python=_python(code))
     # submitit asks for the number of the shell that runs the set-up, and bash would give its own to the last command
     setup = ["trap : EXIT", *config.setup] if config.setup else []
     executor.update_parameters(tasks_per_node=config.ranks_per_node, gpus_per_node=config.gpus_per_node,
@@ -138,7 +138,7 @@ def _environment(config: LaunchConfig, code: Path) -> dict[str, str]:
     if config.executor != "local":
         return {}
     path = os.environ.get("PYTHONPATH")
-    return {"PYTHONPATH": f"{code}{os.pathsep}{path}" if path else str(code),
+    return {"PYTHONPATH": f"{code}{os.pathsep}{path}" if path else str(code), "PYTHONSAFEPATH": "1",
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(config.cpus_per_task or 1)}
 
 
@@ -158,10 +158,12 @@ def _slurm_parameters(config: LaunchConfig, name: str, code: Path, after: Sequen
 
 def _setup(config: LaunchConfig, code: Path) -> list[str]:
     kept = [f"export {name}={shlex.quote(os.environ[name])}" for name in KEPT if name in os.environ]
-    return [*config.setup, f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}", *kept,
+    return [*config.setup, f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+            "export PYTHONSAFEPATH=1",  # the folder that we are in may hold another version
+            *kept,
             "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"]
 
 
-def _python() -> str:
-    """This Python, deaf to SIGUSR2 until it listens: a notice that comes while it still imports would end it."""
-    return shlex.join(["sh", "-c", 'trap "" USR2; exec "$@"', "sh", sys.executable])
+def _python(code: Path) -> str:
+    """This Python, which keeps a notice (SIGUSR2) until it listens: one that comes while it still imports would end it."""
+    return shlex.join([sys.executable, "-IS", str(code / "imsvd_core" / "launch" / "shield.py"), sys.executable])

@@ -1,5 +1,7 @@
 """What a job may use: checked when it is said, and kept in a file for each cluster."""
 
+import re
+
 import pytest
 
 from imsvd_core.launch import LaunchConfig, load_profile
@@ -53,6 +55,18 @@ def test_a_profile_spares_typing(tmp_path, monkeypatch):
     file.write_text("[ours")
     with pytest.raises(ValueError, match="is not TOML"):
         load_profile()
+
+
+@pytest.mark.parametrize(("line", "words"), [
+    ('setup = "module load cuda"', "setup='module load cuda' must be a list of texts"), ("time = 60", "time=60 must be text, in quotes"),
+    ('mem_gb = "x"', "mem_gb='x' must be a number"), ("nodes = true", "nodes=True must be a whole number"),
+    ("nodes = 1.5", "nodes=1.5 must be a whole number"), ("executor = 3", "executor=3 must be text")])
+def test_a_profile_s_values_must_be_of_their_kind(tmp_path, line, words):
+    (tmp_path / "clusters.toml").write_text(f"[ours]\n{line}\n")
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load_profile("ours", tmp_path / "clusters.toml")
+    (tmp_path / "clusters.toml").write_text("[ours]\nmem_gb = 200\n")
+    assert load_profile("ours", tmp_path / "clusters.toml").mem_gb == 200
 
 
 def test_without_a_file_the_defaults_hold_and_a_name_is_refused(tmp_path):

@@ -67,6 +67,16 @@ def test_a_stored_measurement_goes_before_the_papers(imagenet, tmp_path, monkeyp
     assert "quoted" in plan("imagenet-200", recipe("imagenet-200", "full"), FULL, tmp_path).hours_source
 
 
+def test_idle_gpus_save_no_time_and_cost_all_the_same(imagenet, tmp_path):
+    one = plan("imagenet-100", recipe("imagenet-100", "full"), replace(FULL, tasks_per_node=4), tmp_path)
+    assert one.hours == 17.0 and one.batch_per_rank == 128 and "GPU hours 544" in str(one)
+
+
+def test_one_core_to_decode_a_gpu_s_images_is_remarked_upon(imagenet, tmp_path):
+    assert "set cpus_per_task" in str(plan("imagenet-100", recipe("imagenet-100", "full"), FULL, tmp_path))
+    assert "set cpus_per_task" not in str(plan("imagenet-100", recipe("imagenet-100", "full"), replace(FULL, cpus_per_task=10), tmp_path))
+
+
 def test_what_nobody_measured_is_unknown(tmp_path):
     one = plan("cifar10", replace(recipe("cifar10", "smoke"), data="attributes"), LaunchConfig(), tmp_path)
     assert one.hours is None and one.memory_gb is None and "time      unknown" in str(one) and one.steps == 8

@@ -15,6 +15,7 @@ import imsvd_core
 from imsvd_core import datasets
 from imsvd_core.cli import main
 from imsvd_core.launch import LaunchConfig, Submission, batch_script, job, snapshot, submit
+from imsvd_core.launch.submit import _environment
 
 OPTIONS = ["cifar10", "--scale", "smoke", "--data", "attributes", "--samples", "80", "--loop.batch-size", "16", "--loop.epochs", "10", "--look", "16",
            "--loop.log-every", "1", "--knn.neighbors", "20", "--knn.gallery", "40", "--knn.queries", "20", "--watch.gallery", "40",
@@ -40,8 +41,20 @@ def test_a_snapshot_is_what_runs_whatever_happens_to_the_code_after_it(tmp_path)
     assert snapshot(tmp_path) == code  # once
     assert [path.name for path in tmp_path.iterdir()] == [code.name]
     told = subprocess.run([sys.executable, "-c", "import imsvd_core.results as r; print(r.__file__); print(r.code_version())"],
-                          capture_output=True, text=True, cwd="/", env={**os.environ, "PYTHONPATH": str(code)}).stdout.split()
+                          capture_output=True, text=True, cwd=Path(imsvd_core.__file__).parents[1],  # whose code must not be taken
+                          env={**os.environ, **_environment(LaunchConfig(executor="local"), code)}).stdout.split()
     assert Path(told[0]).is_relative_to(code) and told[1] == imsvd_core.results.code_version()
+
+
+def test_a_notice_that_comes_while_python_still_imports_waits_until_it_is_heeded():
+    shield = Path(job.__file__).with_name("shield.py")
+    listens = ("import os, signal, time; print('here', flush=True); input(); from imsvd_core import signals\n"
+               "with signals.heed(override=True): print(signals.told() == signal.SIGUSR2)")
+    with subprocess.Popen([sys.executable, "-IS", shield, sys.executable, "-c", listens], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as process:
+        assert process.stdout.readline() == "here\n"
+        process.send_signal(signal.SIGUSR2)
+        assert process.communicate("\n")[0] == "True\n" and process.returncode == 0
 
 
 def test_without_slurm_a_launch_says_what_to_do(tmp_path, monkeypatch):

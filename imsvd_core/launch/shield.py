@@ -1,0 +1,12 @@
+"""Run a command to which SIGUSR2 waits until it listens (`imsvd_core.signals.heed`), be it still importing.
+
+    python -IS shield.py COMMAND ...
+"""
+
+import os
+import signal
+import sys
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    os.execv(sys.argv[1], sys.argv[1:])
