@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -144,20 +145,32 @@ def progress(task: Task) -> str:
     return _joined(*said)
 
 
+_BLAME = re.compile(r"srun: error: (\S+: tasks? (\d+).*)")
+
+
 def last_words(submission: Submission, lines: int = 3) -> tuple[str, ...]:
-    """The last lines that a job said, its first rank's if there are any; srun's own only where there are no others."""
-    folder = Path(submission.folder)
+    """The last lines that a job said: those of the rank that srun blames first, else of the first that said any; and what
+    srun says of it where it did not end by itself."""
+    first = _said(submission, 0, "err")
+    blamed = next((match for line in first if (match := _BLAME.match(line))), None)
+    ranks = sorted(range(submission.tasks), key=lambda rank: blamed is None or rank != int(blamed[2]))
     for ending in ("err", "out"):
-        for rank in range(submission.tasks):
-            try:
-                with open(folder / f"{submission.job_id}_{rank}_log.{ending}", "rb") as file:
-                    file.seek(max(0, os.fstat(file.fileno()).st_size - 20_000))
-                    said = [line.rstrip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-            except OSError:
-                continue
-            if said:
-                return tuple(([line for line in said if not line.startswith("srun:")] or said)[-lines:])
+        for rank in ranks:
+            if said := _said(submission, rank, ending):
+                own = tuple([line for line in said if not line.startswith("srun:")][-lines:])
+                killed = blamed is not None and "Exited with exit code" not in blamed[1]
+                return (*own, blamed[1]) if killed else own or tuple(said[-lines:])
     return ()
+
+
+def _said(submission: Submission, rank: int, ending: str) -> list[str]:
+    """The lines that end a rank's log."""
+    try:
+        with open(Path(submission.folder) / f"{submission.job_id}_{rank}_log.{ending}", "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 20_000))
+            return [line.rstrip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        return []
 
 
 def read_submission(folder: Path) -> Submission | None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -58,6 +59,7 @@ def submit(argv: Sequence[str], *, name: str, folder: Path | str, config: Launch
     Raises ValueError with what sbatch says, where it refuses.
     """
     folder = Path(folder).absolute()
+    name = re.sub(r"[^\w.@/+-]", "_", name)  # squeue takes a comma for two names
     job = Job(argv, config.max_requeues)
     try:
         with _outside_any_job(), submitit.helpers.environment_variables(**_environment(config, Path(code))):

@@ -199,6 +199,16 @@ def test_last_words_are_the_job_s_own_and_of_the_first_rank_that_has_any(tmp_pat
     assert last_words(job) == ("b", "c", "imsvd pretrain: no")
 
 
+def test_last_words_are_those_of_the_rank_that_failed_first(tmp_path):
+    job = sent("7", folder=tmp_path, tasks=2)
+    (tmp_path / "7_0_log.err").write_text("Connection reset by peer\nsrun: error: n2: task 1: Killed\nsrun: error: n1: task 0: Exited "
+                                          "with exit code 1\n")
+    (tmp_path / "7_1_log.err").write_text("resumed run at step 7\n")
+    assert last_words(job) == ("resumed run at step 7", "n2: task 1: Killed")
+    (tmp_path / "7_0_log.err").write_text("Connection reset by peer\nsrun: error: n2: task 1: Exited with exit code 2\n")
+    assert last_words(job) == ("resumed run at step 7",)
+
+
 def test_a_process_is_a_job_s_own_if_it_works_in_its_folder(tmp_path):
     with subprocess.Popen(["sleep", "60"]) as other:
         while not Path(f"/proc/{other.pid}/cmdline").read_bytes():  # it is still being started

@@ -142,3 +142,8 @@ def test_a_run_whose_job_is_on_its_way_is_not_launched_again(tmp_path, monkeypat
             main(["launch", *OPTIONS, "--executor", "local", "--run-dir", str(tmp_path)])
         alive.communicate(b"\n")
     assert f"has a job on its way, {alive.pid} (starting): wait for its end" in capsys.readouterr().err
+
+
+def test_a_job_s_name_is_one_name_to_squeue(tmp_path):
+    sent = submit(["status", "--help"], name="k,1 of mine", folder=tmp_path / "k,1", config=LaunchConfig(executor="local"), code=tmp_path)
+    assert sent.name == "k_1_of_mine" and Submission.read(tmp_path / "k,1").name == sent.name
