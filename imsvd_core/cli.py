@@ -195,7 +195,7 @@ def launch(argv: Sequence[str]) -> None:
     folder, job_name = run_dir / "jobs", run_dir.name
     if (folder / "submission.json").exists():
         for standing in look(graphs_under(run_dir)[0]).values():
-            if standing.live:
+            if standing.live or standing.state == "unknown":
                 raise ValueError(f"run_dir={str(run_dir)!r} has a job on its way, {standing.job} ({standing.words or standing.state}): "
                                  "wait for its end, stop it, or give another folder")
     if command.dry_run:
@@ -271,7 +271,9 @@ def data(argv: Sequence[str]) -> None:
 
 
 def reproduce(argv: Sequence[str]) -> None:
-    default = ReproduceCommand(launcher.load_profile(_peek(argv, "--profile")), scale=_peek(argv, "--scale") or current_scale())
+    scale = _peek(argv, "--scale") or current_scale()
+    recipe("cifar10", scale)  # refuses a scale that is none
+    default = ReproduceCommand(launcher.load_profile(_peek(argv, "--profile")), scale=scale)
     command, settings = tyro.cli(ReproduceCommand, prog="imsvd reproduce", args=argv, default=default, return_unknown_args=True)
     wanted = (tuple(graphs.TABLES), tuple(graphs.FIGURES)) if command.all else (command.table, command.figure)
     out = (command.out or Path("runs") / f"reproduce-{command.scale}").absolute()

@@ -195,7 +195,7 @@ def graphs_under(folder: Path) -> list[Graph]:
         if place == folder and graphs:
             break
     if not graphs:
-        raise ValueError(f"out={str(folder)!r} holds nothing that was launched: give the folder of `imsvd reproduce`, "
+        raise ValueError(f"folder={str(folder)!r} holds nothing that was launched: give the folder of `imsvd reproduce`, "
                          "the run folder of `imsvd launch`, or the folder that holds such folders")
     return graphs
 
