@@ -187,7 +187,7 @@ def launch(argv: Sequence[str]) -> None:
         tyro.cli(LaunchCommand, prog="imsvd launch RECIPE", args=["--help"], default=default)
     name = argv[0]
     if name not in RECIPES:
-        raise ValueError(f"recipe={name!r} is unknown; there are: {', '.join(RECIPES)}")
+        raise ValueError(f"recipe={name!r} is unknown; the recipe comes first, one of: {', '.join(RECIPES)}")
     command, rest = tyro.cli(LaunchCommand, prog="imsvd launch RECIPE", args=argv[1:], default=default, return_unknown_args=True)
     _, pretraining = _parse_pretrain([name, *rest], "imsvd launch")
     run_dir = pretraining.run_dir.absolute()

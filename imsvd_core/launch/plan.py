@@ -55,8 +55,8 @@ class Plan:
         lines = [f"{self.name}: {devices} ({config.nodes} × {config.ranks_per_node}), {self.batch_per_rank} images on each"]
         lines.append(f"  steps     {_number(self.steps)}" + (f" over {self.samples:,} images" if self.samples else ""))
         hours = f"{_number(self.hours)} hours" if self.hours is not None else "unknown"
-        lines.append(f"  time      {hours} ({self.hours_source}), in {_number(self.attempts)} {'attempt' if self.attempts == 1 else 'attempts'} "
-                     f"of at most {config.time}")
+        attempts = f"in {self.attempts} {'attempt' if self.attempts == 1 else 'attempts'}" if self.attempts else "in attempts"
+        lines.append(f"  time      {hours} ({self.hours_source}), {attempts} of at most {config.time}")
         if config.gpus and self.hours is not None:
             price = config.gpu_hour_price
             cost = (f"{self.hours * config.gpus * price:,.0f} {config.currency} at {price:g} an hour" if price
@@ -89,7 +89,7 @@ def plan(name: str, recipe: Recipe, config: LaunchConfig, run_dir: Path | str) -
         refused.append(f"batch_size={loop.batch_size} exceeds the {samples} samples: take a smaller batch or more data")
     useful = config.minutes - config.grace_seconds / 60
     if not 0 < loop.save_minutes <= useful:
-        refused.append(f"time={config.time!r} leaves {useful:g} minutes before the notice, and a checkpoint is due every "
+        refused.append(f"time={config.time!r} leaves {useful:.1f} minutes before the notice, and a checkpoint is due every "
                        f"save_minutes={loop.save_minutes:g}: a node that dies would cost a whole attempt; ask for more time, "
                        "or set --loop.save-minutes")
     network = _size(recipe.network)

@@ -6,10 +6,12 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,7 +64,8 @@ def submit(argv: Sequence[str], *, name: str, folder: Path | str, config: Launch
     name = re.sub(r"[^\w.@/+-]", "_", name)  # squeue takes a comma for two names
     job = Job(argv, config.max_requeues)
     try:
-        with _outside_any_job(), submitit.helpers.environment_variables(**_environment(config, Path(code))):
+        with (_outside_any_job(), submitit.helpers.environment_variables(**_environment(config, Path(code))),
+              _in_background(folder) if config.executor == "local" else nullcontext()):
             sent = _executor(config, name, folder, Path(code), after).submit(job)
     except submitit.core.utils.FailedJobError as error:
         raise ValueError(f"sbatch refused {name}: {str(error).strip()}") from None
@@ -115,6 +118,28 @@ def _outside_any_job() -> Iterator[None]:
     where = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
     with submitit.helpers.clean_env(), submitit.helpers.environment_variables(**where):
         yield
+
+
+@contextmanager
+def _in_background(folder: Path) -> Iterator[None]:
+    """Let what is started here outlive our terminal and our pipes: it writes to a log, and does not hear of their end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    ours = [os.dup(number) for number in range(3)]
+    deaf = [signal.SIGINT, signal.SIGHUP] if threading.current_thread() is threading.main_thread() else []
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in deaf}
+    with open(os.devnull) as nothing, open(folder / "controller.log", "a") as log:
+        for number, theirs in enumerate((nothing, log, log)):
+            os.dup2(theirs.fileno(), number)
+    try:
+        yield
+    finally:
+        for number, answer in before.items():
+            signal.signal(number, answer)
+        for number, own in enumerate(ours):
+            os.dup2(own, number)
+            os.close(own)
 
 
 def _executor(config: LaunchConfig, name: str, folder: Path, code: Path, after: Sequence[str]) -> submitit.Executor:

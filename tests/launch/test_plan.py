@@ -84,7 +84,7 @@ def test_what_nobody_measured_is_unknown(tmp_path):
 
 @pytest.mark.parametrize(("config", "settings", "words"), [
     (replace(FULL, nodes=3), {}, "batch_size=2048 cannot be cut into equal pieces, accumulate=1 on each of 24 ranks"),
-    (replace(FULL, time="0:12:00"), {}, "time='0:12:00' leaves 10 minutes before the notice, and a checkpoint is due every "
+    (replace(FULL, time="0:12:00"), {}, "time='0:12:00' leaves 10.0 minutes before the notice, and a checkpoint is due every "
                                         "save_minutes=15"),
     (FULL, {"data": "tree:nowhere"}, "nowhere is not a folder"),
     (FULL, {"data": "folder:nowhere"}, "nowhere is not a folder")])

@@ -14,7 +14,7 @@ import torch
 import imsvd_core
 from imsvd_core import datasets
 from imsvd_core.cli import main
-from imsvd_core.launch import LaunchConfig, Submission, batch_script, job, snapshot, submit
+from imsvd_core.launch import LaunchConfig, Submission, batch_script, job, queue, snapshot, submit
 from imsvd_core.launch.submit import _environment
 
 OPTIONS = ["cifar10", "--scale", "smoke", "--data", "attributes", "--samples", "80", "--loop.batch-size", "16", "--loop.epochs", "10", "--look", "16",
@@ -108,6 +108,18 @@ def test_debug_trains_in_this_process(tmp_path, monkeypatch):
     before = dict(os.environ)
     main(["launch", *OPTIONS, "--executor", "debug", "--loop.epochs", "1", "--run-dir", str(tmp_path / "run")])
     assert (tmp_path / "run" / "result.json").exists() and dict(os.environ) == before
+
+
+@pytest.mark.slow  # two Pythons, one after the other
+def test_a_local_job_outlives_our_pipes_and_ends_when_it_is_told(tmp_path):
+    words = ["launch", *OPTIONS, "--loop.epochs", "10000", "--executor", "local", "--run-dir", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-m", "imsvd_core.cli", *words], capture_output=True, text=True, timeout=120)  # reads to the end
+    assert done.returncode == 0 and "sent; its logs are in" in done.stdout, done.stderr
+    sent = Submission.read(tmp_path / "jobs")
+    assert queue.alive(sent)
+    os.kill(int(sent.job_id), signal.SIGTERM)
+    wait_for(lambda: not queue.alive(sent))
+    assert "told to stop" in (log := (tmp_path / "jobs" / f"{sent.job_id}_0_log.err").read_text()) or "stopped at step" in log
 
 
 def wait_for(what, seconds=120):
