@@ -26,14 +26,16 @@ except ImportError:  # Windows
 
 @contextmanager
 def atomic_write(path: Path | str, *, fenced: bool = True) -> Iterator[BinaryIO]:
-    """Open a temporary neighbour of `path` for writing; on success flush it to disk and rename it into place.
+    """Open a temporary neighbour of `path` for writing; on success flush it to disk and
+    rename it into place.
 
-    A reader sees the old file or the new one, never a part; after an error or a kill the old one stands.
-    Raises Superseded, with the old one standing, where this process held a folder above and has lost it, if `fenced`.
+    A reader sees the old file or the new one, never a part; after an error or a kill the
+    old one stands. Raises Superseded, with the old one standing, where this process held
+    a folder above and has lost it, if `fenced`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(".part", f".{path.name}.", path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -69,26 +71,32 @@ class Superseded(RuntimeError):
 
 
 class Hold:
-    """A folder kept from other processes while this object lives; the system ends it with the process, however that dies.
+    """A folder kept from other processes while this object lives; the system ends it with
+    the process, however that dies.
 
-    The lock keeps out whoever comes second. Where it does not hold (a file system without locks, a node that was
-    thought dead), the token does: of two attempts (`ATTEMPT`) the later takes the folder over.
+    The lock keeps out whoever comes second. Where it does not hold (a file system without
+    locks, a node that was thought dead), the token does: of two attempts (`ATTEMPT`) the
+    later takes the folder over.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        job = f", job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
-        self.token = {"holder": f"process {os.getpid()} on {socket.gethostname()}{job}", "unique": uuid.uuid4().hex,
-                      "attempt": os.environ.get(ATTEMPT)}
+        job = os.environ.get("SLURM_JOB_ID")
+        holder = f"process {os.getpid()} on {socket.gethostname()}"
+        self.token = {"holder": f"{holder}, job {job}" if job else holder,
+                      "unique": uuid.uuid4().hex, "attempt": os.environ.get(ATTEMPT)}
         handle, there = _lock(folder), _token(folder)
         if self._precedes(there):
-            raise Superseded(f"run_dir={str(folder)!r} belongs to a later attempt ({there['holder']}): this one ends")
+            raise Superseded(f"run_dir={str(folder)!r} belongs to a later attempt "
+                             f"({there['holder']}): this one ends")
         if handle is None and not self._supersedes(there):
-            raise ValueError(f"run_dir={str(folder)!r} is in use by {there.get('holder', 'another process')}: "
-                             "wait for its end, stop it, or give another folder")
+            by = there.get("holder", "another process")
+            raise ValueError(f"run_dir={str(folder)!r} is in use by {by}: wait for its end, "
+                             "stop it, or give another folder")
         self._leave_token()
         if handle is None:
-            log.warning("taking %s over from an earlier attempt, %s, which may not be dead", folder, there["holder"])
+            log.warning("taking %s over from an earlier attempt, %s, which may not be dead",
+                        folder, there["holder"])
             end = time.monotonic() + PATIENCE
             while (handle := _lock(folder)) is None and time.monotonic() < end:
                 time.sleep(0.1)
@@ -98,20 +106,24 @@ class Hold:
     def check(self) -> None:
         """Raise Superseded if another process has taken the folder over, or removed it.
 
-        An earlier attempt that fell asleep while it took the folder, and wakes, does not keep it.
+        An earlier attempt that fell asleep while it took the folder, and wakes, does not
+        keep it.
         """
         there = _token(self.folder)
         if self._supersedes(there):
             self._leave_token()
         elif there.get("unique") != self.token["unique"]:
             by = f"taken over by {there['holder']}" if there else "removed"
-            raise Superseded(f"run_dir={str(self.folder)!r} has been {by}: this process writes no more")
+            raise Superseded(f"run_dir={str(self.folder)!r} has been {by}: "
+                             "this process writes no more")
 
     def _supersedes(self, other: dict) -> bool:
-        return bool(other.get("attempt")) and (self.token["attempt"] or "") > other["attempt"]
+        theirs = other.get("attempt")
+        return bool(theirs) and (self.token["attempt"] or "") > theirs
 
     def _precedes(self, other: dict) -> bool:
-        return bool(self.token["attempt"]) and self.token["attempt"] < (other.get("attempt") or "")
+        ours = self.token["attempt"]
+        return bool(ours) and ours < (other.get("attempt") or "")
 
     def _leave_token(self) -> None:
         with atomic_write(self.folder / TOKEN, fenced=False) as file:

@@ -268,15 +268,17 @@ class Loop:
         return metrics
 
     def _look(self) -> tuple[bool, bool]:
-        """Look at what nobody has looked at yet, all ranks at the same: does one of them want to stop? Is saving due?
+        """Look at what nobody has looked at yet, all ranks at the same: does one of them
+        want to stop? Is saving due?
 
-        Raises for the first step whose loss or gradient was no number. fp16's scaler may skip a gradient while it looks
-        for its scale, which never needs to fall below 1.
+        Raises for the first step whose loss or gradient was no number. fp16's scaler may
+        skip a gradient while it looks for its scale, which never needs to fall below 1.
         """
         stops = self._stopping or bool(signals.told()) or launcher_is_gone()
         waited = time.monotonic() - self._saved_at
-        due = self.rank == 0 and 0 < 60 * self.config.save_minutes <= waited  # one clock counts
-        told = torch.cat([*self._suspects, torch.tensor([float(stops), float(due)], device=self.device)])
+        due = self.rank == 0 and 0 < 60 * self.config.save_minutes <= waited  # one clock
+        asked = torch.tensor([float(stops), float(due)], device=self.device)
+        told = torch.cat([*self._suspects, asked])
         *suspects, (stops, due) = mean_over_ranks(told).split(2)
         finite = torch.stack(suspects).isfinite()
         searching = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
@@ -285,9 +287,12 @@ class Loop:
         finite = finite[:, 0] if searching else finite.all(1)
         if not finite.all():
             bad = self.step - len(suspects) + int((~finite).nonzero()[0])
-            good = f"the last good checkpoint is {self._last_good}" if self._last_good else "no checkpoint had been saved yet"
-            raise NonFiniteError(f"loss or gradient is not finite at step {bad} (loss {suspects[bad - self.step][0].item()}); "
-                                 f"{good}. Lower the learning rate (optim.lr={self.optim.lr}), or use precision='fp32'")
+            good = (f"the last good checkpoint is {self._last_good}" if self._last_good
+                    else "no checkpoint had been saved yet")
+            raise NonFiniteError(
+                f"loss or gradient is not finite at step {bad} "
+                f"(loss {suspects[bad - self.step][0].item()}); {good}. Lower the learning "
+                f"rate (optim.lr={self.optim.lr}), or use precision='fp32'")
         self._suspects.clear()
         return bool(stops > 0), bool(due > 0)
 

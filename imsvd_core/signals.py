@@ -63,4 +63,5 @@ def _hear(number: int, frame: object) -> None:
     global _told
     _told = number
     if _interruptible:
-        raise Stopped(f"told to stop by {signal.Signals(number).name}: run the same command to go on")
+        name = signal.Signals(number).name
+        raise Stopped(f"told to stop by {name}: run the same command to go on")

@@ -30,12 +30,14 @@ log = logging.getLogger(__name__)
 
 
 class Job:
-    """What submitit calls on every rank: an `imsvd` command that goes on, as often as the cluster takes its nodes away.
+    """What submitit calls on every rank: an `imsvd` command that goes on, as often as the
+    cluster takes its nodes away.
 
-    It answers signals in place of submitit's handler, which would save and requeue from within a step, on rank 0 alone.
+    It answers signals in place of submitit's handler, which would save and requeue from
+    within a step, on rank 0 alone.
 
     Args:
-        argv: the command line, ["pretrain", "cifar10", …]; all state is in its run folder.
+        argv: the command line, ["pretrain", "cifar10", …]; all state is in its folder.
         max_requeues: attempts after the first.
     """
 
@@ -51,9 +53,11 @@ class Job:
         if environment.cluster != "debug":  # which shares this process with others
             sys.argv = ["imsvd", *self.argv]  # what results name as their command
             _forget_earlier_attempt(environment)
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+        form = "%(asctime)s %(message)s"
+        logging.basicConfig(level=logging.INFO, format=form, force=True)
         if environment.global_rank == 0:
-            log.info("attempt %d of job %s: imsvd %s", attempt, environment.job_id, " ".join(self.argv))
+            log.info("attempt %d of job %s: imsvd %s", attempt, environment.job_id,
+                     " ".join(self.argv))
         with signals.heed(override=True):
             try:
                 pkgutil.resolve_name(COMMAND)(self.argv)
@@ -64,18 +68,21 @@ class Job:
         """The same again, should submitit ask: everything is in the run's folder."""
         return submitit.helpers.DelayedSubmission(self)
 
-    def _leave(self, environment: submitit.JobEnvironment, attempt: int, why: str) -> None:
-        """End this rank, all else being saved; rank 0 has the job queued again if it is still this attempt's."""
+    def _leave(self, environment: submitit.JobEnvironment, attempt: int,
+               why: str) -> None:
+        """End this rank, all else being saved; rank 0 has the job queued again if it is
+        still this attempt's."""
         if environment.global_rank > 0:
             faulthandler.dump_traceback_later(LINGER, exit=True)
-            raise SystemExit(0)  # a failure would make srun kill rank 0, which has yet to ask
+            raise SystemExit(0)  # else srun would kill rank 0, which has yet to ask
         log.info("%s", why)
         if environment.cluster == "local":
             if signals.told() == signal.SIGUSR2:
-                environment._requeue(0)  # exits with what submitit's local controller understands
+                environment._requeue(0)  # exits with what the local controller knows
         elif environment.cluster == "slurm" and _is_running(environment.job_id, attempt):
             if attempt >= self.max_requeues:
-                log.error("not queued again: max_requeues=%d attempts have been made; launch it anew to go on", self.max_requeues)
+                log.error("not queued again: max_requeues=%d attempts have been made; "
+                          "launch it anew to go on", self.max_requeues)
             else:
                 _requeue(environment, self.max_requeues - attempt)
         faulthandler.dump_traceback_later(LINGER, exit=True)
