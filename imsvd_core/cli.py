@@ -164,12 +164,12 @@ def pretrain(argv: Sequence[str]) -> Path:
 
 
 def _pretrain(argv: Sequence[str]) -> Path:
-    _, command = _parse_pretrain(argv, "imsvd pretrain")
+    command = _parse_pretrain(argv, "imsvd pretrain")
     return _tell(training.pretrain(command.recipe, command.run_dir, progress=command.progress))
 
 
-def _parse_pretrain(argv: Sequence[str], prog: str) -> tuple[str, PretrainCommand]:
-    """The recipe's name, and the settings with their run folder."""
+def _parse_pretrain(argv: Sequence[str], prog: str) -> PretrainCommand:
+    """The settings, with their run folder."""
     scale = _peek(argv, "--scale") or current_scale()
     defaults = {name: (build.__doc__ or name, PretrainCommand(recipe(name, scale), scale=scale))
                 for name, build in RECIPES.items()}
@@ -178,7 +178,7 @@ def _parse_pretrain(argv: Sequence[str], prog: str) -> tuple[str, PretrainComman
         description=f"Train a recipe; `imsvd pretrain RECIPE --help` lists its settings.\n\n{PretrainCommand.__doc__}")
     name = next(word for word in argv if word in RECIPES)
     run_dir = command.run_dir or Path("runs") / f"{name}-{command.scale}-seed{command.recipe.loop.seed}"
-    return name, replace(command, run_dir=run_dir)
+    return replace(command, run_dir=run_dir)
 
 
 def launch(argv: Sequence[str]) -> None:
@@ -189,7 +189,7 @@ def launch(argv: Sequence[str]) -> None:
     if name not in RECIPES:
         raise ValueError(f"recipe={name!r} is unknown; the recipe comes first, one of: {', '.join(RECIPES)}")
     command, rest = tyro.cli(LaunchCommand, prog="imsvd launch RECIPE", args=argv[1:], default=default, return_unknown_args=True)
-    _, pretraining = _parse_pretrain([name, *rest], "imsvd launch")
+    pretraining = _parse_pretrain([name, *rest], "imsvd launch")
     run_dir = pretraining.run_dir.absolute()
     taken = launcher.plan(name, pretraining.recipe, command.config, run_dir)
     folder, job_name = run_dir / "jobs", run_dir.name
@@ -289,8 +289,6 @@ def status(argv: Sequence[str]) -> None:
           once=command.once)
 
 
-STOPPED = 143  #: exit status of a training that was told to stop: 128 + SIGTERM, as shells have it
-
 COMMANDS: dict[str, Callable[[Sequence[str]], Path | None]] = {
     "pretrain": pretrain, "evaluate": evaluate, "launch": launch, "reproduce": reproduce, "status": status, "data": data}
 
@@ -338,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except signals.Stopped as stopped:
         if world()[0] == 0:  # the launcher, which keeps the count of who has said what, may be gone
             print(f"imsvd {argv[0]}: {stopped}", file=sys.stderr)
-        raise SystemExit(STOPPED) from None
+        raise SystemExit(signals.STOPPED) from None
 
 
 if __name__ == "__main__":

@@ -344,7 +344,7 @@ class Loop:
         before = {"world_size": 1, **state["settings"]}  # older checkpoints knew of no ranks
         if before != self.settings:
             raise ValueError(f"run_dir={str(self.run_dir)!r} holds a run with other settings "
-                             f"({_differences(before, self.settings)}): give the same ones, or another folder")
+                             f"({differences(before, self.settings)}): give the same ones, or another folder")
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -369,10 +369,10 @@ class Loop:
         return found if self.rank == 0 or newest is None else (checkpoints.load(newest), newest)
 
 
-def _differences(before: Any, now: Any, path: str = "") -> str:
-    """The settings that differ, as "optim.lr: 0.002 before, 0.001 now"."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        parts = [_differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
+def differences(before: Any, now: Any, path: str = "", words: tuple[str, str] = ("before", "now")) -> str:
+    """The settings that differ, as "optim.lr: 0.002 before, 0.001 now"; "" if none does."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        parts = [differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."), words)
                  for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
         return "; ".join(parts)
-    return f"{path or 'settings'}: {before} before, {now} now"
+    return "" if before == now else f"{path or 'settings'}: {before} {words[0]}, {now} {words[1]}"

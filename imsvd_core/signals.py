@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+STOPPED = 143  #: exit status of what was told to stop: 128 + SIGTERM, as shells have it
+
+
 class Stopped(RuntimeError):
     """Work that was told to stop did so, with what it had saved; the same call goes on with it."""
 

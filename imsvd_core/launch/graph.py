@@ -10,7 +10,7 @@ from typing import Any
 import tyro
 
 from imsvd_core import datasets
-from imsvd_core.loop import essential
+from imsvd_core.loop import differences, essential
 from imsvd_core.recipes import Recipe, Scale, from_plain, recipe
 from imsvd_core.results import config_hash, plain, read_result, write_json
 
@@ -139,7 +139,7 @@ def finished(task: Task) -> bool:
     stored = _config(task)
     if stored is not None and task.settings:
         stored = plain(from_plain(Recipe, stored))  # with what came later, by its default
-        other = _differences(essential(stored), essential(task.settings))
+        other = differences(essential(stored), essential(task.settings), words=("there", "asked for"))
         if other and (task.result.exists() or any((task.run_dir / "checkpoints").glob("step-*.pt"))):
             raise ValueError(f"run_dir={str(task.run_dir)!r} holds a run with other settings ({other}): "
                              "give the same ones, another --out, or remove that folder")
@@ -166,12 +166,3 @@ def _config(task: Task) -> dict[str, Any] | None:
         return None
     except json.JSONDecodeError:
         raise ValueError(f"{task.run_dir / 'config.json'} is not readable: remove that folder") from None
-
-
-def _differences(before: Any, now: Any, path: str = "") -> str:
-    """The settings that differ, as "optim.lr: 0.002 there, 0.001 asked for"."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        parts = [_differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
-                 for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-        return "; ".join(parts)
-    return "" if before == now else f"{path or 'settings'}: {before} there, {now} asked for"

@@ -23,7 +23,6 @@ from imsvd_core import signals
 from imsvd_core.files import ATTEMPT
 
 COMMAND = "imsvd_core.cli:run"  #: what a job calls, with its command line
-STOPPED = 143  #: exit status of a job that was told to stop: 128 + SIGTERM
 LINGER = 30.0  #: seconds after which a rank that hangs while it leaves is ended, with a trace of where it hung
 
 log = logging.getLogger(__name__)
@@ -86,7 +85,7 @@ class Job:
             else:
                 _requeue(environment, self.max_requeues - attempt)
         faulthandler.dump_traceback_later(LINGER, exit=True)
-        raise SystemExit(STOPPED)
+        raise SystemExit(signals.STOPPED)
 
 
 def _forget_earlier_attempt(environment: submitit.JobEnvironment) -> None:

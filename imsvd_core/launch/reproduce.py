@@ -18,7 +18,6 @@ from imsvd_core.launch.plan import plan
 from imsvd_core.launch.status import Standing, live_table, look, read_submission, summary, table
 from imsvd_core.launch.submit import Submission, snapshot, submit
 from imsvd_core.recipes import Recipe, from_plain
-from imsvd_core.results import write_json
 
 PATIENCE = 60.0  #: seconds to wait for jobs that are ending to have ended
 PAUSE = 1.0  #: seconds between looks at a job that runs here
@@ -41,7 +40,7 @@ def reproduce(graph: Graph, out: Path, config: LaunchConfig, console: Console, *
     if all(standing.state == "done" for standing in standings):
         console.print(table(standings), f"{summary(standings)}: there is nothing left to do", sep="\n")
         return True
-    _refuse_strangers(graph, standings, config)
+    _refuse_strangers(standings, config)
     missing = [one.task for one in standings if one.state != "done" and not one.live]
     plans = [plan(task.argv[1], from_plain(Recipe, task.settings), config, task.run_dir)
              for task in missing if task.argv[0] == "pretrain"]
@@ -69,7 +68,7 @@ def job_name(task: Task, out: Path) -> str:
     return f"{task.name}@{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:8]}"
 
 
-def _refuse_strangers(graph: Graph, standings: Sequence[Standing], config: LaunchConfig) -> None:
+def _refuse_strangers(standings: Sequence[Standing], config: LaunchConfig) -> None:
     """Raise ValueError for a job on its way that gives other than what is asked for, or elsewhere."""
     for standing in standings:
         submission = read_submission(standing.task.folder) if standing.live else None
@@ -132,8 +131,7 @@ def _adopt(task: Task, job: str, config: LaunchConfig, out: Path) -> None:
     if there is None or there.job_id != job:
         submission = Submission(job_name(task, out), task.argv, job, "slurm", str(task.folder.absolute()),
                                 fitting(task, config).ranks, datetime.now(timezone.utc).isoformat())
-        told = {key: value for key, value in vars(submission).items() if key != "job"}
-        write_json(task.folder / "submission.json", told)
+        submission.write()
 
 
 def fitting(task: Task, config: LaunchConfig) -> LaunchConfig:

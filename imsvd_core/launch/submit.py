@@ -48,6 +48,11 @@ class Submission:
             return None
         return cls(**told | {"argv": tuple(told["argv"])})
 
+    def write(self) -> None:
+        """Keep it in its folder, in place of an earlier one."""
+        told = {key: value for key, value in vars(self).items() if key != "job"}
+        write_json(Path(self.folder) / "submission.json", told)
+
 
 def submit(argv: Sequence[str], *, name: str, folder: Path | str, config: LaunchConfig, code: Path | str,
            after: Sequence[str] = ()) -> Submission:
@@ -70,7 +75,7 @@ def submit(argv: Sequence[str], *, name: str, folder: Path | str, config: Launch
     except submitit.core.utils.FailedJobError as error:
         raise ValueError(f"sbatch refused {name}: {str(error).strip()}") from None
     submission = Submission(name, tuple(argv), sent.job_id, config.executor, str(folder), config.ranks, job.submitted, sent)
-    write_json(folder / "submission.json", {key: value for key, value in vars(submission).items() if key != "job"})
+    submission.write()
     return submission
 
 

@@ -48,7 +48,7 @@ def test_a_pretraining_reads_its_command_as_the_settings_that_its_result_must_ha
     monkeypatch.setenv("IMSVD_DATASET", "attributes")
     for one in build((1,), (), "smoke", Path("out"), ("--optim.lr", "0.003", "--loop.epochs", "6")):
         if one.argv[0] == "pretrain":
-            _, command = cli._parse_pretrain(one.argv[1:], "imsvd")
+            command = cli._parse_pretrain(one.argv[1:], "imsvd")
             assert plain(command.recipe) == one.settings and command.run_dir == one.run_dir
             assert one.settings["optim"]["lr"] == 0.003 and one.settings["loop"]["epochs"] in (3, 6)
             assert one.settings["data"] == "attributes"  # what auto stands for is settled once, for all

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 from cluster import NODES, Cluster
+
+from imsvd_core.datasets import data_root
 
 PATIENCE = 150.0  #: seconds that a job may need for anything
 
@@ -85,6 +88,11 @@ class Run:
     def until_step(self, step: int) -> float:
         return self.until(f"step {step}", lambda: self.step >= step)
 
+    def until_imports(self) -> None:
+        """Wait until every node has started its Python, which does not listen yet."""
+        self.until("started", lambda: all(any("_submit" in command for command in self.cluster.processes(node)) for node in NODES))
+        time.sleep(0.3)
+
     def until_state(self, *states: str) -> float:
         return self.until(f"state {' or '.join(states)}", lambda: self.cluster.state(self.job) in states)
 
@@ -109,6 +117,19 @@ class Run:
         mine, others = ([{name: value for name, value in line.items() if name != "samples_per_second"} for line in run.records]
                         for run in (self, other))
         assert mine == others
+
+
+def few_pictures(folder: Path, train: int, test: int) -> str:
+    """So many images of each class of CIFAR-10, copied to `folder`, where there is a tree of it; else drawn ones: a data set's name."""
+    source = data_root() / "cifar10"
+    if not (source / "train").is_dir():
+        return "attributes"
+    for split, count in (("train", train), ("test", test)):
+        for label in sorted((source / split).iterdir()):
+            (folder / split / label.name).mkdir(parents=True)
+            for image in sorted(label.iterdir())[:count]:
+                shutil.copy(image, folder / split / label.name)
+    return f"folder:{folder}"
 
 
 def _leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:

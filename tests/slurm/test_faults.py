@@ -1,7 +1,6 @@
 """What a cluster does to a training, and what becomes of it: real jobs, two ranks, on a real Slurm."""
 
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -11,9 +10,8 @@ from typing import Any
 
 import pytest
 from cluster import NODES, Cluster
-from runs import Run
+from runs import Run, few_pictures
 
-from imsvd_core.datasets import data_root
 from imsvd_core.launch import LaunchConfig, snapshot, submit
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]  # each trains a run to its end, most of them in two attempts
@@ -48,16 +46,7 @@ Loop._train_one = _failing
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """2,000 images of CIFAR-10, 200 of each class, where there is a tree of it; else drawn ones."""
-    source, folder = data_root() / "cifar10", tmp_path_factory.mktemp("data") / "cifar10"
-    if not (source / "train").is_dir():
-        return "attributes"
-    for split, count in (("train", 200), ("test", 40)):
-        for label in sorted((source / split).iterdir()):
-            (folder / split / label.name).mkdir(parents=True)
-            for image in sorted(label.iterdir())[:count]:
-                shutil.copy(image, folder / split / label.name)
-    return f"folder:{folder}"
+    return few_pictures(tmp_path_factory.mktemp("data") / "cifar10", 200, 40)
 
 
 @pytest.fixture(scope="module")
@@ -179,8 +168,7 @@ def test_usr2_while_workers_decode(launch, data, figures):
 def test_usr2_while_it_still_imports(launch, undisturbed, figures):
     """Nobody listens yet; it waits until somebody does."""
     run = launch()
-    run.until("started", lambda: all(any("_submit" in command for command in run.cluster.processes(node)) for node in NODES))
-    time.sleep(0.3)
+    run.until_imports()
     told = time.time()
     run.cluster.scancel("--signal=USR2", run.job)
     requeued = run.until("requeued", lambda: run.attempts > 1)
@@ -202,8 +190,7 @@ def test_a_job_in_a_higher_partition(launch, undisturbed, figures):
 
 def test_a_higher_partition_while_it_still_imports(launch, undisturbed, figures):
     run = launch()
-    run.until("started", lambda: all(any("_submit" in command for command in run.cluster.processes(node)) for node in NODES))
-    time.sleep(0.3)
+    run.until_imports()
     told = time.time()
     run.cluster.sbatch("sleep 3", "--partition=high", "--nodes=2", "--exclusive")
     requeued = run.until("requeued", lambda: run.attempts > 1)

@@ -1,7 +1,6 @@
 """All tables and figures as a graph of jobs on a real Slurm: one parent fails, its cause is mended, the graph goes on."""
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -11,9 +10,9 @@ from typing import Any
 
 import pytest
 from cluster import Cluster
+from runs import few_pictures
 
 import imsvd_core
-from imsvd_core.datasets import data_root
 from imsvd_core.launch.graph import Graph
 from imsvd_core.launch.status import Standing, look, read_submission
 
@@ -24,16 +23,7 @@ LOST = "vicreg-2-epochs"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """600 images of CIFAR-10, where there is a tree of it; else drawn ones."""
-    source, folder = data_root() / "cifar10", tmp_path_factory.mktemp("few")
-    if not (source / "train").is_dir():
-        return "attributes"
-    for split, count in (("train", 40), ("test", 20)):
-        for label in sorted((source / split).iterdir()):
-            (folder / split / label.name).mkdir(parents=True)
-            for image in sorted(label.iterdir())[:count]:
-                shutil.copy(image, folder / split / label.name)
-    return f"folder:{folder}"
+    return few_pictures(tmp_path_factory.mktemp("few"), 40, 20)
 
 
 @pytest.fixture
