@@ -136,6 +136,8 @@ class Loop:
         batches: see `Batches`; it may load, prefetch, or index.
         objective: the loss of the whole batch, if there is one: `step` then returns embeddings.
         settings: everything else that fixes the run, stored with it; resuming under other settings is refused.
+        steps: to train, where a schedule counts them and no whole epochs; by default those of `config.epochs`.
+        rate: step (from 0) → learning rate, where that is not the schedule of `optim`.
 
     Raises ValueError if one batch needs more than `samples` or is not cut into equal pieces, if another process holds
     `run_dir`, or if the run there had other settings or ranks; NonFiniteError with the step and the last good
@@ -144,7 +146,8 @@ class Loop:
 
     def __init__(self, step: Step, modules: Mapping[str, nn.Module], samples: int, config: LoopConfig, optim: OptimConfig,
                  run_dir: Path | str, *, batches: Batches | None = None, objective: Objective | None = None,
-                 settings: Any = None, progress: bool = True):
+                 settings: Any = None, progress: bool = True, steps: int | None = None,
+                 rate: Callable[[int], float] | None = None):
         self.rank, self.ranks = world()
         if config.batch_size > samples:
             raise ValueError(f"batch_size={config.batch_size} exceeds the {samples} samples: take a smaller batch or more data")
@@ -167,7 +170,8 @@ class Loop:
         self.gradients = Gradients(step, objective, self.modules.values(), self.device, self.scaler,
                                    PRECISIONS[config.precision], config.accumulate)
         self.steps_per_epoch = samples // config.batch_size
-        self.total_steps = config.epochs * self.steps_per_epoch
+        self.total_steps = config.epochs * self.steps_per_epoch if steps is None else steps
+        self.rate = rate or (lambda step: learning_rate(optim, step, self.total_steps, self.steps_per_epoch))
         self.step = 0
         self.seconds = 0.0  #: wall time of the steps so far, those before a resumption included
         self._last_good: Path | None = None
@@ -200,7 +204,8 @@ class Loop:
                 self._suspects.append(torch.stack([metrics["loss"], metrics["grad_norm"]]))
                 self.step += 1
                 ends_epoch = self.step % self.steps_per_epoch == 0
-                saves = ends_epoch or (self.config.save_every and self.step % self.config.save_every == 0)
+                ends = ends_epoch or self.step == self.total_steps
+                saves = ends or (self.config.save_every and self.step % self.config.save_every == 0)
                 logs = saves or self.step % self.config.log_every == 0
                 stops, due = self._look() if logs or self.device.type == "cpu" else (False, False)
                 self.seconds += time.perf_counter() - start
@@ -254,9 +259,8 @@ class Loop:
             yield from ((step, piece) for piece in order[start:start + share].chunk(self.config.accumulate))
 
     def _train_one(self, batches: Iterator[Any]) -> dict[str, Tensor]:
-        rate = learning_rate(self.optim, self.step, self.total_steps, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = self.rate(self.step)
         seed = stream_seed(self.config.seed, f"step of rank {self.rank}" if self.rank else "step", self.step)
         self.optimizer.zero_grad(set_to_none=True)
         metrics = self.gradients(itertools.islice(batches, self.config.accumulate), seed)

@@ -18,7 +18,7 @@ CONFIG = LoopConfig(epochs=3, batch_size=4, precision="fp32", log_every=2, devic
 SAMPLES = 22  # five steps an epoch, two samples left over
 
 
-def make(run_dir, config=CONFIG, spoil=None, optim=OptimConfig(lr=0.05), settings=None):
+def make(run_dir, config=CONFIG, spoil=None, optim=OptimConfig(lr=0.05), settings=None, **schedule):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(0.2), nn.Linear(5, 1))
     x = torch.randn(SAMPLES, 3)
@@ -30,7 +30,8 @@ def make(run_dir, config=CONFIG, spoil=None, optim=OptimConfig(lr=0.05), setting
         loss = (model(noisy).squeeze(1) - x[indices].sum(1)).square().mean()
         return {"loss": loss * (torch.nan if spoil == len(seen) - 1 else 1.0)}
 
-    return Loop(step, {"model": model}, SAMPLES, config, optim, run_dir, settings=settings, progress=False), model, seen
+    return Loop(step, {"model": model}, SAMPLES, config, optim, run_dir, settings=settings, progress=False,
+                **schedule), model, seen
 
 
 def run(*args, stop_after=None, **kwargs):
@@ -276,3 +277,11 @@ def test_one_gpu_for_all_ranks_is_refused(monkeypatch):
     monkeypatch.setattr("imsvd_core.loop.world", lambda: (1, 2))
     with pytest.raises(ValueError, match="device='cuda:0' would put 2 ranks on one GPU: use 'cuda'"):
         pick_device("cuda:0")
+
+
+def test_steps_and_rate_of_a_schedule_that_counts_no_epochs(tmp_path):
+    """12 steps of 5 an epoch: the last epoch is cut short, its end is saved, and the rate is what was asked for."""
+    loop, _, _ = make(tmp_path, steps=12, rate=lambda step: 0.5 / (step + 1))
+    list(loop)
+    assert loop.step == 12 and [path.name for path in checkpoints.paths(tmp_path / "checkpoints")][0] == "step-000000012.pt"
+    assert loop.records()[-1]["lr"] == pytest.approx(0.5 / 12)
