@@ -1,6 +1,6 @@
 """Images streamed from a tree on disk, for data sets that do not fit in memory: ImageNet, Places.
 
-A worker reads and decodes a file once, draws both views' crops from it and resizes them as bytes. All else is
+A worker reads and decodes a file once, draws every view's crop from it and resizes them as bytes. All else is
 done for the whole batch on the device, by `imsvd_core.views`. A crop is drawn from (seed, step, image) alone, so
 neither the number of workers nor that of ranks nor a resumption changes it.
 """
@@ -14,12 +14,13 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
 from imsvd_core import datasets
 from imsvd_core.datasets import OnCorrupt, Split
-from imsvd_core.views import CROP_DRAWS, EvalView, TwoViews
+from imsvd_core.views import CROP_DRAWS, EvalView, TwoViews, View
 
 PREFIX = "tree:"
 PART = 64  # images that a worker hands over at a time, some 20 MB of 224-pixel crops
@@ -92,6 +93,31 @@ class FolderImages:
         Yields uint8 (n, 3, size, size) twice. Closing the iterator ends the workers. Raises ValueError naming a
         file that cannot be read or is gone, unless `on_corrupt` is "skip".
         """
+        yield from self._random_crops((views.first, views.second), plan, seed, workers, device)
+
+    def crops(self, view: View, plan: Plan, *, seed: int, workers: int | None = None,
+              device: torch.device | str = "cpu") -> Iterator[Tensor]:
+        """One random crop of every image, uint8 (n, 3, size, size), for `view.finish`; all else as in `two_crops`."""
+        with closing(self._random_crops((view,), plan, seed, workers, device)) as stream:
+            for only, in stream:
+                yield only
+
+    def center_crops(self, view: EvalView, *, indices: Sequence[int] | None = None, workers: int | None = None,
+                     device: torch.device | str = "cpu") -> Iterator[Tensor]:
+        """The images in order, cropped by `view`: uint8 (up to 64, 3, size, size), for `view.finish`.
+
+        `indices`, such as a range, are the images wanted, in their order: a rank's share, say, or those that are
+        still to be done.
+        """
+        wanted = range(len(self)) if indices is None else indices
+        parts = (wanted[start:start + PART] for start in range(0, len(wanted), PART))
+        with closing(self._stream(partial(self._read_centers, view), parts, workers, device)) as stream:
+            for crops, in stream:
+                yield crops
+
+    def _random_crops(self, views: tuple[View, ...], plan: Plan, seed: int, workers: int | None,
+                      device: torch.device | str) -> Iterator[tuple[Tensor, ...]]:
+        """For each entry of the plan the crops that each view draws of its images."""
         pieces: deque[int] = deque()  # in how many parts each entry under way was handed out
 
         def parts() -> Iterator[tuple[int, list[int]]]:
@@ -100,37 +126,28 @@ class FolderImages:
                 pieces.append(len(cut))
                 yield from ((step, part) for part in cut)
 
-        read = partial(self._read_two_crops, views, seed)
-        with closing(self._stream(read, parts(), workers, device)) as stream:
+        with closing(self._stream(partial(self._read_crops, views, seed), parts(), workers, device)) as stream:
             for first in stream:
                 entry = [first, *islice(stream, pieces.popleft() - 1)]
                 yield tuple(torch.cat(crops) if len(entry) > 1 else crops[0] for crops in zip(*entry, strict=True))
 
-    def center_crops(self, view: EvalView, *, workers: int | None = None,
-                     device: torch.device | str = "cpu") -> Iterator[Tensor]:
-        """The images in order, cropped by `view`: uint8 (up to 64, 3, size, size), for `view.finish`."""
-        parts = (range(len(self))[start:start + PART] for start in range(0, len(self), PART))
-        with closing(self._stream(partial(self._read_centers, view), parts, workers, device)) as stream:
-            for crops, in stream:
-                yield crops
-
-    def _read_centers(self, view: EvalView, part: range) -> tuple[Tensor, list[int]]:
+    def _read_centers(self, view: EvalView, part: Sequence[int]) -> tuple[Tensor, list[int]]:
         unreadable: list[int] = []
         return torch.stack([view.crop(self._decode(index, unreadable)) for index in part]), unreadable
 
-    def _read_two_crops(self, views: TwoViews, seed: int,
-                        part: tuple[int, list[int]]) -> tuple[Tensor, Tensor, list[int]]:
-        (step, indices), side = part, views.config.first.size
-        crops = torch.empty(2, len(indices), side, side, 3, dtype=torch.uint8)
+    def _read_crops(self, views: tuple[View, ...], seed: int, part: tuple[int, list[int]]) -> tuple:
+        """The part's crops by each view, uint8 (n, 3, size, size), then the unreadable files."""
+        (step, indices), side = part, views[0].config.size
+        crops = torch.empty(len(views), len(indices), side, side, 3, dtype=torch.uint8)
         crops, unreadable = crops.permute(0, 1, 4, 2, 3), []
         for start in range(0, len(indices), CHUNK):
             some = indices[start:start + CHUNK]
             images = [self._decode(index, unreadable) for index in some]
             height, width = torch.tensor([image.shape[1:] for image in images]).unbind(1)
             chance = [np.random.default_rng((seed, step, index)) for index in some]
-            drawn = [one.random((2, CROP_DRAWS), np.float32) for one in chance]
+            drawn = [one.random((len(views), CROP_DRAWS), np.float32) for one in chance]
             uniforms = torch.from_numpy(np.stack(drawn, 1))
-            for uniform, view, out in zip(uniforms, (views.first, views.second), crops, strict=True):
+            for uniform, view, out in zip(uniforms, views, crops, strict=True):
                 boxes = view.draw_crops(uniform, height, width).tolist()
                 for number, (image, box) in enumerate(zip(images, boxes, strict=True)):
                     out[start + number] = view.crop(image, box)
@@ -148,27 +165,51 @@ class FolderImages:
                 unreadable.append(place)
         raise ValueError(f"{self.home} holds no image that can be read, of {len(self)} files")
 
-    def _stream(self, read: Callable, parts: Iterator, workers: int | None,
+    def _stream(self, read: Callable, parts: Iterable, workers: int | None,
                 device: torch.device | str) -> Iterator[list[Tensor]]:
-        """What `read` makes of each part, in order, on the device, less its last item: the unreadable files."""
-        device, workers = torch.device(device), share_of_cores() if workers is None else workers
-        loader = DataLoader(_Reader(read), batch_size=None, sampler=parts, num_workers=workers,
-                            prefetch_factor=AHEAD if workers else None, worker_init_fn=_heed_the_trainer_alone,
-                            pin_memory=device.type == "cuda",
-                            generator=torch.Generator())  # not the trainer's chance
-        iterator = iter(loader)
-        try:
-            for result in iterator:
-                if isinstance(result, ValueError):
-                    raise result
-                *crops, unreadable = result
+        """What `read` makes of each part, less its last item: the unreadable files, which are noted."""
+        with closing(stream(read, parts, workers, device)) as results:
+            for *crops, unreadable in results:
                 for index in set(unreadable) - self.unreadable:
                     self.unreadable.add(index)
                     log.warning("%s cannot be read and is replaced by the next image (%d such so far)",
                                 self.file(index), self.skipped)
-                yield [crop.to(device, non_blocking=True) for crop in crops]
-        finally:
-            del iterator  # with it go the workers
+                yield crops
+
+
+def stream(read: Callable[[Any], Any], parts: Iterable, workers: int | None = None,
+           device: torch.device | str = "cpu") -> Iterator[Any]:
+    """What `read` makes of each part, in order, made by worker processes some parts ahead.
+
+    Args:
+        read: picklable; gives a tensor, or tuples, lists and dicts of tensors and of what else can be pickled.
+        parts: what it is given, one after the other; consumed ahead of the yields.
+        workers: processes; 0 reads here; by default this rank's share of the cores.
+        device: where tensors are sent, also those inside tuples, lists and dicts.
+
+    Closing the iterator ends the workers. Raises here the ValueError that `read` raises there.
+    """
+    device, workers = torch.device(device), share_of_cores() if workers is None else workers
+    loader = DataLoader(_Reader(read), batch_size=None, sampler=parts, num_workers=workers,
+                        prefetch_factor=AHEAD if workers else None, worker_init_fn=_heed_the_trainer_alone,
+                        pin_memory=device.type == "cuda",
+                        generator=torch.Generator())  # not the trainer's chance
+    iterator = iter(loader)
+    try:
+        for result in iterator:
+            if isinstance(result, ValueError):
+                raise result
+            yield _sent(result, device)
+    finally:
+        del iterator  # with it go the workers
+
+
+def _sent(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, tuple | list):
+        return type(value)(_sent(one, device) for one in value)
+    return {key: _sent(one, device) for key, one in value.items()} if isinstance(value, dict) else value
 
 
 def open_folder(name: str, split: Split = "train", root: Path | str | None = None, *,

@@ -86,6 +86,39 @@ def test_a_crop_depends_on_seed_step_and_image_and_on_nothing_else(tree, monkeyp
     assert not torch.equal(again1, again2) and again1.shape == (1, 3, 24, 24) and again1.dtype == torch.uint8
 
 
+def test_one_views_crops_are_drawn_as_the_first_of_two(tree):
+    data, plan = open_folder(f"tree:{tree}"), [(0, torch.arange(16)), (3, torch.tensor([5, 3]))]
+    for alone, (first, _) in zip(data.crops(VIEWS.first, plan, seed=1, workers=1), crops(data, *(
+            (step, indices.tolist()) for step, indices in plan), seed=1), strict=True):
+        assert torch.equal(alone, first)
+
+
+@pytest.mark.parametrize("wanted", [range(5, 16), range(1, 16, 3), [7, 2, 2], range(0)])
+def test_center_crops_of_a_share_are_those_of_the_whole(tree, monkeypatch, wanted):
+    monkeypatch.setattr(folders, "PART", 4)
+    data, view = open_folder(f"tree:{tree}"), EvalView(32, 28)
+    whole = torch.cat(list(data.center_crops(view, workers=0)))
+    parts = list(data.center_crops(view, indices=wanted, workers=1))
+    assert [len(part) for part in parts] == [len(wanted[start:start + 4]) for start in range(0, len(wanted), 4)]
+    assert torch.equal(torch.cat([*parts, whole[:0]]), whole[list(wanted)])
+
+
+def _nested(part: int) -> dict:
+    if part == 3:
+        raise ValueError("part 3 is bad")
+    return {"name": str(part), "tensors": [torch.full((2,), part), (torch.zeros(part),)]}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_anything_can_be_streamed_in_order_and_sent(workers):
+    found = list(folders.stream(_nested, range(3), workers, "meta"))
+    assert [one["name"] for one in found] == ["0", "1", "2"]
+    assert all(one["tensors"][0].is_meta and one["tensors"][1][0].is_meta for one in found)
+    with pytest.raises(ValueError, match="part 3 is bad"):
+        list(folders.stream(_nested, iter(range(5)), workers))
+    assert not multiprocessing.active_children()
+
+
 def test_crops_are_cut_from_their_own_image_at_its_own_size(tree):
     for i, file in enumerate(sorted((tree / "train/cat").iterdir())):  # each image one colour of its own
         Image.new("RGB", Image.open(file).size, (20 * i, 255 - 20 * i, 7)).save(file.with_suffix(".png"))
