@@ -18,7 +18,7 @@ training launch.job launch.config
 recipes arrays prepared
 evaluation.knn evaluation.linear evaluation.svm methods variants arrays.tables
 evaluation.features loop loss information voc
-gradients streaming folders record
+gradients streaming folders record export
 discretization distributed networks views datasets optim checkpoints results plots
 files signals launch.shield attributes arrays.designs arrays.bounds
 """
