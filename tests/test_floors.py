@@ -13,7 +13,7 @@ launch.status
 launch.graph launch.queue
 launch
 launch.plan
-launch.submit
+launch.submit efficiency
 training launch.job launch.config
 recipes arrays prepared
 evaluation.knn evaluation.linear evaluation.svm methods variants arrays.tables
