@@ -16,8 +16,8 @@ launch.plan
 launch.submit
 training launch.job launch.config
 recipes arrays prepared
-evaluation.knn evaluation.linear methods variants arrays.tables
-evaluation.features loop loss information
+evaluation.knn evaluation.linear evaluation.detection methods variants arrays.tables
+evaluation.features evaluation.detector loop loss information coco
 gradients streaming folders record
 discretization distributed networks views datasets optim checkpoints results plots
 files signals launch.shield attributes arrays.designs arrays.bounds
