@@ -45,6 +45,13 @@ def test_shuffled_labels_give_what_chance_does_the_share_of_positives():
     assert 25 < found["svm"] < 45  # a third; the envelope takes the best of what follows, so a little more
 
 
+def test_only_the_direction_of_features_counts():
+    x, y, test_x, test_y = planted(0.5)
+    sizes = np.random.default_rng(1).uniform(10, 1000, (240, 1))
+    found, scaled = (svm.fit(*data, CLASSES, CONFIG) for data in ((x, y, test_x, test_y), (x * sizes, y, test_x * sizes[::-1], test_y)))
+    assert scaled["svm"] == pytest.approx(found["svm"], abs=0.1)
+
+
 def test_average_precision_by_hand():
     labels = np.array([1, -1, 0, 1, -1, 1])
     scores = np.array([.9, .8, .7, .6, .5, .4])
