@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Annotated, Generic, TypeVar
 
 import tyro
 from rich.console import Console
@@ -26,7 +26,7 @@ from imsvd_core.files import Superseded, atomic_write
 from imsvd_core.launch import graph as graphs
 from imsvd_core.launch.reproduce import reproduce as bring_about
 from imsvd_core.launch.status import graphs_under, look, watch
-from imsvd_core.loop import NonFiniteError
+from imsvd_core.loop import NonFiniteError, pick_device
 from imsvd_core.recipes import (EVALUATIONS, OWN, RECIPES, EvalViewConfig, EvaluationRecipe, Recipe, Scale, current_scale,
                                 evaluation, recipe)
 from imsvd_core.results import provenance, read_result, write_result
@@ -107,9 +107,9 @@ class ExportCommand:
 
     run: tyro.conf.Positional[Path]
     """Folder of a finished run, or a file of weights."""
-    to: Literal["torchvision", "timm", "detectron2", "safetensors"]
+    to: exporting.Format
     out: Path | None = None
-    """The file; by default backbone-TO.pth (.pkl, .safetensors) in the run's folder."""
+    """The file; by default backbone-TO with its suffix, in the run's folder."""
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ def evaluate(argv: Sequence[str]) -> Path:
         scale = _peek(rest, "--scale") or current_scale()
         usual = evaluation(name, scale)
         parse = partial(tyro.cli, EvaluateCommand[type(usual.config)], prog=f"imsvd evaluate {name}", args=rest)
-        run = parse(default=EvaluateCommand(tyro.MISSING, usual.config, usual.eval_view)).run  # it decides what the rest starts from
+        run = parse(default=EvaluateCommand(tyro.MISSING, usual.config, usual.eval_view, usual.data, scale)).run  # which decides what the rest is
         judged = evaluations.load(run, scale)
         usual = evaluation(name, scale, judged.trained)
         command = parse(default=EvaluateCommand(run, usual.config, usual.eval_view, usual.data, scale))
@@ -278,24 +278,24 @@ def export(argv: Sequence[str]) -> None:
     command = tyro.cli(ExportCommand, prog="imsvd export", args=argv)
     judged = evaluations.load(command.run)
     network = judged.trained.network
-    out = command.out or judged.folder / exporting.file_name(command.to)
-    exporting.export(judged.backbone, network.backbone, network.cifar_stem, command.to, out)
-    print(f"written to {out}")
+    out = command.out or judged.folder / f"backbone-{command.to}{exporting.SUFFIXES[command.to][0]}"
+    print(f"written to {exporting.export(judged.backbone, network.backbone, network.cifar_stem, command.to, out)}")
 
 
 def bench(argv: Sequence[str]) -> None:
     if argv[:1] != ["step"]:
         print("usage: imsvd bench step RECIPE ...\n\n`imsvd bench step RECIPE --help` lists its settings.")
         raise SystemExit(0 if argv and argv[0] in ("-h", "--help") else 2)
-    with process_group(_peek(argv, "--recipe.loop.device") or _peek(argv, "--loop.device") or "auto"):
-        command = _parse_recipe(argv[1:], BenchStepCommand, "imsvd bench step")
-        start = time.perf_counter()
-        figures = bench_step(command.recipe, steps=command.steps, warmup=command.warmup, progress=command.progress)
-        if world()[0]:
-            return
-        Console().print(figures)
-        if command.json:
-            origin = provenance(config=command.recipe, seed=command.recipe.loop.seed, device=figures["device"], )
+    with process_group(_peek(argv, "--loop.device") or "auto"):
+        command, name = _parse_recipe(argv[1:], BenchStepCommand, "imsvd bench step")
+        start, one = time.perf_counter(), command.recipe
+        figures = bench_step(one, steps=command.steps, warmup=command.warmup, progress=command.progress)
+        if world()[0] == 0:
+            Console().print(figures)
+            if command.json:
+                origin = provenance(config=one, seed=one.loop.seed, device=pick_device(one.loop.device), dataset=figures["data"],
+                                    seconds=time.perf_counter() - start, world_size=figures["ranks"])
+                write_result(command.json, f"bench-step-{name}", figures, origin, overwrite=True)
 
 
 def data(argv: Sequence[str]) -> None:

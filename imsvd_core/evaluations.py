@@ -12,10 +12,10 @@ from imsvd_core.coco import open_coco
 from imsvd_core.datasets import OnCorrupt
 from imsvd_core.distributed import on_rank_0, rank_0_first, world
 from imsvd_core.evaluation import detection, knn, linear, svm
-from imsvd_core.evaluation.features import fingerprint
+from imsvd_core.evaluation.linear import fingerprint
 from imsvd_core.export import read_state_dict
 from imsvd_core.loop import PRECISIONS, pick_device
-from imsvd_core.networks import NetworkConfig, build_backbone
+from imsvd_core.networks import build_backbone
 from imsvd_core.recipes import EvaluationRecipe, Recipe, Scale, evaluation, recipe
 from imsvd_core.results import config_hash, plain, provenance, read_result, write_result
 from imsvd_core.views import EvalView
@@ -51,7 +51,7 @@ def load(path: Path | str, scale: Scale | None = None) -> Judged:
     backbone = build_backbone(name, cifar_stem)
     backbone.load_state_dict(state)
     like = recipe("cifar10" if cifar_stem else "imagenet-100", scale)
-    return Judged(backbone, replace(like, network=NetworkConfig(name, cifar_stem)), Path("runs") / path.stem, known=False)
+    return Judged(backbone, replace(like, network=replace(like.network, backbone=name, cifar_stem=cifar_stem)), Path("runs") / path.stem, known=False)
 
 
 def evaluate(name: str, judged: Judged, asked: EvaluationRecipe, *, usual: str | None = None, device: str | None = None,
@@ -81,7 +81,7 @@ def evaluate(name: str, judged: Judged, asked: EvaluationRecipe, *, usual: str |
         match settings:
             case knn.KNNConfig():
                 with signals.interruptible():
-                    figures = knn.evaluate(judged.backbone, data, settings, ranks=True, **seen, **embedded, **common)
+                    figures = knn.evaluate(judged.backbone, data, settings, **seen, **embedded)
             case linear.LinearConfig():
                 figures = linear.evaluate(judged.backbone, data, settings, **seen, **common)
             case svm.SVMConfig():

@@ -1,6 +1,10 @@
 """An evaluation from its name to its result: whatever backbone, whatever data, one code path."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,7 +116,7 @@ def test_the_folders_file_and_a_foreign_one_are_told_apart(tmp_path):
 def test_bench_step_tells_hours_and_memory(capsys, tmp_path):
     main(["bench", "step", "cifar10", "--steps", "2", "--warmup", "1", "--json", "step.json", "--no-progress"])
     figures = json.loads((tmp_path / "step.json").read_text())["figures"]
-    assert figures["hours_for_100_epochs"] > 0 and figures["peak_memory_gb"] > 0 and "hours" in capsys.readouterr().out
+    assert figures["hours_per_100_epochs"] > 0 and figures["peak_resident_GB"] > 0 and "hours" in capsys.readouterr().out
 
 
 def test_what_cannot_be_is_said_in_one_line(weights, capsys):
@@ -149,3 +153,21 @@ def test_a_full_width_probe_takes_a_step_saves_and_goes_on(tree, tmp_path, monke
              for home in (Path("runs/resnet50"), tmp_path / "whole") for folder in (home / "imagenet-linear").iterdir()]
     assert len(heads) == 2 and all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
     assert cut["figures"] | {"seconds": 0} == left_alone["figures"] | {"seconds": 0}
+
+
+@pytest.mark.slow  # five processes that import torch
+def test_two_ranks_judge_as_one(weights, tree, free_port):
+    """kNN exactly; the probe, whose ranks draw each their own crops, from the same features."""
+    words = {"imagenet-knn": [], "linear": ["--data", "tree:imagenet", "--no-augment", "--loop.precision", "fp32"]}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()),
+                "-m", "imsvd_core.cli"]
+    for name, more in words.items():
+        command = ["evaluate", name, str(weights), *more, "--device", "cpu", "--no-progress"]
+        subprocess.run([*torchrun, *command], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        together = read_result(f"runs/theirs/{name}.json")
+        assert together["provenance"]["world_size"] == 2
+        Path(f"runs/theirs/{name}.json").rename("together.json")
+        shutil.rmtree(f"runs/theirs/{name}", ignore_errors=True)
+        main(command)
+        alone = read_result(f"runs/theirs/{name}.json")
+        assert together["figures"] | {"seconds": 0} == alone["figures"] | {"seconds": 0}
