@@ -16,16 +16,21 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from torch.nn.functional import normalize
 
 from imsvd_core import evaluations
-from imsvd_core.evaluation import svm
+from imsvd_core.evaluation import detection, svm
+from imsvd_core.evaluation.features import embed
+from imsvd_core.evaluation.knn import weighted_knn
 from imsvd_core.files import atomic_write
 from imsvd_core.networks import NetworkConfig
 from imsvd_core.recipes import evaluation
 from imsvd_core.results import STORE, plain, provenance, read_result, write_result
 from imsvd_core.training import build_network, load_run, save_backbone
+from imsvd_core.views import EvalView
 
 CIFAR, TINY = "cifar10", "folder:tiny-imagenet-40"
+ALIKE = 25.0  # root mean square of the differences of two images' bytes
 KEPT = "cifar10-laptop-40-epochs-seed0.safetensors"
 
 
@@ -39,6 +44,31 @@ def backbones(tiny_run: Path, out: Path, store: Path) -> dict[str, Path]:
         files[f"{name}-untrained"] = out / f"{name}-untrained.safetensors"
         save_backbone(files[f"{name}-untrained"], build_network(network, seed=0).backbone, network)
     return files
+
+
+def twins(store: Path) -> dict[str, float]:
+    """How many test images of CIFAR-10 have their nearest neighbour among the training images in nearly the same pixels, and
+    what the neighbours are worth with and without those."""
+    judged = evaluations.load(store / KEPT, "laptop")
+    train, test = evaluations.load_data(replace(judged.trained, data=CIFAR))
+    view = EvalView(**asdict(judged.trained.eval_view))
+    gallery, queries = (embed(judged.backbone, part, view) for part in (train, test))
+    unit = normalize(gallery, dim=1)
+    nearest = torch.cat([(some @ unit.T).argmax(1) for some in normalize(queries, dim=1).split(1000)])
+    differ = (train.images[nearest].float() - test.images.float()).square().flatten(1).mean(1).sqrt()
+    twin = differ < ALIKE
+    kept = torch.ones(len(train), dtype=torch.bool)
+    kept[nearest[twin]] = False
+
+    def right(rows: torch.Tensor) -> torch.Tensor:
+        found = weighted_knn(gallery[rows], train.labels[rows], queries, len(train.classes), neighbors=(20,))[20]
+        return (found == test.labels).float()
+
+    whole, without = right(torch.ones_like(kept)), right(kept)
+    figures = {"knn_20": whole.mean(), "knn_20_of_twins": whole[twin].mean(), "knn_20_of_others": whole[~twin].mean(),
+               "knn_20_of_twins_without": without[twin].mean(), "same_label": (train.labels[nearest] == test.labels)[twin].float().mean()}
+    return {"rms_below": ALIKE, "twins": int(twin.sum()), "test_images": len(test)} | {
+        name: round(100 * value.item(), 2) for name, value in figures.items()}
 
 
 def main(tiny_run: Path, out: Path, names: list[str], store: Path = STORE) -> None:
@@ -70,12 +100,17 @@ def main(tiny_run: Path, out: Path, names: list[str], store: Path = STORE) -> No
             found, rows = svm.embed(judged.backbone, part, config)
             features[f"{name}-{part.split}"] = found.half()
             features[f"labels-{part.split}"] = part.labels[rows].contiguous()
+        if name == "tiny":  # batch-norm's running averages in place of precise ones, on the same trained detector
+            config = replace(evaluation("coco-detection", "laptop").config, precise_bn=0)
+            data = evaluations.load_data(replace(judged.trained, data="coco:coco-mini"))
+            runs[name]["coco-detection-running-averages"] = detection.evaluate(judged.backbone, data, config,
+                                                                               run_dir=out / name / "coco-detection")
     with atomic_write(store / "voc-mini-features.safetensors") as file:
         file.write(safetensors.torch.save(features))
     config = {kind: plain(asdict(evaluation(kind, "laptop"))) for kind in ("knn", "imagenet-linear", "voc07-svm", "coco-detection")}
     origin = provenance(config=config, seed=0, device="cpu", seconds=time.perf_counter() - begin,
                         dataset="CIFAR-10 (JPEG), tiny-imagenet-40, voc-mini, coco-mini")
-    write_result(store / "evaluations-small.json", "evaluations-small", {"voc_classes": classes, "runs": runs}, origin, overwrite=True)
+    write_result(store / "evaluations-small.json", "evaluations-small", {"voc_classes": classes, "runs": runs, "twins": twins(store)}, origin, overwrite=True)
 
 
 if __name__ == "__main__":
