@@ -178,7 +178,7 @@ def open_coco(name: str, split: Split = "train", root: Path | str | None = None,
         if objects or split == "test":
             ids.append(number)
             records.append(pickle.dumps({**image, "objects": objects}))
-    if not ids:
+    if not coco.anns or not ids:
         raise ValueError(f"{listing} lists no image with an object: unpack COCO's annotations again")
     ends = torch.tensor([len(record) for record in records]).cumsum(0)
     places = torch.stack([ends - torch.tensor([len(record) for record in records]), ends], 1)
