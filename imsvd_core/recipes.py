@@ -173,7 +173,7 @@ def _imagenet(scale: Scale, epochs: int = 100) -> Recipe:
         loop=LoopConfig(epochs=epochs // 50, batch_size=256), eval_view=EvalViewConfig(64, 64, IMAGENET_MEAN, IMAGENET_STD),
         watch=KNNConfig(neighbors=(20,), gallery=4_000, queries=1_000),
         linear=LinearConfig(OptimConfig(name="sgd", lr=0.3, weight_decay=1e-6, warmup_epochs=0),
-                            LoopConfig(epochs=10, batch_size=256), view=ViewConfig(size=64, scale=(0.2, 1.0)), augment=True))
+                            LoopConfig(epochs=5, batch_size=256), view=ViewConfig(size=64, scale=(0.2, 1.0)), augment=True))
 
 
 @dataclass(frozen=True)
