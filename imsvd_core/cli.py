@@ -43,6 +43,7 @@ commands:
   bench step RECIPE      time of a training step, hours of 100 epochs, peak memory, on the device at hand
   launch RECIPE          the same training as a job of a cluster (Slurm), queued again whenever it is stopped; --dry-run
                          tells what it will take
+  launch evaluate NAME RUN ...   an evaluation as such a job
   reproduce              a table of the paper, a figure, or all: what it needs as a graph of jobs, the finished left alone
   status [FOLDER]        where what was launched stands: waiting, running, done, failed
   data check NAME ROOT   whether a data root (imagenet, places205, voc07, coco) is whole, or how to prepare one
@@ -96,6 +97,8 @@ class EvaluateCommand(Generic[Settings]):
     """auto, cuda, mps or cpu; by default that of the settings."""
     on_corrupt: OnCorrupt = "error"
     """An unreadable image file ends the evaluation, or is passed over."""
+    out: Path | None = None
+    """Folder of the result; the run's own by default, runs/FILE for a file of weights."""
     progress: bool = True
     overwrite: bool = False
     """Replace a result that other settings have given."""
@@ -218,31 +221,38 @@ def launch(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         tyro.cli(LaunchCommand, prog="imsvd launch RECIPE", args=["--help"], default=default)
     name = argv[0]
-    if name not in RECIPES:
-        raise ValueError(f"recipe={name!r} is unknown; the recipe comes first, one of: {', '.join(RECIPES)}")
+    if name not in (*RECIPES, "evaluate"):
+        raise ValueError(f"recipe={name!r} is unknown; the recipe comes first, one of: {', '.join(RECIPES)}; or evaluate NAME RUN")
     command, rest = tyro.cli(LaunchCommand, prog="imsvd launch RECIPE", args=argv[1:], default=default, return_unknown_args=True)
-    pretraining = _parse_pretrain([name, *rest], "imsvd launch")
-    run_dir = pretraining.run_dir.absolute()
-    taken = launcher.plan(name, pretraining.recipe, command.config, run_dir)
-    folder, job_name = run_dir / "jobs", run_dir.name
-    if (folder / "submission.json").exists():
-        for standing in look(graphs_under(run_dir)[0]).values():
-            if standing.live or standing.state == "unknown":
-                raise ValueError(f"run_dir={str(run_dir)!r} has a job on its way, {standing.job} ({standing.words or standing.state}): "
-                                 "wait for its end, stop it, or give another folder")
-    if command.dry_run:
-        if command.config.executor == "slurm":
-            print(launcher.batch_script(job_name, folder, command.config, run_dir / "code"))
-        print(taken)
-        return
-    if taken.refused:
-        raise ValueError("not sent:\n  " + "\n  ".join(taken.refused))
-    print(taken)
     given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    given.add_argument("--scale")
-    given.add_argument("--run-dir")
-    words = ["pretrain", name, "--scale", pretraining.scale, "--run-dir", str(run_dir), "--no-progress",
-             *given.parse_known_args(rest)[1]]
+    for option in ("--scale", "--out" if name == "evaluate" else "--run-dir"):
+        given.add_argument(option)
+    told, taken = given.parse_known_args(rest)[1], None
+    if name == "evaluate":
+        asked, judged, usual = _parse_evaluation(rest, "imsvd launch evaluate")
+        run_dir, what = judged.folder.absolute(), evaluations.result_path(rest[0], judged, asked.data, usual.data).stem
+        folder, job_name = run_dir / "jobs" / what, f"{run_dir.name}-{what}"
+        told[told.index(str(asked.run))] = str(asked.run.absolute())
+        words = ["evaluate", *told, "--scale", asked.scale, "--out", str(run_dir), "--no-progress"]
+    else:
+        pretraining = _parse_pretrain([name, *rest], "imsvd launch")
+        run_dir = pretraining.run_dir.absolute()
+        folder, job_name = run_dir / "jobs", run_dir.name
+        taken = launcher.plan(name, pretraining.recipe, command.config, run_dir)
+        words = ["pretrain", name, "--scale", pretraining.scale, "--run-dir", str(run_dir), "--no-progress", *told]
+    known = graphs_under(run_dir) if (folder / "submission.json").exists() else []
+    for standing in (one for graph in known for one in look(graph).values() if one.task.folder == folder):
+        if standing.live or standing.state == "unknown":
+            raise ValueError(f"run_dir={str(run_dir)!r} has a job on its way, {standing.job} ({standing.words or standing.state}): "
+                             "wait for its end, stop it, or give another folder")
+    if command.dry_run and command.config.executor == "slurm":
+        print(launcher.batch_script(job_name, folder, command.config, run_dir / "code"))
+    if taken and taken.refused and not command.dry_run:
+        raise ValueError("not sent:\n  " + "\n  ".join(taken.refused))
+    if taken:
+        print(taken)
+    if command.dry_run:
+        return
     sent = launcher.submit(words, name=job_name, folder=folder, config=command.config, code=launcher.snapshot(run_dir / "code"))
     print(f"job {sent.job_id} sent; its logs are in {folder}; imsvd status {run_dir} tells how it stands")
     if command.config.executor == "debug":
@@ -250,28 +260,31 @@ def launch(argv: Sequence[str]) -> None:
 
 
 def evaluate(argv: Sequence[str]) -> Path:
-    names = (*OWN, *EVALUATIONS)
     if argv and argv[0] in ("-h", "--help"):
-        print(f"usage: imsvd evaluate NAME RUN ...\n\nNAME is one of {', '.join(names)}; `imsvd evaluate NAME --help` lists "
-              "its settings.")
+        print(f"usage: imsvd evaluate NAME RUN ...\n\nNAME is one of {', '.join((*OWN, *EVALUATIONS))}; `imsvd evaluate NAME "
+              "--help` lists its settings.")
         raise SystemExit(0)
-    name, rest = (argv[0] if argv else ""), list(argv[1:])
-    if name not in names:
-        raise ValueError(f"evaluation={name!r} must be one of {', '.join(names)}")
-    with process_group(_peek(rest, "--device") or _peek(rest, "--loop.device") or "auto"):
+    with process_group(_peek(argv, "--device") or _peek(argv, "--loop.device") or "auto"):
         if world()[0]:
             logging.getLogger().setLevel(logging.ERROR)  # rank 0 tells
-        scale = _peek(rest, "--scale") or current_scale()
-        usual = evaluation(name, scale)
-        parse = partial(tyro.cli, EvaluateCommand[type(usual.config)], prog=f"imsvd evaluate {name}", args=rest)
-        run = parse(default=EvaluateCommand(tyro.MISSING, usual.config, usual.eval_view, usual.data, scale)).run  # which decides what the rest is
-        judged = evaluations.load(run, scale)
-        usual = evaluation(name, scale, judged.trained)
-        command = parse(default=EvaluateCommand(run, usual.config, usual.eval_view, usual.data, scale))
+        command, judged, usual = _parse_evaluation(argv, "imsvd evaluate")
         asked = EvaluationRecipe(command.config, command.data, command.eval_view)
         return _tell(evaluations.evaluate(
-            name, judged, asked, usual=usual.data, device=command.device, on_corrupt=command.on_corrupt,
+            argv[0], judged, asked, usual=usual.data, device=command.device, on_corrupt=command.on_corrupt,
             progress=command.progress, overwrite=command.overwrite))
+
+
+def _parse_evaluation(argv: Sequence[str], prog: str) -> tuple[EvaluateCommand, evaluations.Judged, EvaluationRecipe]:
+    """The settings, whom they are to judge, and what they would have been."""
+    name, rest = (argv[0] if argv else ""), argv[1:]
+    scale = _peek(rest, "--scale") or current_scale()
+    usual = evaluation(name, scale)
+    parse = partial(tyro.cli, EvaluateCommand[type(usual.config)], prog=f"{prog} {name}", args=rest)
+    run = parse(default=EvaluateCommand(tyro.MISSING, usual.config, usual.eval_view, usual.data, scale)).run
+    judged = evaluations.load(run, scale)  # it decides what the other settings start from
+    usual = evaluation(name, scale, judged.trained)
+    command = parse(default=EvaluateCommand(run, usual.config, usual.eval_view, usual.data, scale))
+    return command, replace(judged, folder=command.out or judged.folder), usual
 
 
 def export(argv: Sequence[str]) -> None:

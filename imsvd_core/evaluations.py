@@ -54,16 +54,22 @@ def load(path: Path | str, scale: Scale | None = None) -> Judged:
     return Judged(backbone, replace(like, network=replace(like.network, backbone=name, cifar_stem=cifar_stem)), Path("runs") / path.stem, known=False)
 
 
+def result_path(name: str, judged: Judged, data: str, usual: str) -> Path:
+    """Where the result of an evaluation goes: NAME.json, or NAME-DATA.json for data other than the `usual`."""
+    other = "" if data == usual else "-" + data.replace("/", "_")
+    return judged.folder / f"{name}{other}.json"
+
+
 def evaluate(name: str, judged: Judged, asked: EvaluationRecipe, *, usual: str | None = None, device: str | None = None,
              on_corrupt: OnCorrupt = "error", progress: bool = True, overwrite: bool = False) -> Path:
-    """Judge a backbone; returns the path of NAME.json in its folder, NAME-DATA.json for data other than the `usual`.
+    """Judge a backbone; returns the path of the result (`result_path`).
 
     On several ranks all share the work, and what was cut off goes on where it was, by the same call. `device` is that of
     the settings by default. Raises FileExistsError if other settings gave the result that stands there, unless
     `overwrite`; `signals.Stopped` after a notice.
     """
-    other = "" if asked.data == (usual or asked.data) else "-" + asked.data.replace("/", "_")
-    path, trained = judged.folder / f"{name}{other}.json", replace(judged.trained, eval_view=asked.eval_view)
+    path = result_path(name, judged, asked.data, asked.data if usual is None else usual)
+    trained = replace(judged.trained, eval_view=asked.eval_view)
     whose = plain(trained) if judged.known else [fingerprint(*judged.backbone.state_dict().values()), plain(asked.eval_view)]
     config = {"evaluation": plain(asked.config), "pretraining": whose}
     if path.exists() and not overwrite and read_result(path)["provenance"]["config_hash"] != config_hash(config):
