@@ -17,7 +17,7 @@ launch.submit
 training launch.job launch.config
 recipes arrays prepared
 evaluation.knn evaluation.linear evaluation.detection methods variants arrays.tables
-evaluation.features evaluation.detector loop loss information coco
+evaluation.features evaluation.detector loop loss information
 gradients streaming folders record
 discretization distributed networks views datasets optim checkpoints results plots
 files signals launch.shield attributes arrays.designs arrays.bounds
