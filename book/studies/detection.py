@@ -75,7 +75,7 @@ def one_process(run_dir: Path, steps: int) -> dict:
 
 
 def digest(detector: torch.nn.Module) -> str:
-    return detection._digest(value.numpy() for value in detector.state_dict().values())
+    return detection.fingerprint(value.numpy() for value in detector.state_dict().values())
 
 
 def full_width(run_dir: Path) -> dict:
