@@ -18,7 +18,8 @@ launch.submit
 training launch.job launch.config
 recipes arrays prepared export
 evaluation.knn evaluation.linear evaluation.svm evaluation.detection methods variants arrays.tables
-evaluation.features evaluation.detector loop loss information voc coco
+evaluation.features evaluation.detector loop loss information voc
+coco
 gradients streaming folders record
 discretization distributed networks views datasets optim checkpoints results plots
 files signals launch.shield attributes arrays.designs arrays.bounds

@@ -10,7 +10,6 @@ the result goes to RUN_DIR/result.json, or with --keep among the book's.
 """
 
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -45,7 +44,10 @@ def backbone(name: str) -> torch.nn.Module:
 
 
 def overfit(run_dir: Path) -> dict:
-    """Losses and average precision on the way, and at the end."""
+    """Losses and average precision on the way, and at the end; all processor time that went into it."""
+    path = run_dir / "figures.json"
+    if path.exists():
+        return json.loads(path.read_text())
     train, test = open_coco("coco:coco-mini"), open_coco("coco:coco-mini", "test")
     ten = train.subset(IMAGES, SEED)
     images, truth, ids = [ten.read(index)[0] for index in range(IMAGES)], ten.truth(), ten.ids.tolist()
@@ -59,7 +61,11 @@ def overfit(run_dir: Path) -> dict:
     ends = {name: detection.evaluate(backbone("narrow"), (ten, other), OVERFIT, run_dir=run_dir)
             for name, other in (("on_the_ten", ten), ("on_the_test_split", test))}
     curves = {"losses": loop.records(), "watched": loop.records("box_ap50")}
-    return {"images": ids, "settings": plain(OVERFIT), **ends, **curves}
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    core_seconds = round(sum(one.ru_utime + one.ru_stime for one in used))
+    figures = {"images": ids, "settings": plain(OVERFIT), "core_seconds": core_seconds, **ends, **curves}
+    write_json(path, figures)
+    return figures
 
 
 def one_process(run_dir: Path, steps: int) -> dict:
@@ -75,7 +81,7 @@ def one_process(run_dir: Path, steps: int) -> dict:
 
 
 def digest(detector: torch.nn.Module) -> str:
-    return detection._digest(value.numpy() for value in detector.state_dict().values())
+    return detection.fingerprint(value.numpy() for value in detector.state_dict().values())
 
 
 def full_width(run_dir: Path) -> dict:
@@ -97,8 +103,6 @@ def full_width(run_dir: Path) -> dict:
 
 def main(run_dir: Path, path: Path) -> None:
     figures = {"overfit": overfit(run_dir / "overfit"), "full_width": full_width(run_dir / "full-width")}
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    figures["overfit"] |= {"cores": len(os.sched_getaffinity(0)), "core_seconds": round(used.ru_utime + used.ru_stime)}
     seconds = figures["overfit"]["on_the_ten"]["seconds"]
     origin = provenance(config=OVERFIT, seed=SEED, device="cpu", dataset="coco-mini", seconds=seconds)
     write_result(path, "coco-mini-overfit", figures, origin, overwrite=True)

@@ -93,35 +93,42 @@ class DetectionConfig:
     def learning_rate(self, step: int) -> float:
         """The rate of `step`, from 0, as detectron2 warms up."""
         rise = min(1.0, step / self.warmup) if self.warmup else 1.0
-        return self.lr * (1e-3 * (1 - rise) + rise) * 0.1 ** sum(step >= drop for drop in self.drops)
+        drops = sum(step >= drop for drop in self.drops)
+        return self.lr * (1e-3 * (1 - rise) + rise) * 0.1**drops
 
 
-def evaluate(backbone: ResNet, data: tuple[CocoImages, CocoImages], config: DetectionConfig, *, run_dir: Path | str,
+def evaluate(backbone: ResNet, data: tuple[CocoImages, CocoImages],
+             config: DetectionConfig, *, run_dir: Path | str,
              progress: bool = True) -> dict[str, float]:
     """COCO's average precision, in percent, of boxes and of masks, after the **last** iteration.
 
-    A copy of the backbone is trained inside a Mask R-CNN (`detector`), nothing frozen; batch-norm then gets precise
-    statistics, and the test images are looked at, each rank its share. Each combination of backbone, data and settings
-    trains in a folder of its own under `run_dir`, tests in another below it, and is resumed there.
+    A copy of the backbone is trained inside a Mask R-CNN (`detector`), nothing frozen;
+    among ranks with GPUs batch-norm sees the images of all. It then gets precise
+    statistics, and each rank looks at its share of the test images. Each combination of
+    backbone, data and settings trains in a folder of its own under `run_dir`, tests in
+    another below it, and is resumed there.
 
-    Returns {"box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75", "iterations", "train_images",
-    "test_images", "seconds": of training}. Raises ValueError if the data cannot serve; `signals.Stopped`.
+    Returns {"box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75",
+    "iterations", "train_images", "test_images", "seconds": of training}. Raises ValueError
+    if the data cannot serve; `signals.Stopped` when told to stop.
     """
     train, test = data
     config.check(train, test)
-    train, test = (part if n is None else part.subset(n) for part, n in ((train, config.train_images), (test, config.test_images)))
+    train = train if config.train_images is None else train.subset(config.train_images)
+    test = test if config.test_images is None else test.subset(config.test_images)
     detector, loop = training(backbone, train, config, run_dir, progress=progress)
     for _ in loop:
         pass
     loop.refuse_unfinished()
     held: list[Any] = []
     on_rank_0(lambda: held.append(hold(loop.run_dir)))()
-    settings = {"settings": plain(config) | {"loop": None}, "data": _fingerprint(test), "step": loop.step}
-    folder = loop.run_dir / f"test-{config_hash(settings)}"
+    test_settings = {**plain(config), "loop": None, "data": _content(test)}
+    folder = loop.run_dir / f"test-{config_hash(test_settings)}"
     with signals.interruptible():  # every block of detections is kept as it comes
         _make_precise(detector, train, config, loop.device, folder, progress)
         figures = _test(detector, test, config, loop.device, folder, progress)
-    return figures | {"iterations": loop.step, "train_images": len(train), "seconds": round(loop.seconds, 1)}
+    return figures | {"iterations": loop.step, "train_images": len(train),
+                      "seconds": round(loop.seconds, 1)}
 
 
 def training(backbone: ResNet, train: CocoImages, config: DetectionConfig, run_dir: Path | str, *,
@@ -135,19 +142,22 @@ def training(backbone: ResNet, train: CocoImages, config: DetectionConfig, run_d
         detector = build_detector(backbone, len(train.classes), config.detector)
     kept = {name: value for name, value in plain(config).items() if name not in OF_THE_TEST[0]}
     kept["detector"] = {name: value for name, value in kept["detector"].items() if name not in OF_THE_TEST[1]}
-    settings = essential({"evaluation": "detection", **kept, "data": [train.title, _fingerprint(train)],
-                          "backbone": _digest(value.cpu().contiguous().numpy() for value in backbone.state_dict().values())})
+    settings = essential({"evaluation": "detection", **kept, "data": [train.title, _content(train)],
+                          "backbone": fingerprint(value.cpu().numpy() for value in backbone.state_dict().values())})
     loop = Loop(partial(losses, detector, config), {"detector": detector}, len(train), config.loop, config.optim,
                 Path(run_dir) / config_hash(settings), settings=settings, progress=progress, steps=config.iterations,
                 rate=config.learning_rate, batches=partial(train.batches, device=pick_device(config.loop.device)))
     return detector, loop
 
 
-def losses(detector: nn.Module, config: DetectionConfig, batch: tuple[list[Tensor], list[Target]],
+def losses(detector: nn.Module, config: DetectionConfig,
+           batch: tuple[list[Tensor], list[Target]],
            generator: torch.Generator) -> dict[str, Tensor]:
-    """The detector's losses, and their sum as "loss", on bytes of images, some of which are mirrored."""
+    """The detector's losses, and their sum as "loss", on images (bytes) of which some are mirrored."""
     draws = torch.rand(len(batch[0]), generator=generator, device=generator.device)
-    seen = [flip(*one) if mirrored else one for *one, mirrored in zip(*batch, (draws < config.flip).tolist(), strict=True)]
+    mirrored = (draws < config.flip).tolist()
+    seen = [flip(image, target) if turn else (image, target)
+            for image, target, turn in zip(*batch, mirrored, strict=True)]
     parts = detector([image / 255 for image, _ in seen], [target for _, target in seen])
     return {"loss": torch.stack([*parts.values()]).sum(), **parts}
 
@@ -156,17 +166,21 @@ def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
     """The image (3, H, W) and what stands in it, mirrored left to right."""
     x1, y1, x2, y2 = target["boxes"].unbind(1)
     width = image.shape[-1]
-    return image.flip(-1), target | {"boxes": torch.stack([width - x2, y1, width - x1, y2], 1), "masks": target["masks"].flip(-1)}
+    boxes = torch.stack([width - x2, y1, width - x1, y2], 1)
+    return image.flip(-1), target | {"boxes": boxes, "masks": target["masks"].flip(-1)}
 
 
 @torch.no_grad()
-def precise_statistics(model: nn.Module, run: Callable[[Any], Any], batches: Iterable[Any]) -> None:
-    """Replace batch-norm's running statistics by the plain means, over what `run` shows the model of all batches, of
-    each batch's mean and variance; over ranks too. The weights stay, and the model ends in testing mode.
+def precise_statistics(model: nn.Module, run: Callable[[Any], Any],
+                       batches: Iterable[Any]) -> None:
+    """Replace batch-norm's running statistics by the plain means, over all batches that
+    `run` shows the model, of each batch's mean and variance; over ranks too.
 
-    After Wu and Johnson (2021), as detectron2 does: running statistics forget, and lag behind the last weights.
+    The weights stay, and the model ends in testing mode. After Wu and Johnson (2021), as
+    detectron2 does: running statistics forget, and lag behind the last weights.
     """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    norms = [module for module in model.modules()
+             if isinstance(module, _BatchNorm) and module.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     try:
         for norm in norms:
@@ -179,52 +193,67 @@ def precise_statistics(model: nn.Module, run: Callable[[Any], Any], batches: Ite
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         model.eval()
-    statistics = [value for norm in norms for value in (norm.running_mean, norm.running_var)]
-    joined = mean_over_ranks(torch.cat(statistics)).split([len(value) for value in statistics]) if norms else ()
-    for value, mean in zip(statistics, joined, strict=True):
-        value.copy_(mean)
+    for norm in norms:
+        both = mean_over_ranks(torch.stack([norm.running_mean, norm.running_var]))
+        norm.running_mean.copy_(both[0])
+        norm.running_var.copy_(both[1])
 
 
 @torch.no_grad()
-def detect(detector: nn.Module, images: Sequence[Tensor], ids: Sequence[int], categories: Sequence[int],
+def detect(detector: nn.Module, images: Sequence[Tensor], ids: Sequence[int],
+           categories: Sequence[int],
            precision: torch.dtype | None = None) -> list[dict[str, Any]]:
-    """What the detector, in testing mode, finds in images (bytes), as COCO's results: image_id, category_id (`categories`
-    holds that of label 1, 2, ...), bbox (x, y, width, height, in pixels), score, segmentation (compressed run lengths)."""
+    """What the detector, in testing mode, finds in images (bytes), as COCO writes results.
+
+    Each has image_id, from `ids`; category_id, that of label 1, 2, ... in `categories`;
+    bbox, [x, y, width, height] in pixels; score; segmentation, compressed run lengths.
+    """
     with torch.autocast(images[0].device.type, precision, enabled=precision is not None):
         found = detector([image / 255 for image in images])
     results = []
     for number, one in zip(ids, found, strict=True):
-        masks = rle.encode(np.asfortranarray((one["masks"][:, 0] > 0.5).byte().permute(1, 2, 0).cpu().numpy()))
-        boxes = torch.cat([one["boxes"][:, :2], one["boxes"][:, 2:] - one["boxes"][:, :2]], 1)
-        for box, score, label, mask in zip(boxes.tolist(), one["scores"].tolist(), one["labels"].tolist(), masks, strict=True):
-            results.append({"image_id": number, "category_id": categories[label - 1], "bbox": box, "score": score,
-                            "segmentation": mask | {"counts": mask["counts"].decode()}})
+        inside = (one["masks"][:, 0] > 0.5).byte().permute(1, 2, 0)
+        masks = rle.encode(np.asfortranarray(inside.cpu().numpy()))
+        corner, end = one["boxes"].split(2, dim=1)
+        boxes = torch.cat([corner, end - corner], 1).tolist()
+        named = [categories[label - 1] for label in one["labels"].tolist()]
+        for category, box, score, mask in zip(named, boxes, one["scores"].tolist(), masks,
+                                              strict=True):
+            mask["counts"] = mask["counts"].decode()
+            results.append({"image_id": number, "category_id": category, "bbox": box,
+                            "score": score, "segmentation": mask})
     return results
 
 
-def score(detections: Sequence[dict[str, Any]], truth: COCO, images: Sequence[int]) -> dict[str, float]:
-    """COCO's average precision in percent, by pycocotools, of what `detect` found in these images (COCO's numbers).
+def score(detections: Sequence[dict[str, Any]], truth: COCO,
+          images: Sequence[int]) -> dict[str, float]:
+    """COCO's average precision in percent, by pycocotools, of what `detect` found.
 
-    Returns box_ap, the mean over overlaps .5, .55, ..., .95, box_ap50 and box_ap75, at one overlap, and mask_…: the same
-    with the masks' overlap. Raises ValueError if there is nothing to be found in the images.
+    Counts the images with these of COCO's numbers. Returns box_ap, the mean over the
+    overlaps .5, .55, ..., .95, box_ap50 and box_ap75, at one of them, and mask_ap,
+    mask_ap50 and mask_ap75, by the overlap of masks. Raises ValueError where nothing
+    is to be found.
     """
-    known = [one for one in truth.loadAnns(truth.getAnnIds(imgIds=list(images))) if not one.get("iscrowd", 0)]
-    if not known:
-        raise ValueError(f"images={list(images)[:3]}… ({len(images)}): no object is annotated there, so nothing can be scored")
+    known = truth.loadAnns(truth.getAnnIds(imgIds=list(images)))
+    if all(one.get("iscrowd", 0) for one in known):
+        raise ValueError(f"images={list(images)[:3]}… ({len(images)}): no object is annotated "
+                         "there, so nothing can be scored")
     figures = {}
     for kind, name in (("bbox", "box"), ("segm", "mask")):
         precision = dict.fromkeys(("ap", "ap50", "ap75"), 0.0)
         if detections:
+            # pycocotools takes sizes from boxes where there are some
+            own = [{key: one[key] for key in one if (kind, key) != ("segm", "bbox")}
+                   for one in detections]
             with redirect_stdout(io.StringIO()):
-                # an area that comes from the masks where masks are judged
-                results = [{key: value for key, value in one.items() if kind == "bbox" or key != "bbox"} for one in detections]
-                judge = COCOeval(truth, truth.loadRes(results), kind)
+                judge = COCOeval(truth, truth.loadRes(own), kind)
                 judge.params.imgIds = sorted(images)
                 judge.evaluate()
                 judge.accumulate()
                 judge.summarize()
             precision = dict(zip(precision, judge.stats[:3].tolist()))
-        figures |= {f"{name}_{key}": round(100 * value, 2) for key, value in precision.items()}
+        figures |= {f"{name}_{key}": round(100 * value, 2)
+                    for key, value in precision.items()}
     return figures
 
 
@@ -250,7 +279,8 @@ def _make_precise(detector: nn.Module, train: CocoImages, config: DetectionConfi
 
             with closing(train.batches(plan, device=device)) as batches, Progress(disable=not progress or rank > 0) as bars:
                 precise_statistics(detector, run, bars.track(enumerate(batches), total=len(plan), description="precise batch-norm"))
-        on_rank_0(_write)(path, safetensors.torch.save({name: value.cpu().contiguous() for name, value in detector.state_dict().items()}))
+        weights = {name: value.cpu().contiguous() for name, value in detector.state_dict().items()}
+        on_rank_0(_write)(path, safetensors.torch.save(weights))
     detector.load_state_dict(safetensors.torch.load_file(path))
     detector.eval()
 
@@ -274,7 +304,8 @@ def _test(detector: nn.Module, test: CocoImages, config: DetectionConfig, device
                 images, targets = next(batches)  # one, as padding to others' sizes would change what is seen
                 ids = [target["image_id"].item() for target in targets]
                 found["images"] += ids
-                found["detections"] += detect(detector, images, ids, test.categories, PRECISIONS[config.loop.precision]) if ids else []
+                if ids:  # it could be read
+                    found["detections"] += detect(detector, images, ids, test.categories, PRECISIONS[config.loop.precision])
                 bars.advance(bar)
             _write(path, json.dumps(found).encode())
     mean_over_ranks(torch.zeros(1, device=device))  # wait for all
@@ -300,11 +331,11 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def _fingerprint(data: CocoImages) -> str:
-    return _digest([data.ids.numpy(), data.records])
+def _content(data: CocoImages) -> str:
+    return fingerprint([data.ids.numpy(), data.records])
 
 
-def _digest(arrays: Iterable[np.ndarray]) -> str:
+def fingerprint(arrays: Iterable[np.ndarray]) -> str:
     """A few digits that change with any of the numbers."""
     digest = hashlib.sha256()
     for array in arrays:

@@ -37,6 +37,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.models.resnet import ResNet
 from torchvision.ops import RoIAlign
 
+from imsvd_core.coco import Target
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -111,8 +113,9 @@ def build_detector(backbone: ResNet, classes: int, config: DetectorConfig = Dete
     body, stride = _Body(backbone), _stride(backbone)
     middle, wide = (_width(layer) for layer in (backbone.layer3, backbone.layer4))
     anchors = AnchorGenerator((config.anchors,), (config.ratios,))
+    counts = [{"training": train, "testing": test} for train, test in zip(config.train_proposals, config.test_proposals)]
     rpn = _Proposals(anchors, _ProposalHead(middle, anchors.num_anchors_per_location()[0]), 0.7, 0.3, config.rpn_samples, 0.5,
-                     *({"training": train, "testing": test} for train, test in zip(config.train_proposals, config.test_proposals)), 0.7)
+                     *counts, 0.7)
     head = nn.Sequential(OrderedDict(layer4=backbone.layer4, norm=nn.BatchNorm2d(wide)))
     boxes = FastRCNNPredictor(wide, classes + 1)
     nn.init.normal_(boxes.cls_score.weight, std=0.01)
@@ -126,26 +129,34 @@ def build_detector(backbone: ResNet, classes: int, config: DetectorConfig = Dete
 
 
 class SharedHeads(RoIHeads):
-    """Class, box and mask from one pass of layer4 over each box: in training over the sampled proposals; in testing over
-    all proposals for class and box, and again over the boxes that come out for their masks."""
+    """Class, box and mask from one pass of layer4 over each box: in training over the
+    sampled proposals; in testing over all proposals for class and box, and again over the
+    boxes that come out for their masks."""
 
-    def __init__(self, pool: nn.Module, head: nn.Module, boxes: nn.Module, masks: nn.Module, config: DetectorConfig):
-        super().__init__(pool, head, boxes, 0.5, 0.5, config.rois, 0.25, None, config.score_threshold, config.nms,
-                         config.detections, mask_predictor=masks)
+    def __init__(self, pool: nn.Module, head: nn.Module, boxes: nn.Module,
+                 masks: nn.Module, config: DetectorConfig):
+        super().__init__(pool, head, boxes, 0.5, 0.5, config.rois, 0.25, None,
+                         config.score_threshold, config.nms, config.detections,
+                         mask_predictor=masks)
 
     def has_mask(self) -> bool:
         return True
 
-    def forward(self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]],
-                targets: list[dict[str, Tensor]] | None = None) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    def forward(self, features: dict[str, Tensor], proposals: list[Tensor],
+                image_shapes: list[tuple[int, int]], targets: list[Target] | None = None
+                ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         (whole,) = features.values()
         if self.training:
-            return [], self._losses(whole, *self.select_training_samples(proposals, targets), targets)
-        boxes, scores, labels = self.postprocess_detections(*self._classify(self._look(whole, proposals)), proposals, image_shapes)
-        logits = self.mask_predictor(self._look(whole, boxes)).float()
-        masks = maskrcnn_inference(logits, [label - 1 for label in labels])
+            sampled = self.select_training_samples(proposals, targets)
+            return [], self._losses(whole, *sampled, targets)
+        logits, deltas = self._classify(self._look(whole, proposals))
+        boxes, scores, labels = self.postprocess_detections(logits, deltas, proposals,
+                                                            image_shapes)
+        drawn = self.mask_predictor(self._look(whole, boxes)).float()
+        masks = maskrcnn_inference(drawn, [label - 1 for label in labels])
         found = zip(boxes, scores, labels, masks, strict=True)
-        return [dict(zip(("boxes", "scores", "labels", "masks"), one, strict=True)) for one in found], {}
+        return [{"boxes": box, "scores": score, "labels": label, "masks": mask}
+                for box, score, label, mask in found], {}
 
     def _look(self, features: Tensor, boxes: list[Tensor]) -> Tensor:
         return self.box_head(self.box_roi_pool(features, boxes))
@@ -154,31 +165,36 @@ class SharedHeads(RoIHeads):
         logits, deltas = self.box_predictor(seen.mean((2, 3)))
         return logits.float(), deltas.float()
 
-    def _losses(self, features: Tensor, boxes: list[Tensor], matched: list[Tensor], labels: list[Tensor],
-                deltas: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    def _losses(self, features: Tensor, boxes: list[Tensor], matched: list[Tensor],
+                labels: list[Tensor], truth: list[Tensor],
+                targets: list[Target]) -> dict[str, Tensor]:
         seen = self._look(features, boxes)
-        logits, predicted = self._classify(seen)
-        label, truth = torch.cat(labels), torch.cat(deltas)
-        there = (label > 0).nonzero().squeeze(1)
-        own = predicted.unflatten(1, (-1, 4))[there, label[there]]  # the box of the right class
-        masks = self.mask_predictor(seen[there]).float()
+        logits, deltas = self._classify(seen)
+        label, truth = torch.cat(labels), torch.cat(truth)
+        objects = (label > 0).nonzero().squeeze(1)
+        own = deltas.unflatten(1, (-1, 4))[objects, label[objects]]  # of the right class
+        box = smooth_l1_loss(own, truth[objects], beta=0.0, reduction="sum")
+        masks = self.mask_predictor(seen[objects]).float()
         return {"loss_classifier": cross_entropy(logits, label),
-                "loss_box_reg": smooth_l1_loss(own, truth[there], beta=0.0, reduction="sum") / len(label),
+                "loss_box_reg": box / len(label),
                 "loss_mask": self._mask_loss(masks, boxes, matched, labels, targets)}
 
     @staticmethod
-    def _mask_loss(masks: Tensor, boxes: list[Tensor], matched: list[Tensor], labels: list[Tensor],
-                   targets: list[dict[str, Tensor]]) -> Tensor:
-        positive = [label > 0 for label in labels]
-        some = [number for number, of_image in enumerate(positive) if of_image.any()]
-        if not some:
-            return masks.sum() * 0  # no object, but ranks that have one wait for these parameters' gradients
-        return maskrcnn_loss(masks, [boxes[i][positive[i]] for i in some], [targets[i]["masks"] for i in some],
-                             [targets[i]["labels"] - 1 for i in some], [matched[i][positive[i]] for i in some])
+    def _mask_loss(masks: Tensor, boxes: list[Tensor], matched: list[Tensor],
+                   labels: list[Tensor], targets: list[Target]) -> Tensor:
+        objects = [label > 0 for label in labels]
+        some = [number for number, of_image in enumerate(objects) if of_image.any()]
+        if not some:  # but ranks that have some wait for these parameters' gradients
+            return masks.sum() * 0
+        return maskrcnn_loss(masks, [boxes[i][objects[i]] for i in some],
+                             [targets[i]["masks"] for i in some],
+                             [targets[i]["labels"] - 1 for i in some],
+                             [matched[i][objects[i]] for i in some])
 
 
 class _Body(nn.Sequential):
-    """conv1 to layer3, whose features leave in float32: boxes would be wrong by pixels at a lower precision."""
+    """conv1 to layer3, whose features leave in float32: boxes would be wrong by pixels at
+    a lower precision."""
 
     def __init__(self, backbone: ResNet):
         names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
@@ -197,16 +213,19 @@ class _ProposalHead(RPNHead):
 
 
 class _Proposals(RegionProposalNetwork):
-    """Losses as detectron2's: plain L1, and both divided by the samples that every image should have."""
+    """Losses as detectron2's: plain L1, and both divided by the samples that every image
+    should have."""
 
     def compute_loss(self, objectness: Tensor, deltas: Tensor, labels: list[Tensor],
                      truth: list[Tensor]) -> tuple[Tensor, Tensor]:
-        positive, negative = (torch.cat(masks).bool() for masks in self.fg_bg_sampler(labels))
-        label, samples = torch.cat(labels), self.fg_bg_sampler.batch_size_per_image * len(labels)
-        sampled = positive | negative
-        objectness = binary_cross_entropy_with_logits(objectness.flatten()[sampled], label[sampled], reduction="sum")
-        box = smooth_l1_loss(deltas[positive], torch.cat(truth)[positive], beta=0.0, reduction="sum")
-        return objectness / samples, box / samples
+        positive, negative = (torch.cat(some).bool() for some in self.fg_bg_sampler(labels))
+        sampled, label = positive | negative, torch.cat(labels)
+        there = binary_cross_entropy_with_logits(objectness.flatten()[sampled], label[sampled],
+                                                 reduction="sum")
+        box = smooth_l1_loss(deltas[positive], torch.cat(truth)[positive], beta=0.0,
+                             reduction="sum")
+        samples = self.fg_bg_sampler.batch_size_per_image * len(labels)
+        return there / samples, box / samples
 
 
 class _Transform(GeneralizedRCNNTransform):
@@ -229,4 +248,5 @@ def _width(layer: nn.Sequential) -> int:
 def _stride(backbone: ResNet) -> int:
     """Pixels between two of layer3's features: 16, or 4 with a CIFAR stem."""
     pool = backbone.maxpool.stride if isinstance(backbone.maxpool, nn.MaxPool2d) else 1
-    return math.prod([backbone.conv1.stride[0], pool, *(layer[0].stride for layer in (backbone.layer1, backbone.layer2, backbone.layer3))])
+    layers = (backbone.layer1, backbone.layer2, backbone.layer3)
+    return math.prod([backbone.conv1.stride[0], pool, *(layer[0].stride for layer in layers)])

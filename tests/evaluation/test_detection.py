@@ -10,7 +10,7 @@ import torch
 from pycocotools import mask as rle
 from torch import nn
 
-from imsvd_core import signals
+from imsvd_core import folders, signals
 from imsvd_core.coco import open_coco
 from imsvd_core.evaluation import detection
 from imsvd_core.evaluation.detection import DetectionConfig
@@ -310,9 +310,8 @@ def _evaluate(rank, size):
     torch.distributed.broadcast_object_list(shared)
     folder = Path(shared[0])
     data = tuple(open_coco(f"coco:{folder}/drawn", split) for split in ("train", "test"))
-    detection.BLOCK = 2
-    seen = []
-    detect = detection.detect
+    folders.share_of_cores = lambda: 0  # what such processes start would import torch again
+    detection.BLOCK, seen, detect = 2, [], detection.detect
     detection.detect = lambda *args: seen.extend(args[2]) or detect(*args)
     figures = detection.evaluate(backbone(), data, CONFIG, run_dir=folder / "run", progress=False)
     model = nn.BatchNorm2d(2)
