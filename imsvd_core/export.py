@@ -107,7 +107,7 @@ def _load(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:  # a torn or foreign file makes them raise nearly anything
         raise ValueError(f"{path} cannot be read as tensors ({type(error).__name__}: the file is torn, or holds more than "
                          "tensors and plain values); if you trust it, load it with weights_only=False and save its "

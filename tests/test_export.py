@@ -46,6 +46,11 @@ def features(network: nn.Module) -> Tensor:
     return found
 
 
+def test_a_classifier_stays_behind(tmp_path):
+    path = export(torchvision.models.resnet18(num_classes=7), "resnet18", False, "torchvision", tmp_path / "r18.pth")
+    assert torch.load(path, weights_only=True).keys() == build_backbone("resnet18").state_dict().keys()
+
+
 def test_torchvision_lacks_the_classifier_alone(resnet50, tmp_path):
     path = export(resnet50, "resnet50", False, "torchvision", tmp_path / "new/r50.pth")
     theirs = torchvision.models.resnet50()
