@@ -1,6 +1,5 @@
 """The linear probe: one linear classifier on frozen representations."""
 
-import hashlib
 from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from imsvd_core import signals
-from imsvd_core.evaluation.features import Images, bar, batches, embed, share, sum_over_ranks
+from imsvd_core.evaluation.features import Images, bar, batches, embed, fingerprint, fingerprint_of, share, sum_over_ranks
 from imsvd_core.folders import FolderImages
 from imsvd_core.loop import PRECISIONS, Loop, LoopConfig, essential, pick_device
 from imsvd_core.networks import represent
@@ -73,7 +72,7 @@ def evaluate(backbone: nn.Module, data: tuple[Images, Images], config: LinearCon
     labels, scale = train.labels.to(device), torch.ones((), device=device)
     if not config.augment:
         with signals.interruptible():
-            features = embed(backbone, train, view, device=device, precision=precision, shared=True, progress=progress,
+            features = embed(backbone, train, view, device=device, precision=precision, ranks=True, progress=progress,
                              what="embedding training images")
         if config.normalize:
             scale = features.std(0).clamp_min(1e-6)
@@ -120,7 +119,7 @@ def evaluate(backbone: nn.Module, data: tuple[Images, Images], config: LinearCon
     # Subsets are told by their images; those for the test do not touch the training.
     kept = {name: value for name, value in plain(config).items() if name not in ("train_images", "test_images")}
     settings = essential({"evaluation": "linear", **kept, "data": [train.title, list(train.classes)],
-                          "images": _fingerprint_of(train), "eval_view": plain(vars(view)),
+                          "images": fingerprint_of(train), "eval_view": plain(vars(view)),
                           "backbone": fingerprint(*backbone.state_dict().values())})
     loop = Loop(step, {"head": head}, len(train), config.loop, config.optim, Path(run_dir) / config_hash(settings),
                 batches=load, settings=settings, progress=progress)
@@ -148,18 +147,3 @@ def _test(head: nn.Linear, scale: Tensor, backbone: nn.Module, test: Images, vie
             done += len(features)
             advance(len(features))
     return dict(zip(names, sum_over_ranks(right).tolist(), strict=True))
-
-
-def _fingerprint_of(data: Images) -> str:
-    """A few digits that change with the images: their bytes, or the names of streamed ones; and with their labels."""
-    if isinstance(data, FolderImages):
-        return fingerprint(torch.frombuffer(bytearray(data.names.tobytes()), dtype=torch.uint8), data.labels)
-    return fingerprint(data.images, data.labels)
-
-
-def fingerprint(*tensors: Tensor) -> str:
-    """A few digits that change with any of the numbers."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

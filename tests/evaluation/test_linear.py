@@ -210,7 +210,7 @@ def test_top5_counts_a_class_among_the_first_five(tmp_path, monkeypatch):
 
 
 def _embed(rank: int, size: int) -> torch.Tensor:
-    return features.embed(make_backbone(), data("train", 1), VIEW, shared=True)
+    return features.embed(make_backbone(), data("train", 1), VIEW, ranks=True)
 
 
 def test_ranks_share_an_embedding_even_where_one_has_no_share(ranks):
