@@ -12,7 +12,7 @@ from imsvd_core.coco import open_coco
 from imsvd_core.datasets import OnCorrupt
 from imsvd_core.distributed import on_rank_0, rank_0_first, world
 from imsvd_core.evaluation import detection, knn, linear, svm
-from imsvd_core.evaluation.linear import fingerprint
+from imsvd_core.evaluation.features import fingerprint
 from imsvd_core.export import read_state_dict
 from imsvd_core.loop import PRECISIONS, pick_device
 from imsvd_core.networks import build_backbone
@@ -87,7 +87,8 @@ def evaluate(name: str, judged: Judged, asked: EvaluationRecipe, *, usual: str |
         match settings:
             case knn.KNNConfig():
                 with signals.interruptible():
-                    figures = knn.evaluate(judged.backbone, data, settings, **seen, **embedded)
+                    figures = knn.evaluate(judged.backbone, data, settings, ranks=True, **seen, **embedded,
+                                           **common | {"run_dir": judged.folder})
             case linear.LinearConfig():
                 figures = linear.evaluate(judged.backbone, data, settings, **seen, **common)
             case svm.SVMConfig():
