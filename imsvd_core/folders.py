@@ -15,7 +15,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -194,7 +194,8 @@ def stream(read: Callable[[Any], Any], parts: Iterable, workers: int | None = No
                         prefetch_factor=AHEAD if workers else None, worker_init_fn=_heed_the_trainer_alone,
                         pin_memory=device.type == "cuda",
                         generator=torch.Generator())  # not the trainer's chance
-    iterator = iter(loader)
+    with _sigterm_held_back():
+        iterator = iter(loader)
     try:
         for result in iterator:
             if isinstance(result, ValueError):
@@ -263,6 +264,19 @@ class _Reader(Dataset):
             return self.read(part)
         except ValueError as error:
             return error
+
+
+@contextmanager
+def _sigterm_held_back() -> Iterator[None]:
+    """Let what is started here be born with SIGTERM blocked, in threads that a library starts before anybody can say so, too."""
+    if not hasattr(signal, "sigwaitinfo"):  # as on macOS
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _heed_the_trainer_alone(worker: int) -> None:

@@ -62,13 +62,6 @@ def test_a_stopped_training_says_how_to_go_on_and_exits_as_after_sigterm(capsys,
     assert capsys.readouterr().err == "imsvd pretrain: stopped at step 3 of 10: run the same command to go on\n"
 
 
-def test_an_evaluation_on_several_processes_is_refused(capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit):
-        main(["evaluate", "linear", "nowhere"])
-    assert "start it without torchrun" in capsys.readouterr().err
-
-
 def test_help_lists_settings_with_their_meaning(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["pretrain", "cifar10", "--help"])

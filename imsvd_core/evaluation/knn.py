@@ -1,14 +1,23 @@
 """Weighted k-nearest-neighbour classification: no training, so it judges the representation alone."""
 
-from collections.abc import Sequence
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isqrt
+from pathlib import Path
 
+import safetensors.torch
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import one_hot
 
-from imsvd_core.datasets import ImageData
-from imsvd_core.evaluation.features import embed
+from imsvd_core.distributed import on_rank_0, world
+from imsvd_core.evaluation.features import Images, bar, batches, embed, fingerprint, fingerprint_of, share, sum_over_ranks
+from imsvd_core.files import atomic_write, hold
+from imsvd_core.results import config_hash, plain
 from imsvd_core.views import EvalView
 
 
@@ -19,7 +28,7 @@ class KNNConfig:
     neighbors: tuple[int, ...] = (20, 200)
     temperature: float = 0.07
     chunk: int = 2048
-    """Rows of queries, and of the gallery, that are compared at once: memory is chunk², not gallery × queries."""
+    """Sets the memory of the comparison, 16·chunk² bytes and some: chunk / 2 queries meet 8·chunk rows at a time."""
     gallery: int | None = None
     """Training images to use, class-balanced; all of them by default."""
     queries: int | None = None
@@ -31,7 +40,7 @@ class KNNConfig:
         if not self.temperature > 0 or self.chunk < 1:
             raise ValueError(f"temperature={self.temperature} and chunk={self.chunk} must be positive")
 
-    def check(self, train: ImageData, test: ImageData, name: str = "knn") -> None:
+    def check(self, train: Images, test: Images, name: str = "knn") -> None:
         """Raise ValueError, naming the setting, if the data cannot serve this protocol."""
         gallery = len(train) if self.gallery is None else self.gallery
         if not 1 <= gallery <= len(train):
@@ -43,27 +52,77 @@ class KNNConfig:
                              "take smaller k or a larger gallery")
 
 
-def evaluate(backbone: nn.Module, data: tuple[ImageData, ImageData], config: KNNConfig, *, view: EvalView,
-             device: torch.device | str = "cpu", precision: torch.dtype | None = None) -> dict[str, float]:
-    """Top-1 accuracy in percent for every k: {"knn_20": …, "knn_200": …}, with the sizes that gave it."""
+SAVE_SECONDS = 60.0  # between savings of what is compared so far
+
+
+@torch.no_grad()
+def evaluate(backbone: nn.Module, data: tuple[Images, Images], config: KNNConfig, *, view: EvalView,
+             device: torch.device | str = "cpu", precision: torch.dtype | None = None, run_dir: Path | str | None = None,
+             progress: bool = False, ranks: bool = False) -> dict[str, float]:
+    """Top-1 accuracy in percent for every k: {"knn_20": …, "knn_200": …}, with the sizes that gave it.
+
+    The gallery is embedded and compared block by block, and never held: memory, on every rank, is that of the queries'
+    features twice, of `Neighbors` and of the images under way; ImageNet's 50,000 queries of 2048 need 0.8 GB, and 0.3 GB
+    for the comparison. With `run_dir`, what is done so far is kept in a folder there (the queries' features and 12 bytes
+    for each of a query's neighbours: 0.5 GB, and 0.1 GB on every further rank), from which a call after a kill goes on;
+    it goes when the result is there.
+
+    Args:
+        precision: of the backbone, by autocast; features are compared in float32.
+        progress: show bars on rank 0.
+        ranks: every rank of the process group calls this, and has its share of gallery and queries. Else this process
+            does all by itself, whatever the others do.
+
+    Raises ValueError where the data cannot serve the protocol, features are not finite, or another process holds the
+    folder; FileNotFoundError and ValueError for images that cannot be read.
+    """
     train, test = data
     config.check(train, test)
     gallery = train if config.gallery is None else train.subset(config.gallery)
     queries = test if config.queries is None else test.subset(config.queries)
-    features = [embed(backbone, part, view, device=device, precision=precision) for part in (gallery, queries)]
-    found = weighted_knn(features[0], gallery.labels.to(device), features[1], len(train.classes),
-                         neighbors=config.neighbors, temperature=config.temperature, chunk=config.chunk)
-    truth = queries.labels.to(device)
-    accuracy = {f"knn_{k}": round(100 * (predicted == truth).float().mean().item(), 2) for k, predicted in found.items()}
+    rank, size = world() if ranks else (0, 1)
+    whose = " on this rank" if size > 1 else ""
+    with _kept(run_dir, ranks, lambda: {
+            "evaluation": "knn", **plain(config), "gallery": [gallery.title, fingerprint_of(gallery)],
+            "queries": fingerprint_of(queries), "view": plain(vars(view)), "precision": str(precision), "ranks": size,
+            "backbone": fingerprint(*backbone.state_dict().values())}) as keep:
+        how = {"device": device, "precision": precision}
+        asked = embed(backbone, queries, view, **how, ranks=ranks, keep=keep, progress=progress,
+                      what=f"embedding queries{whose}")
+        rows = share(len(gallery)) if ranks else range(len(gallery))
+        there = keep and keep / f"neighbors-{rank}.safetensors"
+        found = Neighbors(asked.cpu() if asked.device.type == "mps" else asked, max(config.neighbors), config.chunk,
+                          first=rows.start)  # MPS sorts neither int64 nor far
+        del asked
+        if there and there.exists():
+            found.restore(safetensors.torch.load_file(there))
+        saved = time.monotonic(), found.seen
+        with bar(f"comparing gallery{whose}", len(rows), progress, done=found.seen - rows.start) as advance:
+            for some in batches(backbone, gallery, view, range(found.seen, rows.stop), **how):
+                found.add(some)
+                advance(len(some))
+                if there and found.seen > saved[1] and time.monotonic() - saved[0] >= SAVE_SECONDS:
+                    with atomic_write(there) as file:
+                        file.write(safetensors.torch.save(found.state()))
+                    saved = time.monotonic(), found.seen
+        nearest = found.nearest()
+        del found
+        mine = share(len(queries)) if ranks else range(len(queries))
+        similarity, index = merge_over_ranks(*nearest, max(config.neighbors)) if ranks else nearest
+        truth = queries.labels[mine.start:mine.stop].to(index.device)
+        predicted = vote(similarity, gallery.labels.to(index.device)[index], len(train.classes), neighbors=config.neighbors,
+                         temperature=config.temperature, chunk=config.chunk)
+        right = torch.stack([(one == truth).sum() for one in predicted.values()])
+        right = (sum_over_ranks(right.to(device)) if ranks else right).tolist()
+    accuracy = {f"knn_{k}": round(100 * count / len(queries), 2) for k, count in zip(predicted, right, strict=True)}
     return accuracy | {"gallery": len(gallery), "queries": len(queries)}
 
 
-@torch.no_grad()
 def weighted_knn(gallery: Tensor, labels: Tensor, queries: Tensor, classes: int, *, neighbors: Sequence[int] = (20, 200),
                  temperature: float = 0.07, chunk: int = 2048) -> dict[int, Tensor]:
     """Predicted class (Q,) for every k: the k most cosine-similar gallery rows vote with weight exp(similarity / τ).
 
-    gallery (G, F), labels int64 (G,), queries (Q, F). Exact: the best k are carried over gallery chunks.
+    gallery (G, F), labels int64 (G,), queries (Q, F). Exact: see `Neighbors`.
     Raises ValueError if a k exceeds the gallery, or if labels and gallery differ in length.
     """
     most = max(neighbors)
@@ -72,18 +131,203 @@ def weighted_knn(gallery: Tensor, labels: Tensor, queries: Tensor, classes: int,
                          "take smaller k or a larger gallery")
     if len(labels) != len(gallery):
         raise ValueError(f"labels has {len(labels)} entries for a gallery of {len(gallery)}: need one for each row")
-    gallery = normalize(gallery, dim=1)
+    found = Neighbors(queries, most, chunk)
+    found.add(gallery)
+    similarity, index = found.nearest()
+    return vote(similarity, labels[index], classes, neighbors=neighbors, temperature=temperature, chunk=chunk)
+
+
+@torch.no_grad()
+def vote(similarity: Tensor, labels: Tensor, classes: int, *, neighbors: Sequence[int], temperature: float,
+         chunk: int = 2048) -> dict[int, Tensor]:
+    """Predicted class (Q,) for every k, of queries whose nearest rows have `similarity` (Q, most), falling, and `labels`."""
     predictions: dict[int, list[Tensor]] = {k: [] for k in neighbors}
-    for some in queries.split(chunk):
-        some = normalize(some, dim=1)
-        best, which = some.new_empty(len(some), 0), labels.new_empty(len(some), 0)
-        for start in range(0, len(gallery), chunk):
-            similarity = some @ gallery[start:start + chunk].T
-            near, place = similarity.topk(min(most, similarity.shape[1]), dim=1)
-            best, keep = torch.cat([best, near], 1).topk(min(most, best.shape[1] + near.shape[1]), dim=1)
-            which = torch.cat([which, labels[start + place]], 1).gather(1, keep)
-        weight = ((best - best[:, :1]) / temperature).exp()  # the nearest weighs 1: nothing overflows or all vanishes
+    for near, label in zip(similarity.split(chunk), labels.split(chunk), strict=True):
+        weight = ((near - near[:, :1]) / temperature).exp()  # the nearest weighs 1: nothing overflows or all vanishes
         for k in neighbors:
-            votes = weight.new_zeros(len(some), classes).scatter_add_(1, which[:, :k], weight[:, :k])
+            votes = weight.new_zeros(len(near), classes).scatter_add_(1, label[:, :k], weight[:, :k])
             predictions[k].append(votes.argmax(1))
     return {k: torch.cat(parts) for k, parts in predictions.items()}
+
+
+class Neighbors:
+    """The `most` nearest rows, by cosine similarity, of a gallery that is handed over in blocks and never held.
+
+    Exact: every similarity is computed in float32, and of equal ones the row that comes first in the gallery is nearer.
+    How the gallery is cut changes nothing but the rounding of the products.
+
+    Args:
+        queries: (Q, F), on the device where they are to be compared.
+        most: how many to keep of each.
+        chunk: sets the memory, 16·chunk² bytes and some: chunk / 2 queries meet 8·chunk rows at a time.
+        first: index of the gallery row that comes first here.
+
+    Memory: a copy of the queries, 12 bytes for each of their neighbours, `chunk`'s and two blocks of gallery.
+    """
+
+    def __init__(self, queries: Tensor, most: int, chunk: int = 2048, first: int = 0):
+        self.queries, self.most = _normalized("queries", queries), most
+        self.some, self.block = max(1, chunk // 2), 8 * chunk
+        self.similarity = queries.new_empty(len(queries), 0, dtype=torch.float32)  #: so far, (Q, up to most)
+        self.index = queries.new_empty(len(queries), 0, dtype=torch.int64)  #: of those rows in the gallery
+        self.seen = first  #: index of the row that is to be compared next
+        self._waiting: list[Tensor] = []  # rows that do not fill a block yet
+        self._space: Tensor | None = None  # for similarities: a new piece of memory each time would cost
+
+    @torch.no_grad()
+    def add(self, gallery: Tensor) -> None:
+        """Take the gallery's next rows, (any, F). They may wait to be compared, until they fill a block."""
+        waiting = sum(map(len, self._waiting))
+        for part in gallery.tensor_split(list(range(self.block - waiting, len(gallery), self.block))):
+            self._waiting.append(part)
+            waiting += len(part)
+            if waiting >= self.block:
+                self._compare()
+                waiting = 0
+
+    def nearest(self) -> tuple[Tensor, Tensor]:
+        """Similarities (Q, most), falling, and indices in the gallery, int64; fewer columns where there are fewer rows."""
+        self._compare()
+        for rows in _tied(self.similarity).split(self.some):
+            self.similarity[rows], self.index[rows] = _in_order(self.similarity[rows], self.index[rows], self.most)
+        return self.similarity, self.index
+
+    def merge(self, other: "Neighbors") -> None:
+        """Add what `other` has found for the same queries in other rows of the gallery."""
+        for here, there in zip(self.nearest(), other.nearest(), strict=True):
+            if here.shape[0] != there.shape[0]:
+                raise ValueError(f"other has {there.shape[0]} queries, and this {here.shape[0]}: give those of the same queries")
+        self.similarity, self.index = _merged([(self.similarity, self.index), (other.similarity, other.index)], self.most, self.some)
+
+    def state(self) -> dict[str, Tensor]:
+        """What is found in the rows before `seen`, to be stored; rows that wait are left out."""
+        return {"similarity": self.similarity.cpu(), "index": self.index.cpu(), "seen": torch.tensor(self.seen)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
+        self.similarity, self.index = (state[name].to(self.queries.device) for name in ("similarity", "index"))
+        self.seen, self._waiting = int(state["seen"]), []
+
+    @torch.no_grad()
+    def _compare(self) -> None:
+        """Compare the rows that wait with all queries."""
+        if not self._waiting:
+            return
+        rows = torch.cat(self._waiting).to(self.queries.device) if len(self._waiting) > 1 else self._waiting[0].to(self.queries.device)
+        self._waiting = []
+        rows = _normalized("gallery", rows)
+        width = min(self.most, self.similarity.shape[1] + len(rows))
+        similarity = self.similarity.new_empty(len(self.queries), width)
+        index = self.index.new_empty(len(self.queries), width)
+        if self._space is None or len(self._space) < min(self.some, len(self.queries)) * len(rows):
+            self._space = rows.new_empty(min(self.some, len(self.queries)) * len(rows))
+        for start in range(0, len(self.queries), self.some):
+            part = slice(start, start + self.some)
+            queries = self.queries[part]
+            found = torch.mm(queries, rows.T, out=self._space[:len(queries) * len(rows)].view(len(queries), -1))
+            similarity[part], index[part] = _best(found, self.seen, self.similarity[part], self.index[part], self.most)
+        self.similarity, self.index = similarity, index
+        self.seen += len(rows)
+
+
+def merge_over_ranks(similarity: Tensor, index: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """This rank's share of the queries, with the nearest of all ranks' rows, from those that each has found in its own.
+
+    similarity (Q, up to most), falling, and index (Q, …) are for all queries, as `Neighbors.nearest` gives them; every
+    rank calls this. Memory: as much again as is given, twice.
+    """
+    size = world()[1]
+    if size == 1:
+        return similarity, index
+    widths = sum_over_ranks(one_hot(torch.tensor(world()[0]), size).to(index.device) * index.shape[1]).tolist()
+    queries, mine = len(index), share(len(index))
+    lengths = [queries * (rank + 1) // size - queries * rank // size for rank in range(size)]
+    parts = []
+    for table in (similarity, index):
+        received = table.new_empty(len(mine) * sum(widths))
+        dist.all_to_all_single(received, table.contiguous().view(-1), [len(mine) * width for width in widths],
+                               [length * table.shape[1] for length in lengths])
+        parts.append([part.view(len(mine), width) for part, width in
+                      zip(received.split([len(mine) * width for width in widths]), widths, strict=True)])
+    return _merged(list(zip(*parts, strict=True)), most, 1024)
+
+
+def _merged(parts: Sequence[tuple[Tensor, Tensor]], most: int, chunk: int) -> tuple[Tensor, Tensor]:
+    """The nearest `most`, in order, of what was found in several parts of the gallery: (Q, …) each."""
+    rows = [_in_order(torch.cat(similarity, 1), torch.cat(index, 1), most)
+            for similarity, index in zip(*(zip(*(table.split(chunk) for table in tables), strict=True)
+                                           for tables in zip(*parts, strict=True)), strict=True)]
+    similarity, index = zip(*rows, strict=True)
+    return torch.cat(similarity), torch.cat(index)
+
+
+def _best(found: Tensor, first: int, before: Tensor, index: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The nearest `most` of a block's similarities (q, rows), whose first row is `first`, and of those `before` it.
+
+    A row that is among the nearest stands in one of the most + 1 groups whose nearest row is nearest: to look at the
+    groups' maxima, and then into those groups, is less than to look at all. The one that is too many tells ties.
+    """
+    wide, groups = found.shape[1], isqrt(found.shape[1] // (most + 1))
+    if groups > 1:  # members of a group stand `apart`
+        apart = wide // groups
+        chosen = found[:, :groups * apart].unflatten(1, (groups, apart)).amax(1).topk(most + 1, sorted=False).indices
+        place = (chosen[:, None] + apart * torch.arange(groups, device=found.device)[:, None]).flatten(1)
+        rest = torch.arange(groups * apart, wide, device=found.device).expand(len(found), -1)
+        place = torch.cat([place, rest], 1)
+        similarity, place = torch.cat([before, found.gather(1, place)], 1), torch.cat([index, place.add_(first)], 1)
+    else:
+        similarity, place = torch.cat([before, found], 1), torch.cat([index, _indices(found, first)], 1)
+    if similarity.shape[1] <= most:
+        return similarity, place
+    best, chosen = similarity.topk(most + 1)
+    place = place.gather(1, chosen[:, :most])
+    tied = (best[:, most - 1] == best[:, most]).nonzero().squeeze(1)  # which of them is in, their indices say
+    best = best[:, :most]
+    for rows in tied.split(64) if len(tied) else ():
+        some = found[rows]
+        best[rows], place[rows] = _in_order(torch.cat([before[rows], some], 1),
+                                            torch.cat([index[rows], _indices(some, first)], 1), most)
+    return best, place
+
+
+def _indices(found: Tensor, first: int) -> Tensor:
+    return torch.arange(first, first + found.shape[1], device=found.device).expand(len(found), -1)
+
+
+def _in_order(similarity: Tensor, index: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The first `most` by falling similarity and, where that is equal, by rising index."""
+    index, order = index.sort(1)
+    similarity, order = similarity.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return similarity[:, :most], index.gather(1, order[:, :most])
+
+
+def _tied(similarity: Tensor) -> Tensor:
+    """Which rows of falling similarities hold equal ones, or are not in order."""
+    return (similarity[:, :-1] <= similarity[:, 1:]).any(1).nonzero().squeeze(1)
+
+
+def _normalized(name: str, features: Tensor) -> Tensor:
+    """Rows of length 1, float32; a row of zeros stays one. Raises ValueError for what is no number."""
+    length = torch.linalg.vector_norm(features.float(), dim=1, keepdim=True)
+    if not bool(length.isfinite().all()):
+        raise ValueError(f"{name} holds features that are not finite: look at the backbone's weights, or use precision fp32")
+    return features / length.clamp_min_(1e-12)
+
+
+@contextmanager
+def _kept(run_dir: Path | str | None, ranks: bool, settings: Callable[[], dict]) -> Iterator[Path | None]:
+    """The folder for what is done of an evaluation with these settings; removed at the end, unless by an error."""
+    if run_dir is None:
+        yield None
+        return
+    folder, holds, first = Path(run_dir) / f"knn-{config_hash(settings())}", [], on_rank_0 if ranks else lambda work: work
+
+    @first
+    def claim() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        holds.append(hold(folder))
+
+    claim()
+    yield folder
+    first(shutil.rmtree)(folder)
+    holds.clear()

@@ -1,9 +1,15 @@
-"""Weighted kNN: exact, chunked, and right where the answer is known."""
+"""Weighted kNN: exact, however the gallery is cut or shared, and right where the answer is known."""
+
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
-from imsvd_core.evaluation.knn import KNNConfig, weighted_knn
+from imsvd_core.datasets import ImageData
+from imsvd_core.evaluation import features, knn
+from imsvd_core.evaluation.knn import KNNConfig, Neighbors, weighted_knn
+from imsvd_core.views import EvalView
 
 
 def planted(n, classes, noise, seed):
@@ -64,7 +70,7 @@ def test_memory_does_not_grow_with_gallery_times_queries():
             nonlocal largest
             out = func(*args, **(kwargs or {}))
             for item in out if isinstance(out, tuple | list) else (out,):
-                largest = max(largest, item.untyped_storage().nbytes())
+                largest = max(largest, item.untyped_storage().nbytes() if isinstance(item, torch.Tensor) else 0)
             return out
 
     gallery, labels = planted(6000, 5, 0.8, seed=0)
@@ -89,3 +95,175 @@ def test_no_temperature_makes_every_vote_vanish():
     gallery = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.9, 0.9]])
     found = weighted_knn(gallery, torch.tensor([2, 1]), torch.tensor([[1.0, 0.0, 0.0]]), 3, neighbors=(2,), temperature=1e-3)
     assert found[2].tolist() == [2]
+
+
+def tying(n, seed):
+    """Rows of ±1/4: similarities are sixteenths, without any rounding, and most tie."""
+    return torch.randint(2, (n, 16), generator=torch.Generator().manual_seed(seed)) / 2.0 - 0.25
+
+
+def by_sorting(gallery, queries, k):
+    similarity = queries @ gallery.T
+    order = similarity.sort(dim=1, descending=True, stable=True)
+    return order.values[:, :k], order.indices[:, :k]
+
+
+@pytest.mark.parametrize("chunk, fed", [(2, 150), (5, 7), (20, 600), (64, 1), (1000, 64)])
+def test_of_equal_neighbours_the_first_in_the_gallery_is_nearer_however_it_is_cut(chunk, fed):
+    gallery, queries = tying(600, 0), tying(9, 1)
+    for most in (1, 20, 200):
+        found = Neighbors(queries, most, chunk)
+        for part in gallery.split(fed):
+            found.add(part)
+        similarity, index = by_sorting(gallery, queries, most)
+        assert torch.equal(found.nearest()[1], index) and torch.equal(found.nearest()[0], similarity)
+
+
+@pytest.mark.parametrize("cuts", [(400, 700), (3, 1097), (550, 550)])
+def test_what_two_found_in_their_parts_merges_to_what_one_finds(cuts):
+    gallery, queries = tying(1100, 0), tying(33, 1)
+    first, second = (Neighbors(queries, 50, 16, start) for start in (0, cuts[0]))
+    first.add(gallery[:cuts[0]]), second.add(gallery[cuts[0]:])
+    second.merge(first)
+    assert torch.equal(second.nearest()[1], by_sorting(gallery, queries, 50)[1])
+    with pytest.raises(ValueError, match="other has 5 queries, and this 33"):
+        first.merge(Neighbors(queries[:5], 50))
+
+
+def test_a_look_into_groups_finds_what_a_look_at_all_does():
+    """Real numbers, and galleries whose widths leave a rest beside the groups."""
+    generator = torch.Generator().manual_seed(0)
+    for rows in (83, 84, 85, 500, 1013):
+        gallery, queries = (torch.randn(n, 12, generator=generator, dtype=torch.float64) for n in (rows, 40))
+        similarity = nn.functional.normalize(queries) @ nn.functional.normalize(gallery).T
+        found = Neighbors(queries, 20, 200)
+        found.add(gallery)
+        assert torch.equal(found.nearest()[1], similarity.argsort(descending=True)[:, :20]), rows
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_features_that_are_no_numbers_are_refused(bad):
+    gallery, labels = planted(50, 2, 0.1, seed=0)
+    spoilt = gallery.index_fill(0, torch.tensor([7]), bad)
+    for some, others, name in ((spoilt, gallery, "gallery"), (gallery, spoilt, "queries")):
+        with pytest.raises(ValueError, match=f"{name} holds features that are not finite"):
+            weighted_knn(some, labels, others, 2, neighbors=(5,))
+
+
+# The evaluation: images whose pixels are the features
+
+VIEW = EvalView(resize=2, size=2)
+CONFIG = KNNConfig(neighbors=(1, 4), chunk=4)
+
+
+def images(n, seed, classes=3):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (n,), generator=generator)
+    pixels = torch.randint(100, (n, 3, 2, 2), generator=generator)
+    pixels[torch.arange(n), labels] += 120
+    return ImageData("planted", "planted", "train" if seed == 0 else "test", pixels.to(torch.uint8), labels, tuple("rgb"))
+
+
+def evaluate(**settings):
+    data = images(settings.pop("gallery", 103), 0), images(settings.pop("queries", 31), 1)
+    return knn.evaluate(settings.pop("backbone", nn.Flatten()), data, CONFIG, view=VIEW, **settings)
+
+
+def _on_rank(gallery: int, run_dir: str | None, rank: int, size: int) -> tuple:
+    shared = evaluate(ranks=True, gallery=gallery, run_dir=run_dir)
+    seen = []
+    watched = nn.Sequential(nn.Flatten(), nn.Identity())
+    watched[1].register_forward_hook(lambda module, inputs, out: seen.append(len(out)))
+    evaluate(ranks=True, gallery=gallery, backbone=watched)
+    alone = evaluate(gallery=gallery) if rank == 0 else None  # the others do not come
+    return shared, alone, sum(seen)
+
+
+@pytest.mark.parametrize("gallery", [103, 4])
+def test_ranks_share_the_work_and_find_what_one_process_does(ranks, tmp_path, gallery):
+    """Shares of 51 and 52 images of the gallery, 15 and 16 queries; or of two images, fewer than k."""
+    (shared, alone, seen), (other, _, also_seen) = ranks(partial(_on_rank, gallery, str(tmp_path / "kept")), 2)
+    assert shared == other == alone and shared["gallery"] == gallery
+    assert (seen, also_seen) == (gallery // 2 + 15, gallery - gallery // 2 + 16)
+    assert not list((tmp_path / "kept").iterdir())
+
+
+def _merged_of_three(rank: int, size: int) -> tuple:
+    gallery, queries = tying(100, 0), tying(10, 1)
+    found = Neighbors(queries, 40, 4, features.share(100).start)
+    found.add(gallery[features.share(100)])
+    return *knn.merge_over_ranks(*found.nearest(), 40), by_sorting(gallery, queries[features.share(10)], 40)
+
+
+@pytest.mark.slow  # three processes start
+def test_each_rank_gets_the_nearest_of_all_ranks_rows_for_its_queries(ranks):
+    for similarity, index, (truth, order) in ranks(_merged_of_three, 3):
+        assert torch.equal(similarity, truth) and torch.equal(index, order)
+
+
+class Dying(nn.Module):
+    """Flattens, until it has seen so many images."""
+
+    def __init__(self, lives: int):
+        super().__init__()
+        self.lives, self.seen = lives, 0
+
+    def forward(self, x):
+        self.seen += len(x)
+        if self.seen > self.lives:
+            raise KeyboardInterrupt
+        return x.flatten(1)
+
+
+def test_a_killed_evaluation_goes_on_where_it_was_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(knn, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(features, "KEPT_ROWS", 10)
+    monkeypatch.setattr(features.embed, "__kwdefaults__", features.embed.__kwdefaults__ | {"batch_size": 5})
+    monkeypatch.setattr(features.batches, "__kwdefaults__", features.batches.__kwdefaults__ | {"batch_size": 5})
+    compared = []
+    monkeypatch.setattr(Neighbors, "_compare", lambda self, plain=Neighbors._compare: (compared.append(self.seen), plain(self)))
+    whole = evaluate(run_dir=None)
+    in_one_go = list(compared)
+    for lives, left in ((17, 103 + 31), (60, 103 + 21), (10**6, None)):  # in the queries; in the gallery; not at all
+        compared.clear()
+        backbone = Dying(lives)
+        try:
+            found = evaluate(backbone=backbone, run_dir=tmp_path)
+        except KeyboardInterrupt:
+            assert lives < 10**6 and len(list(tmp_path.iterdir())) == 1
+    assert found == whole and compared == in_one_go[1:]  # the first block was compared before the kill
+    assert backbone.seen == 103 - 32 and not list(tmp_path.iterdir())
+
+
+def test_what_is_kept_belongs_to_backbone_data_and_settings_and_to_one_process(tmp_path, monkeypatch):
+    def folder(**settings):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(run_dir=tmp_path, **settings)
+        return {path.name for path in tmp_path.iterdir()}
+
+    class Scaled(Dying):
+        def __init__(self, scale):
+            super().__init__(40)
+            self.register_buffer("scale", torch.tensor(scale))
+
+    assert len(folder(backbone=Scaled(1.0))) == 1 and len(folder(backbone=Scaled(1.0))) == 1
+    assert len(folder(backbone=Scaled(2.0))) == 2
+    assert len(folder(backbone=Scaled(2.0), gallery=104)) == 3
+    assert len(folder(backbone=Scaled(2.0), precision=torch.bfloat16)) == 4
+
+
+def test_streamed_images_are_embedded_from_where_a_share_begins(tmp_path):
+    from torchvision.io import write_png
+
+    from imsvd_core.folders import open_folder
+    for split, there in (("train", images(90, 0)), ("val", images(20, 1))):
+        for number, (image, label) in enumerate(zip(there.images, there.labels.tolist(), strict=True)):
+            home = tmp_path / split / there.classes[label]
+            home.mkdir(parents=True, exist_ok=True)
+            write_png(image, str(home / f"{number:03}.png"))
+    data = tuple(open_folder(f"tree:{tmp_path}", split) for split in ("train", "test"))
+    whole = features.embed(nn.Flatten(), data[0], VIEW)
+    part = torch.cat(list(features.batches(nn.Flatten(), data[0], VIEW, range(70, 88))))
+    assert torch.equal(part, whole[70:88])
+    found = knn.evaluate(nn.Flatten(), data, KNNConfig(neighbors=(5,)), view=VIEW, run_dir=tmp_path / "kept")
+    assert found["knn_5"] > 95
