@@ -278,7 +278,8 @@ def _make_precise(detector: nn.Module, train: CocoImages, config: DetectionConfi
                     losses(detector, config, batch, torch.Generator(device).manual_seed(seed))
                 moves(1)
 
-            with closing(train.batches(plan, device=device)) as batches, bar("precise batch-norm", len(plan), progress) as moves:
+            with (closing(train.batches(plan, device=device)) as batches,
+                  bar("precise batch-norm", len(plan), progress) as moves):
                 precise_statistics(detector, run, enumerate(batches))
         weights = {name: value.cpu().contiguous() for name, value in detector.state_dict().items()}
         on_rank_0(_write)(path, safetensors.torch.save(weights))
