@@ -302,7 +302,8 @@ def bench(argv: Sequence[str]) -> None:
     with process_group(_peek(argv, "--loop.device") or "auto"):
         command, name = _parse_recipe(argv[1:], BenchStepCommand, "imsvd bench step")
         start, one = time.perf_counter(), command.recipe
-        figures = bench_step(one, steps=command.steps, warmup=command.warmup, progress=command.progress)
+        with signals.heed():
+            figures = bench_step(one, steps=command.steps, warmup=command.warmup, progress=command.progress)
         if world()[0] == 0:
             Console().print(figures)
             if command.json:

@@ -54,7 +54,7 @@ class CocoImages:
     home: Path  # holds the images
     listing: Path  # the annotations' file
     ids: Tensor = field(repr=False)  # int64 (N,), COCO's numbers of the images
-    records: np.ndarray = field(repr=False)  # uint8: every image's record, pickled, one after the other
+    records: Tensor = field(repr=False)  # uint8: every image's record, pickled, one after the other
     places: Tensor = field(repr=False)  # int64 (N, 2): where in `records` each begins and ends
     classes: tuple[str, ...] = field(repr=False)  # of labels 1, 2, ...
     categories: tuple[int, ...] = field(repr=False)  # COCO's numbers of the classes
@@ -67,7 +67,7 @@ class CocoImages:
     def record(self, index: int) -> dict[str, Any]:
         """COCO's own entry of an image, with its usable objects under "objects"."""
         begin, end = self.places[index].tolist()
-        return pickle.loads(self.records[begin:end].tobytes())  # our own bytes
+        return pickle.loads(self.records[begin:end].numpy().tobytes())  # our own bytes
 
     def file(self, index: int) -> Path:
         return self.home / self.record(index)["file_name"]
@@ -188,8 +188,9 @@ def open_coco(name: str, split: Split = "train", root: Path | str | None = None,
     ends = torch.tensor([len(record) for record in records]).cumsum(0)
     places = torch.stack([ends - torch.tensor([len(record) for record in records]), ends], 1)
     categories = tuple(sorted(coco.cats))
-    return CocoImages(name, folder.name, split, home, listing, torch.tensor(ids), np.frombuffer(b"".join(records), np.uint8),
-                      places, tuple(coco.cats[number]["name"] for number in categories), categories, on_corrupt)
+    joined = torch.frombuffer(bytearray().join(records), dtype=torch.uint8)
+    return CocoImages(name, folder.name, split, home, listing, torch.tensor(ids), joined, places,
+                      tuple(coco.cats[number]["name"] for number in categories), categories, on_corrupt)
 
 
 def read_listing(file: Path) -> COCO:
@@ -225,5 +226,6 @@ def _run_lengths(segmentation: Any, height: int, width: int) -> dict[str, Any]:
     """One mask in COCO's compressed run lengths, from any of its three ways to write one."""
     shape = _polygons(segmentation)
     if isinstance(shape, list):
-        return rle.merge(rle.frPyObjects(shape, height, width)) if shape else rle.encode(np.zeros((height, width), np.uint8, "F"))
+        nothing = np.zeros((height, width), np.uint8, "F")
+        return rle.merge(rle.frPyObjects(shape, height, width)) if shape else rle.encode(nothing)
     return rle.frPyObjects(shape, height, width) if isinstance(shape["counts"], list) else shape

@@ -194,5 +194,5 @@ def test_the_data_set_travels_to_workers_as_bytes(drawn):
     """Objects would be copied, page by page, into every worker that counts its references to them."""
     data = open_coco(drawn)
     assert isinstance(data, CocoImages)
-    assert data.records.dtype == np.uint8
+    assert data.records.dtype == torch.uint8
     assert not any(isinstance(value, list | dict) for value in vars(data).values())

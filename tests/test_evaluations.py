@@ -21,6 +21,9 @@ from imsvd_core.results import read_result
 from imsvd_core.training import build_network, save_backbone
 
 
+REAL = datasets.data_root()  # before it is set aside
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "ATTRIBUTES_SIZES", {"train": 600, "test": 200})
@@ -127,6 +130,17 @@ def test_what_cannot_be_is_said_in_one_line(weights, capsys):
             main(words)
         said = capsys.readouterr()
         assert stop.value.code == 2 and message in said.err + said.out and "Traceback" not in said.err
+
+
+@pytest.mark.parametrize(("name", "data", "figures"), [("voc07-svm", "voc-mini", {"svm", "classes", "not_evaluable"}),
+                                                      ("coco-detection", "coco-mini", {"box_ap50", "mask_ap75", "iterations"})])
+def test_real_photographs_are_judged_through_the_whole_path(weights, monkeypatch, name, data, figures):
+    if not (REAL / data).is_dir():
+        pytest.skip(f"{data} is not in the data root")
+    monkeypatch.setenv("IMSVD_DATA", str(REAL))
+    main(["evaluate", name, str(weights), "--no-progress"])
+    found = read_result(f"runs/theirs/{name}.json")
+    assert found["figures"].keys() >= figures and found["provenance"]["dataset"] == data
 
 
 @pytest.mark.slow  # two steps of a frozen ResNet-50 at 224 pixels

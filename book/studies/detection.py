@@ -23,6 +23,7 @@ from imsvd_core.coco import open_coco
 from imsvd_core.evaluation import detection
 from imsvd_core.evaluation.detection import DetectionConfig
 from imsvd_core.evaluation.detector import DetectorConfig
+from imsvd_core.evaluation.features import fingerprint
 from imsvd_core.loop import LoopConfig, stream_seed
 from imsvd_core.networks import build_backbone
 from imsvd_core.results import STORE, plain, provenance, write_json, write_result
@@ -55,7 +56,8 @@ def overfit(run_dir: Path) -> dict:
     for progressed in loop:
         if progressed.step % WATCHED == 0:
             detector.eval()  # by the running statistics
-            found = [one for number, image in zip(ids, images) for one in detection.detect(detector, [image], [number], ten.categories)]
+            found = [one for number, image in zip(ids, images)
+                     for one in detection.detect(detector, [image], [number], ten.categories)]
             detector.train()
             loop.record(**detection.score(found, truth, ids))
     ends = {name: detection.evaluate(backbone("narrow"), (ten, other), OVERFIT, run_dir=run_dir)
@@ -71,17 +73,13 @@ def overfit(run_dir: Path) -> dict:
 def one_process(run_dir: Path, steps: int) -> dict:
     """Take `steps` training steps of the full-width detector from where `run_dir` stands; what is there before and after."""
     detector, loop = detection.training(backbone("resnet50"), open_coco("coco:coco-mini"), FULL, run_dir, progress=False)
-    states = [digest(detector)]
+    states = [fingerprint(*detector.state_dict().values())]
     first = loop.step
     for _ in islice(loop, steps):
-        states.append(digest(detector))
+        states.append(fingerprint(*detector.state_dict().values()))
     return {"from_step": first, "to_step": loop.step, "states": states, "seconds": round(loop.seconds, 1),
             "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
             "parameters": sum(parameter.numel() for parameter in detector.parameters())}
-
-
-def digest(detector: torch.nn.Module) -> str:
-    return detection.fingerprint(value.numpy() for value in detector.state_dict().values())
 
 
 def full_width(run_dir: Path) -> dict:
@@ -114,6 +112,7 @@ if __name__ == "__main__":
     if len(sys.argv) == 4 and sys.argv[2] == "--steps":
         print(json.dumps(one_process(Path(sys.argv[1]), int(sys.argv[3]))))
     elif len(sys.argv) == 2 or len(sys.argv) == 3 and sys.argv[2] == "--keep":
-        main(Path(sys.argv[1]), STORE / "coco-mini-overfit.json" if len(sys.argv) == 3 else Path(sys.argv[1]) / "result.json")
+        here = Path(sys.argv[1])
+        main(here, STORE / "coco-mini-overfit.json" if len(sys.argv) == 3 else here / "result.json")
     else:
         raise SystemExit(__doc__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
@@ -29,6 +28,7 @@ from imsvd_core import signals
 from imsvd_core.coco import CocoImages, Target
 from imsvd_core.distributed import mean_over_ranks, on_rank_0, world
 from imsvd_core.evaluation.detector import DetectorConfig, build_detector
+from imsvd_core.evaluation.features import bar, fingerprint
 from imsvd_core.files import atomic_write, hold
 from imsvd_core.loop import PRECISIONS, Loop, LoopConfig, essential, pick_device, stream_seed
 from imsvd_core.optim import OptimConfig
@@ -122,7 +122,7 @@ def evaluate(backbone: ResNet, data: tuple[CocoImages, CocoImages],
     loop.refuse_unfinished()
     held: list[Any] = []
     on_rank_0(lambda: held.append(hold(loop.run_dir)))()
-    test_settings = {**plain(config), "loop": None, "data": _content(test)}
+    test_settings = {**plain(config), "loop": None, "data": fingerprint(test.ids, test.records)}
     folder = loop.run_dir / f"test-{config_hash(test_settings)}"
     with signals.interruptible():  # every block of detections is kept as it comes
         _make_precise(detector, train, config, loop.device, folder, progress)
@@ -142,8 +142,8 @@ def training(backbone: ResNet, train: CocoImages, config: DetectionConfig, run_d
         detector = build_detector(backbone, len(train.classes), config.detector)
     kept = {name: value for name, value in plain(config).items() if name not in OF_THE_TEST[0]}
     kept["detector"] = {name: value for name, value in kept["detector"].items() if name not in OF_THE_TEST[1]}
-    settings = essential({"evaluation": "detection", **kept, "data": [train.title, _content(train)],
-                          "backbone": fingerprint(value.cpu().numpy() for value in backbone.state_dict().values())})
+    settings = essential({"evaluation": "detection", **kept, "data": [train.title, fingerprint(train.ids, train.records)],
+                          "backbone": fingerprint(*backbone.state_dict().values())})
     loop = Loop(partial(losses, detector, config), {"detector": detector}, len(train), config.loop, config.optim,
                 Path(run_dir) / config_hash(settings), settings=settings, progress=progress, steps=config.iterations,
                 rate=config.learning_rate, batches=partial(train.batches, device=pick_device(config.loop.device)))
@@ -276,9 +276,11 @@ def _make_precise(detector: nn.Module, train: CocoImages, config: DetectionConfi
                 with torch.random.fork_rng([device] if device.type == "cuda" else []), _autocast(config, device):
                     torch.manual_seed(seed)
                     losses(detector, config, batch, torch.Generator(device).manual_seed(seed))
+                moves(1)
 
-            with closing(train.batches(plan, device=device)) as batches, Progress(disable=not progress or rank > 0) as bars:
-                precise_statistics(detector, run, bars.track(enumerate(batches), total=len(plan), description="precise batch-norm"))
+            with (closing(train.batches(plan, device=device)) as batches,
+                  bar("precise batch-norm", len(plan), progress) as moves):
+                precise_statistics(detector, run, enumerate(batches))
         weights = {name: value.cpu().contiguous() for name, value in detector.state_dict().items()}
         on_rank_0(_write)(path, safetensors.torch.save(weights))
     detector.load_state_dict(safetensors.torch.load_file(path))
@@ -296,8 +298,8 @@ def _test(detector: nn.Module, test: CocoImages, config: DetectionConfig, device
     def plan() -> Iterator[tuple[int, Tensor]]:
         return ((index, torch.tensor([index])) for _, block in missing for index in block)
 
-    with closing(test.batches(plan(), masks=False, device=device)) as batches, Progress(disable=not progress or rank > 0) as bars:
-        bar = bars.add_task("testing", total=sum(len(block) for _, block in missing))
+    total = sum(len(block) for _, block in missing)
+    with closing(test.batches(plan(), masks=False, device=device)) as batches, bar("testing", total, progress) as moves:
         for path, block in missing:
             found: dict[str, list] = {"images": [], "detections": []}
             for _ in block:
@@ -306,7 +308,7 @@ def _test(detector: nn.Module, test: CocoImages, config: DetectionConfig, device
                 found["images"] += ids
                 if ids:  # it could be read
                     found["detections"] += detect(detector, images, ids, test.categories, PRECISIONS[config.loop.precision])
-                bars.advance(bar)
+                moves(1)
             _write(path, json.dumps(found).encode())
     mean_over_ranks(torch.zeros(1, device=device))  # wait for all
 
@@ -314,9 +316,10 @@ def _test(detector: nn.Module, test: CocoImages, config: DetectionConfig, device
     def judge() -> dict[str, float]:
         found = [json.loads(path.read_text()) for path, _ in blocks]
         images = [number for part in found for number in part["images"]]
+        detections = [one for part in found for one in part["detections"]]
         with Progress(disable=not progress) as bars:
-            bars.add_task("scoring", total=None)
-            return score([one for part in found for one in part["detections"]], test.truth(), images) | {"test_images": len(images)}
+            bars.add_task("scoring", total=None)  # pycocotools does not tell how far it is
+            return score(detections, test.truth(), images) | {"test_images": len(images)}
 
     return judge()
 
@@ -329,15 +332,3 @@ def _autocast(config: DetectionConfig, device: torch.device) -> torch.autocast:
 def _write(path: Path, content: bytes) -> None:
     with atomic_write(path) as file:
         file.write(content)
-
-
-def _content(data: CocoImages) -> str:
-    return fingerprint([data.ids.numpy(), data.records])
-
-
-def fingerprint(arrays: Iterable[np.ndarray]) -> str:
-    """A few digits that change with any of the numbers."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:16]

@@ -88,8 +88,9 @@ class DetectorConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be two counts: before and after the suppression")
         if self.roi_size % 2:
             raise ValueError(f"roi_size={self.roi_size} must be even: layer4 halves it, and the mask doubles that again")
-        if self.max_size < max(*self.min_sizes, self.test_size):
-            raise ValueError(f"max_size={self.max_size} is below the shorter side's {max(*self.min_sizes, self.test_size)}: raise it")
+        largest = max(*self.min_sizes, self.test_size)
+        if self.max_size < largest:
+            raise ValueError(f"max_size={self.max_size} is below the shorter side's {largest}: raise it")
         for name in ("score_threshold", "nms"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1")
@@ -114,8 +115,8 @@ def build_detector(backbone: ResNet, classes: int, config: DetectorConfig = Dete
     middle, wide = (_width(layer) for layer in (backbone.layer3, backbone.layer4))
     anchors = AnchorGenerator((config.anchors,), (config.ratios,))
     counts = [{"training": train, "testing": test} for train, test in zip(config.train_proposals, config.test_proposals)]
-    rpn = _Proposals(anchors, _ProposalHead(middle, anchors.num_anchors_per_location()[0]), 0.7, 0.3, config.rpn_samples, 0.5,
-                     *counts, 0.7)
+    rpn_head = _ProposalHead(middle, anchors.num_anchors_per_location()[0])
+    rpn = _Proposals(anchors, rpn_head, 0.7, 0.3, config.rpn_samples, 0.5, *counts, 0.7)
     head = nn.Sequential(OrderedDict(layer4=backbone.layer4, norm=nn.BatchNorm2d(wide)))
     boxes = FastRCNNPredictor(wide, classes + 1)
     nn.init.normal_(boxes.cls_score.weight, std=0.01)
