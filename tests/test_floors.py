@@ -14,7 +14,7 @@ launch.status
 launch.graph launch.queue
 launch
 launch.plan
-launch.submit efficiency
+launch.submit
 training launch.job launch.config
 recipes arrays prepared export
 evaluation.knn evaluation.linear evaluation.svm evaluation.detection methods variants arrays.tables

@@ -1,7 +1,6 @@
 """VOC 2007 with one linear support vector machine a class on frozen representations, scored by VOC's average precision."""
 
 import copy
-import hashlib
 import json
 import logging
 import warnings
@@ -14,7 +13,6 @@ import numpy as np
 import safetensors.torch
 import torch
 from joblib import Parallel, delayed
-from rich.progress import Progress
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import cross_validate
 from sklearn.svm import LinearSVC
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 
 from imsvd_core import signals
 from imsvd_core.distributed import on_rank_0
+from imsvd_core.evaluation.features import bar, fingerprint
 from imsvd_core.files import atomic_write, hold
 from imsvd_core.folders import share_of_cores
 from imsvd_core.networks import represent
@@ -111,8 +110,8 @@ def evaluate(backbone: nn.Module, data: tuple[VOCImages, VOCImages], config: SVM
     if shared := set(train.stems) & set(test.stems):
         raise ValueError(f"{len(shared)} images are in both splits, {min(shared)!r} for one: a test image must not be trained on")
     settings = {name: value for name, value in plain(config).items() if name != "jobs"} | {
-        "evaluation": "voc07-svm", "images": [_fingerprint(part) for part in (train, test)], "precision": str(precision),
-        "backbone": _digest(value.detach().cpu().contiguous().numpy() for value in backbone.state_dict().values())}
+        "evaluation": "voc07-svm", "images": [_identity(part) for part in (train, test)], "precision": str(precision),
+        "backbone": fingerprint(*backbone.state_dict().values())}
     folder = Path(run_dir) / config_hash(settings)
     folder.mkdir(parents=True, exist_ok=True)
     held = hold(folder)
@@ -140,14 +139,13 @@ def embed(backbone: nn.Module, data: VOCImages, config: SVMConfig, *, folder: Pa
         backbone.avgpool = _Windows(6, stride=1)
     backbone.to(device)
     blocks = []
-    with Progress(disable=not progress, transient=True) as bars:
-        bar = bars.add_task(f"representing {data.split} images", total=len(data))
+    with bar(f"{data.split} images", len(data), progress) as advance:
         for start in range(0, len(data), BLOCK):
             wanted = range(start, min(start + BLOCK, len(data)))
             file = folder and folder / f"{data.split}-{start // BLOCK:05d}.safetensors"
             if file and file.exists():
                 block = safetensors.torch.load_file(file)
-                bars.advance(bar, len(wanted))
+                advance(len(wanted))
             else:
                 rows: list[int] = []
 
@@ -155,7 +153,7 @@ def embed(backbone: nn.Module, data: VOCImages, config: SVMConfig, *, folder: Pa
                     for kept, some in data.images(config.resize, config.size, indices=wanted, device=device):
                         yield view.finish(some)
                         rows.extend(kept)
-                        bars.advance(bar, len(kept))
+                        advance(len(kept))
 
                 block = {"features": represent(backbone, images(), device, precision).cpu().contiguous(), "rows": torch.tensor(rows)}
                 if file:
@@ -188,8 +186,7 @@ def fit(features: Tensor | np.ndarray, labels: Tensor | np.ndarray, test_feature
                          "take more images")
     done = {name: json.loads(_file(folder, name).read_text()) for name in evaluable if folder and _file(folder, name).exists()}
     left = [name for name in evaluable if name not in done]
-    with Progress(disable=not progress, transient=True) as bars:
-        bar = bars.add_task("support vector machines", total=len(evaluable), completed=len(done))
+    with bar("support vector machines", len(evaluable), progress, len(done)) as advance:
         jobs = min(config.jobs or share_of_cores(), max(1, len(left)))
         work = (delayed(_fit_class)(name, x, y[:, evaluable[name]], test_x, config) for name in left)
         for name, scores, result in Parallel(jobs, return_as="generator_unordered")(work):
@@ -199,7 +196,7 @@ def fit(features: Tensor | np.ndarray, labels: Tensor | np.ndarray, test_feature
             if folder:
                 write_json(_file(folder, name), result)
             done[name] = result
-            bars.advance(bar)
+            advance(1)
     found = {name: done[name] for name in evaluable}
     return {"svm": round(100 * float(np.mean([one["ap"] for one in found.values()])), 2),
             "classes": {name: round(100 * one["ap"], 2) for name, one in found.items()},
@@ -291,14 +288,7 @@ def _file(folder: Path, name: str) -> Path:
     return folder / "classes" / f"{name}.json"
 
 
-def _fingerprint(data: VOCImages) -> list[Any]:
+def _identity(data: VOCImages) -> list[Any]:
     """What changes with the images and their labels; files are told apart by name and size."""
     files = ((stem, data.file(index).stat().st_size if data.file(index).exists() else None) for index, stem in enumerate(data.stems))
-    return [data.title, data.classes, config_hash(list(files)), _digest([data.labels.numpy()]), data.on_corrupt]
-
-
-def _digest(arrays: Iterator[np.ndarray] | list[np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(array.tobytes())
-    return digest.hexdigest()[:16]
+    return [data.title, data.classes, config_hash(list(files)), fingerprint(data.labels), data.on_corrupt]
