@@ -76,6 +76,7 @@ class DetectionConfig:
             raise ValueError(f"drops={self.drops} must be rising iterations ≥ 1")
         if not 0 <= self.flip <= 1:
             raise ValueError(f"flip={self.flip} must be a probability")
+        _ = self.optim  # refuses impossible rates
 
     def check(self, train: CocoImages, test: CocoImages, name: str = "detection") -> None:
         """Raise ValueError, naming the setting, if the data cannot serve this protocol."""

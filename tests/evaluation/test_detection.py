@@ -337,6 +337,8 @@ def test_ranks_train_one_detector_share_the_test_and_average_their_statistics(ra
     ({"precise_bn": -1}, "precise_bn=-1 must be at least 0"),
     ({"drops": (5, 5)}, r"drops=\(5, 5\) must be rising"),
     ({"flip": 1.5}, r"flip=1\.5 must be a probability"),
+    ({"lr": -1.0}, r"lr=-1\.0 must be a finite number"),
+    ({"momentum": 1.0}, r"momentum=1\.0 must be below 1"),
 ])
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
