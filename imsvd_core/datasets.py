@@ -168,7 +168,7 @@ def resolve(name: str = "auto", root: Path | str | None = None) -> str:
     if name in TITLES or name.startswith("folder:"):
         return name
     if name != "auto":
-        raise ValueError(f"data set {name!r} is unknown: choose auto, {', '.join(TITLES)} or folder:PATH")
+        raise ValueError(f"data set {name!r} is unknown: choose auto, {', '.join(TITLES)}, folder:PATH or, streamed, tree:PATH")
     root = _root(root)
     if _find("cifar10", root):
         return "cifar10"

@@ -22,6 +22,7 @@ from imsvd_core.views import EvalView
 from imsvd_core.voc import open_voc
 
 LAYOUTS = {"voc": open_voc, "coco": open_coco}  #: of data sets whose images are in no class folders
+WANTED = {svm.SVMConfig: "voc", detection.DetectionConfig: "coco"}  #: which of them an evaluation needs; the others need none
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,10 @@ def load(path: Path | str, scale: Scale | None = None) -> Judged:
     their results go to runs/FILE. Raises FileNotFoundError or ValueError for what is neither.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
+        raise FileNotFoundError(f"run={str(path)!r} is not there: give the folder of a finished `imsvd pretrain`, or a file of "
+                                "weights (.pth, .pt, .safetensors)")
+    if path.is_dir():
         trained, backbone = training.load_run(path)
         return Judged(backbone, trained, path, known=True)
     name, cifar_stem, state = read_state_dict(path)
@@ -68,6 +72,10 @@ def evaluate(name: str, judged: Judged, asked: EvaluationRecipe, *, usual: str |
     the settings by default. Raises FileExistsError if other settings gave the result that stands there, unless
     `overwrite`; `signals.Stopped` after a notice.
     """
+    layout, wanted = asked.data.partition(":")[0], WANTED.get(type(asked.config))
+    if wanted != (layout if layout in LAYOUTS else None):
+        raise ValueError(f"data={asked.data!r} does not serve {name}: give {wanted or 'tree'}:PATH"
+                         + ("" if wanted else ", folder:PATH or a data set's name"))
     path = result_path(name, judged, asked.data, asked.data if usual is None else usual)
     trained = replace(judged.trained, eval_view=asked.eval_view)
     whose = plain(trained) if judged.known else [fingerprint(*judged.backbone.state_dict().values()), plain(asked.eval_view)]

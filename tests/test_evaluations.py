@@ -112,7 +112,7 @@ def test_the_folders_file_and_a_foreign_one_are_told_apart(tmp_path):
     (tmp_path / "none.pth").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="none.pth"):
         evaluations.load(tmp_path / "none.pth")
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(FileNotFoundError, match="nowhere.* is not there: give the folder"):
         evaluations.load("nowhere")
 
 
@@ -185,3 +185,11 @@ def test_two_ranks_judge_as_one(weights, tree, free_port):
         main(command)
         alone = read_result(f"runs/theirs/{name}.json")
         assert together["figures"] | {"seconds": 0} == alone["figures"] | {"seconds": 0}
+
+
+@pytest.mark.parametrize(("name", "data", "said"), [("voc07-svm", "tree:imagenet", "give voc:PATH"), ("voc07-svm", "coco:x", "give voc:PATH"),
+                                                   ("coco-detection", "voc:x", "give coco:PATH"), ("knn", "voc:x", "give tree:PATH, folder:PATH")])
+def test_data_of_another_layout_are_refused_at_once(weights, capsys, name, data, said):
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", name, str(weights), "--data", data])
+    assert stop.value.code == 2 and f"data='{data}' does not serve {name}: {said}" in capsys.readouterr().err
