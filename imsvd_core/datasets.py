@@ -242,7 +242,8 @@ def find_folder(name: str, root: Path) -> Path:
     """The folder that `folder:PATH` or `tree:PATH` names, absolute or below `root`; FileNotFoundError if it is none."""
     path = root / Path(name.partition(":")[2]).expanduser()
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is not a folder: {name!r} is an absolute path, or one under {root}")
+        raise FileNotFoundError(f"{path} is not a folder: {name!r} is an absolute path, or one under {root}; give another --data, "
+                                "or put it there (`imsvd data check` tells how)")
     return path
 
 
