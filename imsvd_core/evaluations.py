@@ -87,7 +87,8 @@ def evaluate(name: str, judged: Judged, asked: EvaluationRecipe, *, usual: str |
     if device and hasattr(settings, "loop"):
         settings = replace(settings, loop=replace(settings.loop, device=device))
     loop = getattr(settings, "loop", trained.loop)
-    data = rank_0_first(lambda: load_data(replace(trained, data=asked.data, on_corrupt=on_corrupt)))
+    shown = progress and world()[0] == 0
+    data = rank_0_first(lambda: load_data(replace(trained, data=asked.data, on_corrupt=on_corrupt), progress=shown))
     common = {"run_dir": judged.folder / name, "progress": progress}
     seen = {"view": EvalView(**asdict(asked.eval_view))}
     embedded = {"device": pick_device(device or loop.device), "precision": PRECISIONS[loop.precision]}
@@ -109,9 +110,10 @@ def evaluate(name: str, judged: Judged, asked: EvaluationRecipe, *, usual: str |
     return on_rank_0(write_result)(path, name, figures, origin, overwrite=True)
 
 
-def load_data(recipe: Recipe) -> tuple[Any, Any]:
+def load_data(recipe: Recipe, *, progress: bool = False) -> tuple[Any, Any]:
     """(train, test) of a recipe's data set: as `training.load_data`, and voc:PATH and coco:PATH."""
     if layout := LAYOUTS.get(recipe.data.partition(":")[0]):
-        train, test = (layout(recipe.data, split, on_corrupt=recipe.on_corrupt) for split in ("train", "test"))
+        shown = {"progress": progress} if layout is open_coco else {}  # whose annotations take long to read
+        train, test = (layout(recipe.data, split, on_corrupt=recipe.on_corrupt, **shown) for split in ("train", "test"))
         return train, test
     return training.load_data(recipe)
