@@ -1,4 +1,5 @@
-"""The command line: `imsvd pretrain`, `evaluate`, `launch`, `reproduce`, `status` and `data`, generated from the dataclasses."""
+"""The command line: `imsvd pretrain`, `evaluate`, `export`, `bench`, `launch`, `reproduce`, `status` and `data`, generated
+from the dataclasses."""
 
 import argparse
 import json
@@ -10,23 +11,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Generic, TypeVar
 
 import tyro
 from rich.console import Console
 
-from imsvd_core import checkpoints, prepared, signals, training
+from imsvd_core import checkpoints, evaluations, prepared, signals, training
+from imsvd_core import export as exporting
 from imsvd_core import launch as launcher
+from imsvd_core.datasets import OnCorrupt
 from imsvd_core.distributed import first_to_say, process_group, world
-from imsvd_core.evaluation import knn, linear
+from imsvd_core.efficiency import bench_step
 from imsvd_core.files import Superseded, atomic_write
 from imsvd_core.launch import graph as graphs
 from imsvd_core.launch.reproduce import reproduce as bring_about
 from imsvd_core.launch.status import graphs_under, look, watch
-from imsvd_core.loop import PRECISIONS, NonFiniteError, pick_device
-from imsvd_core.recipes import RECIPES, Recipe, Scale, current_scale, recipe
-from imsvd_core.results import config_hash, plain, provenance, read_result, write_result
-from imsvd_core.views import EvalView
+from imsvd_core.loop import NonFiniteError, pick_device
+from imsvd_core.recipes import (EVALUATIONS, OWN, RECIPES, EvalViewConfig, EvaluationRecipe, Recipe, Scale, current_scale,
+                                evaluation, recipe)
+from imsvd_core.results import provenance, read_result, write_result
 
 USAGE = """usage: imsvd COMMAND ...
 
@@ -34,16 +37,21 @@ commands:
   pretrain RECIPE        train a recipe; a run that was cut off goes on where its last checkpoint stands.
                          SIGTERM and SIGUSR2 let it save and stop (exit status 143).
                          On several processes: torchrun --nproc-per-node 2 -m imsvd_core.cli pretrain RECIPE
-  evaluate knn RUN       weighted k-nearest-neighbour accuracy of a run's backbone
-  evaluate linear RUN    linear probe on a run's frozen backbone
+  evaluate NAME RUN      judge a run's backbone, or a file of weights: knn and linear on its own data; imagenet-knn,
+                         imagenet-linear, places205-linear, voc07-svm and coco-detection as the paper does
+  export RUN --to FORM   its backbone as torchvision, timm, detectron2 or safetensors read it
+  bench step RECIPE      time of a training step, hours of 100 epochs, peak memory, on the device at hand
   launch RECIPE          the same training as a job of a cluster (Slurm), queued again whenever it is stopped; --dry-run
                          tells what it will take
+  launch evaluate NAME RUN ...   an evaluation as such a job
   reproduce              a table of the paper, a figure, or all: what it needs as a graph of jobs, the finished left alone
   status [FOLDER]        where what was launched stands: waiting, running, done, failed
   data check NAME ROOT   whether a data root (imagenet, places205, voc07, coco) is whole, or how to prepare one
 
 `imsvd COMMAND --help` lists every setting. Environment: IMSVD_SCALE (smoke, laptop, full), IMSVD_DATA (data root),
 IMSVD_DATASET (auto, cifar10, attributes, ...)."""
+
+Settings, Command = TypeVar("Settings"), TypeVar("Command")
 
 
 @dataclass(frozen=True)
@@ -73,30 +81,54 @@ class LaunchCommand:
 
 
 @dataclass(frozen=True)
-class KNNCommand:
-    """Weighted kNN on a run's backbone; writes knn.json into the run's folder (knn-DATA.json for other data)."""
+class EvaluateCommand(Generic[Settings]):
+    """Judge a backbone; the settings start from the run's own (knn, linear) or from the paper's (the others), and NAME.json
+    is written into the run's folder (NAME-DATA.json for data other than the evaluation's)."""
 
     run: tyro.conf.Positional[Path]
-    config: Annotated[knn.KNNConfig, tyro.conf.arg(name="")] = knn.KNNConfig()
+    """Folder of a finished run, or a file of anybody's weights: a state dict of torchvision's names (.pth, .pt, .safetensors)."""
+    config: Annotated[Settings, tyro.conf.arg(name="")]
+    eval_view: EvalViewConfig = field(default_factory=EvalViewConfig)
     data: str = "auto"
-    """Data set to evaluate on; the run's own by default."""
-    device: str = "auto"
+    """Data set: those of `imsvd pretrain`; voc:PATH and coco:PATH for the layouts of VOC and COCO."""
+    scale: Scale = "laptop"
+    """Which version of the evaluation the settings start from; IMSVD_SCALE by default."""
+    device: str | None = None
+    """auto, cuda, mps or cpu; by default that of the settings."""
+    on_corrupt: OnCorrupt = "error"
+    """An unreadable image file ends the evaluation, or is passed over."""
+    out: Path | None = None
+    """Folder of the result; the run's own by default, runs/FILE for a file of weights."""
+    progress: bool = True
     overwrite: bool = False
     """Replace a result that other settings have given."""
 
 
 @dataclass(frozen=True)
-class LinearCommand:
-    """Linear probe on a run's frozen backbone; the last epoch counts. Writes linear.json into the run's folder
-    (linear-DATA.json for other data)."""
+class ExportCommand:
+    """Write a run's backbone as others read it."""
 
     run: tyro.conf.Positional[Path]
-    config: Annotated[linear.LinearConfig, tyro.conf.arg(name="")] = linear.LinearConfig()
-    data: str = "auto"
-    """Data set to evaluate on; the run's own by default."""
+    """Folder of a finished run, or a file of weights."""
+    to: exporting.Format
+    out: Path | None = None
+    """The file; by default backbone-TO with its suffix, in the run's folder."""
+
+
+@dataclass(frozen=True)
+class BenchStepCommand:
+    """Time whole training steps of a recipe on the device at hand: hours for 100 epochs and peak memory (Table IV)."""
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    scale: Scale = "laptop"
+    """Which version of the recipe the other settings start from; IMSVD_SCALE by default."""
+    steps: int = 20
+    """Steps that are timed."""
+    warmup: int = 3
+    """Steps before them that are not."""
+    json: Path | None = None
+    """Also write the figures to this file."""
     progress: bool = True
-    overwrite: bool = False
-    """Replace a result that other settings have given."""
 
 
 @dataclass(frozen=True)
@@ -170,15 +202,18 @@ def _pretrain(argv: Sequence[str]) -> Path:
 
 def _parse_pretrain(argv: Sequence[str], prog: str) -> PretrainCommand:
     """The settings, with their run folder."""
-    scale = _peek(argv, "--scale") or current_scale()
-    defaults = {name: (build.__doc__ or name, PretrainCommand(recipe(name, scale), scale=scale))
-                for name, build in RECIPES.items()}
-    command = tyro.extras.overridable_config_cli(
-        defaults, prog=prog, args=argv,
-        description=f"Train a recipe; `imsvd pretrain RECIPE --help` lists its settings.\n\n{PretrainCommand.__doc__}")
-    name = next(word for word in argv if word in RECIPES)
+    command, name = _parse_recipe(argv, PretrainCommand, prog)
     run_dir = command.run_dir or Path("runs") / f"{name}-{command.scale}-seed{command.recipe.loop.seed}"
     return replace(command, run_dir=run_dir)
+
+
+def _parse_recipe(argv: Sequence[str], kind: Callable[..., Command], prog: str) -> tuple[Command, str]:
+    """A command whose settings start from the recipe that its words name, and that name."""
+    scale = _peek(argv, "--scale") or current_scale()
+    defaults = {name: (build.__doc__ or name, kind(recipe(name, scale), scale=scale)) for name, build in RECIPES.items()}
+    command = tyro.extras.overridable_config_cli(
+        defaults, prog=prog, args=argv, description=f"`{prog} RECIPE --help` lists its settings.\n\n{kind.__doc__}")
+    return command, next(word for word in argv if word in RECIPES)
 
 
 def launch(argv: Sequence[str]) -> None:
@@ -186,31 +221,38 @@ def launch(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         tyro.cli(LaunchCommand, prog="imsvd launch RECIPE", args=["--help"], default=default)
     name = argv[0]
-    if name not in RECIPES:
-        raise ValueError(f"recipe={name!r} is unknown; the recipe comes first, one of: {', '.join(RECIPES)}")
+    if name not in (*RECIPES, "evaluate"):
+        raise ValueError(f"recipe={name!r} is unknown; the recipe comes first, one of: {', '.join(RECIPES)}; or evaluate NAME RUN")
     command, rest = tyro.cli(LaunchCommand, prog="imsvd launch RECIPE", args=argv[1:], default=default, return_unknown_args=True)
-    pretraining = _parse_pretrain([name, *rest], "imsvd launch")
-    run_dir = pretraining.run_dir.absolute()
-    taken = launcher.plan(name, pretraining.recipe, command.config, run_dir)
-    folder, job_name = run_dir / "jobs", run_dir.name
-    if (folder / "submission.json").exists():
-        for standing in look(graphs_under(run_dir)[0]).values():
-            if standing.live or standing.state == "unknown":
-                raise ValueError(f"run_dir={str(run_dir)!r} has a job on its way, {standing.job} ({standing.words or standing.state}): "
-                                 "wait for its end, stop it, or give another folder")
-    if command.dry_run:
-        if command.config.executor == "slurm":
-            print(launcher.batch_script(job_name, folder, command.config, run_dir / "code"))
-        print(taken)
-        return
-    if taken.refused:
-        raise ValueError("not sent:\n  " + "\n  ".join(taken.refused))
-    print(taken)
     given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    given.add_argument("--scale")
-    given.add_argument("--run-dir")
-    words = ["pretrain", name, "--scale", pretraining.scale, "--run-dir", str(run_dir), "--no-progress",
-             *given.parse_known_args(rest)[1]]
+    for option in ("--scale", "--out" if name == "evaluate" else "--run-dir"):
+        given.add_argument(option)
+    told, taken = given.parse_known_args(rest)[1], None
+    if name == "evaluate":
+        asked, judged, usual = _parse_evaluation(rest, "imsvd launch evaluate")
+        run_dir, what = judged.folder.absolute(), evaluations.result_path(rest[0], judged, asked.data, usual.data).stem
+        folder, job_name = run_dir / "jobs" / what, f"{run_dir.name}-{what}"
+        told[told.index(str(asked.run))] = str(asked.run.absolute())
+        words = ["evaluate", *told, "--scale", asked.scale, "--out", str(run_dir), "--no-progress"]
+    else:
+        pretraining = _parse_pretrain([name, *rest], "imsvd launch")
+        run_dir = pretraining.run_dir.absolute()
+        folder, job_name = run_dir / "jobs", run_dir.name
+        taken = launcher.plan(name, pretraining.recipe, command.config, run_dir)
+        words = ["pretrain", name, "--scale", pretraining.scale, "--run-dir", str(run_dir), "--no-progress", *told]
+    known = graphs_under(run_dir) if (folder / "submission.json").exists() else []
+    for standing in (one for graph in known for one in look(graph).values() if one.task.folder == folder):
+        if standing.live or standing.state == "unknown":
+            raise ValueError(f"run_dir={str(run_dir)!r} has a job on its way, {standing.job} ({standing.words or standing.state}): "
+                             "wait for its end, stop it, or give another folder")
+    if command.dry_run and command.config.executor == "slurm":
+        print(launcher.batch_script(job_name, folder, command.config, run_dir / "code"))
+    if taken and taken.refused and not command.dry_run:
+        raise ValueError("not sent:\n  " + "\n  ".join(taken.refused))
+    if taken:
+        print(taken)
+    if command.dry_run:
+        return
     sent = launcher.submit(words, name=job_name, folder=folder, config=command.config, code=launcher.snapshot(run_dir / "code"))
     print(f"job {sent.job_id} sent; its logs are in {folder}; imsvd status {run_dir} tells how it stands")
     if command.config.executor == "debug":
@@ -218,40 +260,56 @@ def launch(argv: Sequence[str]) -> None:
 
 
 def evaluate(argv: Sequence[str]) -> Path:
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: an evaluation is the work of one process; "
-                         "start it without torchrun")
-    kinds = {"knn": KNNCommand, "linear": LinearCommand}
     if argv and argv[0] in ("-h", "--help"):
-        print(f"usage: imsvd evaluate {'|'.join(kinds)} RUN ...\n\n`imsvd evaluate KIND --help` lists its settings.")
+        print(f"usage: imsvd evaluate NAME RUN ...\n\nNAME is one of {', '.join((*OWN, *EVALUATIONS))}; `imsvd evaluate NAME "
+              "--help` lists its settings.")
         raise SystemExit(0)
-    if not argv or argv[0] not in kinds:
-        raise ValueError(f"evaluation={argv[0] if argv else ''!r} must be one of {', '.join(kinds)}")
-    kind, rest = argv[0], list(argv[1:])
-    parse = partial(tyro.cli, kinds[kind], prog=f"imsvd evaluate {kind}", args=rest)
-    run = parse().run  # which run decides what the other settings start from
-    trained, backbone = training.load_run(run)
-    command = parse(default=kinds[kind](run=run, config=getattr(trained, kind), data=trained.data))
+    with process_group(_peek(argv, "--device") or _peek(argv, "--loop.device") or "auto"):
+        if world()[0]:
+            logging.getLogger().setLevel(logging.ERROR)  # rank 0 tells
+        command, judged, usual = _parse_evaluation(argv, "imsvd evaluate")
+        asked = EvaluationRecipe(command.config, command.data, command.eval_view)
+        return _tell(evaluations.evaluate(
+            argv[0], judged, asked, usual=usual.data, device=command.device, on_corrupt=command.on_corrupt,
+            progress=command.progress, overwrite=command.overwrite))
 
-    path = run / (f"{kind}.json" if command.data == trained.data else f"{kind}-{command.data.replace('/', '_')}.json")
-    config = {"evaluation": plain(command.config), "pretraining": plain(trained)}
-    if path.exists() and not command.overwrite and read_result(path)["provenance"]["config_hash"] != config_hash(config):
-        raise FileExistsError(f"{path} was given by other settings: pass --overwrite to replace it")
-    data = training.load_data(replace(trained, data=command.data))
-    view, start = EvalView(**asdict(trained.eval_view)), time.perf_counter()
-    if kind == "knn":
-        device, seed = pick_device(command.device), trained.loop.seed
-        with signals.heed(), signals.interruptible():
-            figures = knn.evaluate(backbone, data, command.config, view=view, device=device,
-                                   precision=PRECISIONS[trained.loop.precision])
-    else:
-        device, seed = pick_device(command.config.loop.device), command.config.loop.seed
+
+def _parse_evaluation(argv: Sequence[str], prog: str) -> tuple[EvaluateCommand, evaluations.Judged, EvaluationRecipe]:
+    """The settings, whom they are to judge, and what they would have been."""
+    name, rest = (argv[0] if argv else ""), argv[1:]
+    scale = _peek(rest, "--scale") or current_scale()
+    usual = evaluation(name, scale)
+    parse = partial(tyro.cli, EvaluateCommand[type(usual.config)], prog=f"{prog} {name}", args=rest)
+    run = parse(default=EvaluateCommand(tyro.MISSING, usual.config, usual.eval_view, usual.data, scale)).run
+    judged = evaluations.load(run, scale)  # it decides what the other settings start from
+    usual = evaluation(name, scale, judged.trained)
+    command = parse(default=EvaluateCommand(run, usual.config, usual.eval_view, usual.data, scale))
+    return command, replace(judged, folder=command.out or judged.folder), usual
+
+
+def export(argv: Sequence[str]) -> None:
+    command = tyro.cli(ExportCommand, prog="imsvd export", args=argv)
+    judged = evaluations.load(command.run)
+    network = judged.trained.network
+    out = command.out or judged.folder / f"backbone-{command.to}{exporting.SUFFIXES[command.to][0]}"
+    print(f"written to {exporting.export(judged.backbone, network.backbone, network.cifar_stem, command.to, out)}")
+
+
+def bench(argv: Sequence[str]) -> None:
+    if argv[:1] != ["step"]:
+        print("usage: imsvd bench step RECIPE ...\n\n`imsvd bench step RECIPE --help` lists its settings.")
+        raise SystemExit(0 if argv and argv[0] in ("-h", "--help") else 2)
+    with process_group(_peek(argv, "--loop.device") or "auto"):
+        command, name = _parse_recipe(argv[1:], BenchStepCommand, "imsvd bench step")
+        start, one = time.perf_counter(), command.recipe
         with signals.heed():
-            figures = linear.evaluate(backbone, data, command.config, view=view, run_dir=run / "linear",
-                                      progress=command.progress)
-    seconds = max(time.perf_counter() - start, figures.get("seconds", 0))  # of training before a kill, too
-    origin = provenance(config=config, device=device, seed=seed, dataset=data[0].title, seconds=seconds)
-    return _tell(write_result(path, kind, figures, origin, overwrite=True))
+            figures = bench_step(one, steps=command.steps, warmup=command.warmup, progress=command.progress)
+        if world()[0] == 0:
+            Console().print(figures)
+            if command.json:
+                origin = provenance(config=one, seed=one.loop.seed, device=pick_device(one.loop.device), dataset=figures["data"],
+                                    seconds=time.perf_counter() - start, world_size=figures["ranks"])
+                write_result(command.json, f"bench-step-{name}", figures, origin, overwrite=True)
 
 
 def data(argv: Sequence[str]) -> None:
@@ -290,7 +348,8 @@ def status(argv: Sequence[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], Path | None]] = {
-    "pretrain": pretrain, "evaluate": evaluate, "launch": launch, "reproduce": reproduce, "status": status, "data": data}
+    "pretrain": pretrain, "evaluate": evaluate, "export": export, "bench": bench, "launch": launch, "reproduce": reproduce,
+    "status": status, "data": data}
 
 
 def _peek(argv: Sequence[str], option: str) -> str | None:

@@ -194,7 +194,7 @@ def stream(read: Callable[[Any], Any], parts: Iterable, workers: int | None = No
                         prefetch_factor=AHEAD if workers else None, worker_init_fn=_heed_the_trainer_alone,
                         pin_memory=device.type == "cuda",
                         generator=torch.Generator())  # not the trainer's chance
-    with _sigterm_blocked():
+    with _sigterm_held_back():
         iterator = iter(loader)
     try:
         for result in iterator:
@@ -267,9 +267,9 @@ class _Reader(Dataset):
 
 
 @contextmanager
-def _sigterm_blocked() -> Iterator[None]:
-    """Let whatever starts in the block be born deaf to SIGTERM: a forked worker's other threads would die of it."""
-    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+def _sigterm_held_back() -> Iterator[None]:
+    """Let what is started here be born with SIGTERM blocked, in threads that a library starts before anybody can say so, too."""
+    if not hasattr(signal, "sigwaitinfo"):  # as on macOS
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

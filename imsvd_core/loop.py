@@ -259,8 +259,9 @@ class Loop:
             yield from ((step, piece) for piece in order[start:start + share].chunk(self.config.accumulate))
 
     def _train_one(self, batches: Iterator[Any]) -> dict[str, Tensor]:
+        rate = self.rate(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(self.step)
+            group["lr"] = rate
         seed = stream_seed(self.config.seed, f"step of rank {self.rank}" if self.rank else "step", self.step)
         self.optimizer.zero_grad(set_to_none=True)
         metrics = self.gradients(itertools.islice(batches, self.config.accumulate), seed)

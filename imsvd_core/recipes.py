@@ -11,8 +11,11 @@ from dataclasses import dataclass, field, is_dataclass, replace
 from functools import partial, update_wrapper
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from imsvd_core.evaluation.detection import DetectionConfig
+from imsvd_core.evaluation.detector import DetectorConfig
 from imsvd_core.evaluation.knn import KNNConfig
 from imsvd_core.evaluation.linear import LinearConfig
+from imsvd_core.evaluation.svm import SVMConfig
 from imsvd_core.loop import LoopConfig
 from imsvd_core.methods import IMSVD, BarlowTwins, Method, VICReg
 from imsvd_core.networks import NetworkConfig
@@ -21,6 +24,7 @@ from imsvd_core.views import (CIFAR_MEAN, CIFAR_STD, IMAGENET_MEAN, IMAGENET_STD
                               imagenet_views)
 
 Scale = Literal["smoke", "laptop", "full"]
+EvaluationConfig = KNNConfig | LinearConfig | SVMConfig | DetectionConfig
 
 
 @dataclass(frozen=True)
@@ -153,19 +157,105 @@ def _imagenet(scale: Scale, epochs: int = 100) -> Recipe:
         loop=LoopConfig(epochs=epochs, batch_size=2048),
         eval_view=EvalViewConfig(256, 224, IMAGENET_MEAN, IMAGENET_STD),
         watch=KNNConfig(neighbors=(20,), gallery=20_000, queries=5_000),
-        linear=LinearConfig(OptimConfig(name="sgd", lr=0.02, weight_decay=1e-6, warmup_epochs=0),
+        linear=LinearConfig(OptimConfig(name="sgd", lr=0.02, weight_decay=1e-6, warmup_epochs=0, final_lr_fraction=0.0),
                             LoopConfig(epochs=100, batch_size=256), view=ViewConfig(size=224, scale=(0.2, 1.0)), augment=True))
     if scale == "full":
         return full
     if scale == "smoke":
         few = KNNConfig(neighbors=(5,), gallery=16, queries=8)
-        return replace(full, loop=LoopConfig(epochs=1, batch_size=8, keep=1, log_every=1), samples=16, knn=few, watch=few, look=16)
+        step = LoopConfig(epochs=1, batch_size=8, keep=1, log_every=1)
+        return replace(full, loop=step, samples=16, knn=few, watch=few, look=16,
+                       linear=replace(full.linear, loop=step, train_images=16, test_images=8))
     return replace(
         full, method=IMSVD(units=16), views=imagenet_views(64), data="tree:tiny-imagenet-40",
         network=NetworkConfig(backbone="narrow", cifar_stem=False, hidden=(1024,), dim=1024),
         optim=OptimConfig(name="adamw", lr=2e-3, weight_decay=1e-4, warmup_epochs=0.5),
         loop=LoopConfig(epochs=epochs // 50, batch_size=256), eval_view=EvalViewConfig(64, 64, IMAGENET_MEAN, IMAGENET_STD),
-        watch=KNNConfig(neighbors=(20,), gallery=4_000, queries=1_000))
+        watch=KNNConfig(neighbors=(20,), gallery=4_000, queries=1_000),
+        linear=LinearConfig(OptimConfig(name="sgd", lr=0.3, weight_decay=1e-6, warmup_epochs=0),
+                            LoopConfig(epochs=5, batch_size=256), view=ViewConfig(size=64, scale=(0.2, 1.0)), augment=True))
+
+
+@dataclass(frozen=True)
+class EvaluationRecipe:
+    """One evaluation, of whatever backbone."""
+
+    config: EvaluationConfig
+    data: str
+    """Data set, as a pretraining's; voc:PATH and coco:PATH for the layouts of VOC and COCO."""
+    eval_view: EvalViewConfig = field(default_factory=EvalViewConfig)
+    """What kNN and the linear probe see of a test image."""
+
+
+def evaluation(name: str, scale: Scale | None = None, trained: Recipe | None = None) -> EvaluationRecipe:
+    """The evaluation `name` at a scale, of a backbone that was `trained` so: knn and linear as its recipe has them (by default
+    ImageNet's), the others as the paper does, all with the normalisation that the backbone knows.
+
+    Raises ValueError naming the evaluations there are.
+    """
+    if name not in EVALUATIONS and name not in OWN:
+        raise ValueError(f"evaluation={name!r} must be one of {', '.join((*OWN, *EVALUATIONS))}")
+    trained = trained or recipe("imagenet-100", scale)
+    if name in OWN:
+        return EvaluationRecipe(getattr(trained, name), trained.data, trained.eval_view)
+    asked = EVALUATIONS[name](scale or current_scale())
+    known = {"mean": trained.eval_view.mean, "std": trained.eval_view.std}
+    config = asked.config
+    if isinstance(config, LinearConfig):
+        config = replace(config, view=replace(config.view, **known))
+    elif isinstance(config, SVMConfig):
+        config = replace(config, **known)
+    elif isinstance(config, DetectionConfig):
+        config = replace(config, detector=replace(config.detector, **known))
+    return replace(asked, config=config, eval_view=replace(asked.eval_view, **known))
+
+
+def _imagenet_knn(scale: Scale) -> EvaluationRecipe:
+    """kNN on ImageNet (Table II)."""
+    own = _imagenet(scale)
+    return EvaluationRecipe(own.knn, own.data if scale == "full" else "tree:tiny-imagenet-40", own.eval_view)
+
+
+def _imagenet_linear(scale: Scale) -> EvaluationRecipe:
+    """Linear probe on ImageNet (Tables I and IV to IX)."""
+    return replace(_imagenet_knn(scale), config=_imagenet(scale).linear)
+
+
+def _places205_linear(scale: Scale) -> EvaluationRecipe:
+    """Linear probe on Places205 (Table III). Its weight decay, which the text lost, is VISSL's."""
+    like = _imagenet_linear(scale)
+    data = "tree:places205" if like.data == "tree:imagenet" else like.data
+    optim = OptimConfig(name="sgd", lr=0.01, weight_decay=5e-4, momentum=0.9, warmup_epochs=0, milestones=(5, 10))
+    loop = replace(like.config.loop, epochs=1 if scale == "smoke" else 14)
+    view = replace(like.config.view, scale=(0.08, 1.0))
+    return replace(like, config=replace(like.config, optim=optim, view=view, loop=loop), data=data)
+
+
+def _voc07_svm(scale: Scale) -> EvaluationRecipe:
+    """Support vector machines on VOC07 (Table III)."""
+    if scale == "full":
+        return EvaluationRecipe(SVMConfig(), "voc:voc07")
+    small = SVMConfig(pool="mean", resize=128, size=128)  # the last map has 7×7 places at 224 pixels only
+    if scale == "smoke":
+        small = replace(small, costs=(0.1, 1.0), train_images=48, test_images=16)
+    return EvaluationRecipe(small, "voc:voc-mini")
+
+
+def _coco_detection(scale: Scale) -> EvaluationRecipe:
+    """Mask R-CNN R50-C4 on COCO, 1× (Table III)."""
+    full = DetectionConfig()
+    if scale == "full":
+        return EvaluationRecipe(full, "coco:coco")
+    small = DetectorConfig(min_sizes=(192, 224, 256), test_size=224, max_size=384, anchors=(16, 32, 64, 128, 256),
+                           train_proposals=(1000, 200), test_proposals=(500, 100), rois=32, roi_size=8, mask_channels=64)
+    laptop = replace(full, detector=small, iterations=300, lr=0.02, drops=(200, 270), precise_bn=20,
+                     loop=replace(full.loop, batch_size=4, precision="bf16"))
+    if scale == "laptop":
+        return EvaluationRecipe(laptop, "coco:coco-mini")
+    small = replace(small, min_sizes=(96,), test_size=96, max_size=160, rois=8)
+    smoke = replace(laptop, detector=small, iterations=2, warmup=1, drops=(), precise_bn=1, train_images=4, test_images=2,
+                    loop=replace(full.loop, batch_size=2, log_every=1))
+    return EvaluationRecipe(smoke, "coco:coco-mini")
 
 
 IMAGENET_EPOCHS = (100, 200, 400, 800, 1000)  #: of Table I
@@ -174,6 +264,11 @@ RECIPES: dict[str, Callable[[Scale], Recipe]] = {
     "cifar10": _cifar10, "cifar10-vicreg": _vicreg, "cifar10-barlow-twins": _barlow_twins,
     "cifar10-units": _units, "two-views": _two_views,
     **{f"imagenet-{epochs}": update_wrapper(partial(_imagenet, epochs=epochs), _imagenet) for epochs in IMAGENET_EPOCHS}}
+
+OWN = ("knn", "linear")  #: evaluations that a run brings its own settings for
+EVALUATIONS: dict[str, Callable[[Scale], EvaluationRecipe]] = {
+    "imagenet-knn": _imagenet_knn, "imagenet-linear": _imagenet_linear, "places205-linear": _places205_linear,
+    "voc07-svm": _voc07_svm, "coco-detection": _coco_detection}
 
 
 def from_plain(kind: Any, value: Any) -> Any:

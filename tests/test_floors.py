@@ -8,6 +8,7 @@ import imsvd_core
 PACKAGE = Path(imsvd_core.__file__).parent
 FLOORS = """
 cli
+evaluations efficiency
 launch.reproduce
 launch.status
 launch.graph launch.queue
@@ -15,9 +16,10 @@ launch
 launch.plan
 launch.submit
 training launch.job launch.config
-recipes arrays prepared
-evaluation.knn evaluation.linear methods variants arrays.tables
-evaluation.features loop loss information
+recipes arrays prepared export
+evaluation.knn evaluation.linear evaluation.svm evaluation.detection methods variants arrays.tables
+evaluation.features evaluation.detector loop loss information voc
+coco
 gradients streaming folders record
 discretization distributed networks views datasets optim checkpoints results plots
 files signals launch.shield attributes arrays.designs arrays.bounds

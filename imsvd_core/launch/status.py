@@ -127,14 +127,14 @@ def progress(task: Task) -> str:
     config = task.settings or _json(task.run_dir / "config.json")
     paths = [task.run_dir / "metrics.jsonl"]
     if task.argv[0] == "evaluate":
-        if task.argv[1] != "linear":
-            return ""
-        config = config.get("linear", {})
-        paths = sorted((task.run_dir / "linear").glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
+        config = config.get("linear", {}) if task.argv[1] == "linear" else {}
+        paths = sorted((task.run_dir / task.argv[1]).glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
     lines = _tail(paths[-1]) if paths else []
     steps = [line for line in lines if "loss" in line]
-    if not steps or not config:
+    if not steps:
         return ""
+    if not config:  # a protocol's, whose length no file tells
+        return f"step {steps[-1]['step']}"
     last, loop = steps[-1], config["loop"]
     total = round(last["step"] / last["epoch"]) * loop["epochs"]
     said = [f"step {last['step']} of {total}", f"loss {last['loss']:.3f}" if last["loss"] is not None else "loss not finite"]
@@ -190,14 +190,21 @@ def graphs_under(folder: Path) -> list[Graph]:
     for place in [folder, *sorted(path for path in folder.glob("*") if path.is_dir())]:
         if (place / GRAPH).exists():
             graphs.append(Graph.load(place))
-        elif submission := read_submission(place / "jobs"):
-            graphs.append(Graph([Task(place.name, tuple(submission.argv), place, place / "result.json")]))
+        elif launched := _launched(place):
+            graphs.append(Graph(launched))
         if place == folder and graphs:
             break
     if not graphs:
         raise ValueError(f"folder={str(folder)!r} holds nothing that was launched: give the folder of `imsvd reproduce`, "
                          "the run folder of `imsvd launch`, or the folder that holds such folders")
     return graphs
+
+
+def _launched(run_dir: Path) -> list[Task]:
+    """What `imsvd launch` has sent for a run: its training, and evaluations."""
+    jobs = {place: read_submission(place) for place in (run_dir / "jobs", *sorted((run_dir / "jobs").glob("*/")))}
+    return [Task("/".join((run_dir.name, *place.relative_to(run_dir / "jobs").parts)), tuple(sent.argv), run_dir,
+                 run_dir / f"{place.name if place.parent != run_dir else 'result'}.json") for place, sent in jobs.items() if sent]
 
 
 def table(standings: Iterable[Standing], title: str = "") -> Table:

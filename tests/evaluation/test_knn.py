@@ -8,7 +8,7 @@ from torch import nn
 
 from imsvd_core.datasets import ImageData
 from imsvd_core.evaluation import features, knn
-from imsvd_core.evaluation.knn import KNNConfig, Neighbors, weighted_knn
+from imsvd_core.evaluation.knn import KNNConfig, Neighbors, vote, weighted_knn
 from imsvd_core.views import EvalView
 
 
@@ -50,6 +50,19 @@ def test_weights_matter_and_cannot_overflow():
     assert weighted_knn(gallery, labels, query, 2, neighbors=(5,), temperature=0.07)[5].item() == 1
     assert weighted_knn(gallery, labels, query, 2, neighbors=(5,), temperature=100.0)[5].item() == 0
     assert weighted_knn(gallery, labels, query, 2, neighbors=(5,), temperature=1e-4)[5].item() == 1
+
+
+def test_a_vote_is_the_sum_of_exponentials_written_out():
+    """Two near neighbours of class 2, or five farther ones of class 1 and three of class 0; in float64, term by term."""
+    similarity = torch.tensor([[.95, .9, .7, .68, .66, .64, .62, .6, .58, .5], [.8, .75, .745, .74, .73, .72, .71, .7, .69, .68]])
+    labels = torch.tensor([[2, 2, 1, 1, 0, 1, 0, 1, 1, 0], [0, 2, 1, 1, 1, 2, 0, 2, 2, 0]])
+    for temperature in (.03, .07, .1, .2, .5, 2.):
+        found = vote(similarity, labels, 3, neighbors=(1, 3, 5, 8, 10), temperature=temperature)
+        assert set(found) == {1, 3, 5, 8, 10}
+        for k, predicted in found.items():
+            for row, near in enumerate(similarity.double()):
+                scores = [sum(torch.exp(near[i] / temperature).item() for i in range(k) if labels[row, i] == c) for c in range(3)]
+                assert predicted[row] == scores.index(max(scores)), (temperature, k, row)
 
 
 def test_planted_labels_are_found_and_shuffled_ones_are_chance():

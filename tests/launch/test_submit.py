@@ -16,6 +16,9 @@ from imsvd_core import datasets
 from imsvd_core.cli import main
 from imsvd_core.launch import LaunchConfig, Submission, batch_script, job, queue, snapshot, submit
 from imsvd_core.launch.submit import _environment
+from imsvd_core.networks import NetworkConfig
+from imsvd_core.results import read_result
+from imsvd_core.training import build_network, save_backbone
 
 OPTIONS = ["cifar10", "--scale", "smoke", "--data", "attributes", "--samples", "80", "--loop.batch-size", "16", "--loop.epochs", "10", "--look", "16",
            "--loop.log-every", "1", "--knn.neighbors", "20", "--knn.gallery", "40", "--knn.queries", "20", "--watch.gallery", "40",
@@ -108,6 +111,21 @@ def test_debug_trains_in_this_process(tmp_path, monkeypatch):
     before = dict(os.environ)
     main(["launch", *OPTIONS, "--executor", "debug", "--loop.epochs", "1", "--run-dir", str(tmp_path / "run")])
     assert (tmp_path / "run" / "result.json").exists() and dict(os.environ) == before
+
+
+def test_an_evaluation_is_launched_like_a_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(datasets, "ATTRIBUTES_SIZES", {"train": 600, "test": 200})
+    monkeypatch.chdir(tmp_path)
+    network = NetworkConfig("narrow", cifar_stem=True)
+    save_backbone("theirs.safetensors", build_network(network, 0).backbone, network)
+    main(["launch", "evaluate", "knn", "theirs.safetensors", "--executor", "debug", "--scale", "smoke", "--data", "attributes", "--out", "here"])
+    assert read_result("here/knn-attributes.json")["figures"]["gallery"] == 400
+    capsys.readouterr()
+    main(["status", "here"])
+    assert "here/knn-attributes" in (said := capsys.readouterr().out) and "1 done" in said
+    with pytest.raises(SystemExit):
+        main(["launch", "evaluate", "kNN", "theirs.safetensors", "--executor", "debug"])
+    assert "evaluation='kNN' must be one of knn" in capsys.readouterr().err
 
 
 @pytest.mark.slow  # two Pythons, one after the other

@@ -1,0 +1,119 @@
+"""Every evaluation at laptop scale: backbones of CIFAR-10 and of Tiny-ImageNet (40 classes), each judged on both, on small
+VOC and on small COCO, beside the same networks untrained.
+
+    python book/studies/evaluations.py TINY_RUN OUT [NAME ...]
+
+TINY_RUN is the folder of the run on Tiny-ImageNet (`imsvd pretrain imagenet-100 --scale laptop --loop.epochs 30
+--method.temperature 0.25`); CIFAR-10's model is the one kept in the book. What is done in OUT is not done again. Writes
+evaluations-small.json, voc-mini-features.safetensors and tiny-imagenet-40-laptop.safetensors beside the chapters. NAME
+limits what is done to some backbones. The data root holds cifar10, tiny-imagenet-40, voc-mini and coco-mini.
+"""
+
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch.nn.functional import normalize
+
+from imsvd_core import evaluations
+from imsvd_core.evaluation import detection, svm
+from imsvd_core.evaluation.features import embed
+from imsvd_core.evaluation.knn import weighted_knn
+from imsvd_core.files import atomic_write
+from imsvd_core.networks import NetworkConfig
+from imsvd_core.recipes import evaluation
+from imsvd_core.results import STORE, plain, provenance, read_result, write_result
+from imsvd_core.training import build_network, load_run, save_backbone
+from imsvd_core.views import EvalView
+
+CIFAR, TINY = "cifar10", "folder:tiny-imagenet-40"
+ALIKE = 25.0  # root mean square of the differences of two images' bytes
+KEPT = "cifar10-laptop-40-epochs-seed0.safetensors"
+
+
+def backbones(tiny_run: Path, out: Path, store: Path) -> dict[str, Path]:
+    """Files of weights: two trained networks, and the same two as they were before."""
+    recipe, trained = load_run(tiny_run)
+    save_backbone(store / "tiny-imagenet-40-laptop.safetensors", trained, recipe.network, torch.float16)
+    files = {"cifar10": store / KEPT, "tiny": store / "tiny-imagenet-40-laptop.safetensors"}
+    for name, stem in (("cifar10", True), ("tiny", False)):
+        network = NetworkConfig(backbone="narrow", cifar_stem=stem)
+        files[f"{name}-untrained"] = out / f"{name}-untrained.safetensors"
+        save_backbone(files[f"{name}-untrained"], build_network(network, seed=0).backbone, network)
+    return files
+
+
+def twins(store: Path) -> dict[str, float]:
+    """How many test images of CIFAR-10 have their nearest neighbour among the training images in nearly the same pixels, and
+    what the neighbours are worth with and without those."""
+    judged = evaluations.load(store / KEPT, "laptop")
+    train, test = evaluations.load_data(replace(judged.trained, data=CIFAR))
+    view = EvalView(**asdict(judged.trained.eval_view))
+    gallery, queries = (embed(judged.backbone, part, view) for part in (train, test))
+    unit = normalize(gallery, dim=1)
+    nearest = torch.cat([(some @ unit.T).argmax(1) for some in normalize(queries, dim=1).split(1000)])
+    differ = (train.images[nearest].float() - test.images.float()).square().flatten(1).mean(1).sqrt()
+    twin = differ < ALIKE
+    kept = torch.ones(len(train), dtype=torch.bool)
+    kept[nearest[twin]] = False
+
+    def right(rows: torch.Tensor) -> torch.Tensor:
+        found = weighted_knn(gallery[rows], train.labels[rows], queries, len(train.classes), neighbors=(20,))[20]
+        return (found == test.labels).float()
+
+    whole, without = right(torch.ones_like(kept)), right(kept)
+    figures = {"knn_20": whole.mean(), "knn_20_of_twins": whole[twin].mean(), "knn_20_of_others": whole[~twin].mean(),
+               "knn_20_of_twins_without": without[twin].mean(), "same_label": (train.labels[nearest] == test.labels)[twin].float().mean()}
+    return {"rms_below": ALIKE, "twins": int(twin.sum()), "test_images": len(test)} | {
+        name: round(100 * value.item(), 2) for name, value in figures.items()}
+
+
+def main(tiny_run: Path, out: Path, names: list[str], store: Path = STORE) -> None:
+    begin = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    runs, features, classes = {}, {}, ()
+    for name, file in backbones(tiny_run, out, store).items():
+        if names and name not in names:
+            continue
+        judged = replace(evaluations.load(file, "laptop"), folder=out / name)
+        for kind, data in (("knn", CIFAR), ("knn", TINY), ("imagenet-linear", CIFAR), ("imagenet-linear", TINY),
+                           ("voc07-svm", None), ("coco-detection", None)):
+            if kind == "coco-detection" and judged.trained.network.cifar_stem:
+                continue  # its features are four times as dense: sixteen times the work, and another detector
+            asked = evaluation(kind, "laptop", judged.trained)
+            if data:
+                asked = replace(asked, data=data, eval_view=judged.trained.eval_view)
+            if kind == "imagenet-linear":  # through crops of the size that the backbone knows
+                view = replace(asked.config.view, size=judged.trained.eval_view.size)
+                asked = replace(asked, config=replace(asked.config, view=view))
+            path = evaluations.evaluate(kind, judged, asked, usual="")
+            runs.setdefault(name, {})[path.stem] = read_result(path)["figures"]
+            print(name, path.stem, {key: value for key, value in read_result(path)["figures"].items() if not isinstance(value, dict)},
+                  flush=True)
+        config = evaluation("voc07-svm", "laptop", judged.trained).config
+        train, test = evaluations.load_data(replace(judged.trained, data="voc:voc-mini"))
+        classes = train.classes
+        for part in (train, test):
+            found, rows = svm.embed(judged.backbone, part, config)
+            features[f"{name}-{part.split}"] = found.half()
+            features[f"labels-{part.split}"] = part.labels[rows].contiguous()
+        if name == "tiny":  # batch-norm's running averages in place of precise ones, on the same trained detector
+            config = replace(evaluation("coco-detection", "laptop").config, precise_bn=0)
+            data = evaluations.load_data(replace(judged.trained, data="coco:coco-mini"))
+            runs[name]["coco-detection-running-averages"] = detection.evaluate(judged.backbone, data, config,
+                                                                               run_dir=out / name / "coco-detection")
+    with atomic_write(store / "voc-mini-features.safetensors") as file:
+        file.write(safetensors.torch.save(features))
+    config = {kind: plain(asdict(evaluation(kind, "laptop"))) for kind in ("knn", "imagenet-linear", "voc07-svm", "coco-detection")}
+    origin = provenance(config=config, seed=0, device="cpu", seconds=time.perf_counter() - begin,
+                        dataset="CIFAR-10 (JPEG), tiny-imagenet-40, voc-mini, coco-mini")
+    write_result(store / "evaluations-small.json", "evaluations-small", {"voc_classes": classes, "runs": runs, "twins": twins(store)}, origin, overwrite=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        raise SystemExit(__doc__)
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
