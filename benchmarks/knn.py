@@ -88,7 +88,8 @@ def stream(rows: int) -> None:
     found = knn.Neighbors(features(FULL["queries"], FULL["features"], seed=0), FULL["neighbors"])
     for start in range(0, rows, 512):
         found.add(features(512, FULL["features"], seed=start + 1))
-    knn.vote(*(lambda near, index: (near, index % 1000))(*found.nearest()), 1000, neighbors=NEIGHBORS, temperature=0.07)
+    similarity, index = found.nearest()
+    knn.vote(similarity, index % 1000, 1000, neighbors=NEIGHBORS, temperature=0.07)
 
 
 def child(args: argparse.Namespace) -> None:
@@ -136,7 +137,8 @@ def main() -> None:
         "threads": torch.get_num_threads(), "full_size": FULL if full else None}
     print(json.dumps({"setting": setting, "figures": figures}, indent=1))
     if args.json:
-        origin = provenance(config=setting, seed=0, device="cpu", dataset="random features", seconds=time.perf_counter() - start)
+        origin = provenance(config=setting, seed=0, device="cpu", dataset="random features",
+                            seconds=time.perf_counter() - start)
         write_result(args.json, "benchmark-knn-cpu", {"setting": setting, **figures}, origin, overwrite=True)
 
 

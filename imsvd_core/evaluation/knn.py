@@ -92,7 +92,7 @@ def evaluate(backbone: nn.Module, data: tuple[Images, Images], config: KNNConfig
         rows = share(len(gallery)) if ranks else range(len(gallery))
         there = keep and keep / f"neighbors-{rank}.safetensors"
         found = Neighbors(asked.cpu() if asked.device.type == "mps" else asked, max(config.neighbors), config.chunk,
-                          first=rows.start)  # MPS sorts neither int64 nor far
+                          first=rows.start)  # an Apple GPU selects few at a time
         del asked
         if there and there.exists():
             found.restore(safetensors.torch.load_file(there))
@@ -195,9 +195,10 @@ class Neighbors:
     def merge(self, other: "Neighbors") -> None:
         """Add what `other` has found for the same queries in other rows of the gallery."""
         for here, there in zip(self.nearest(), other.nearest(), strict=True):
-            if here.shape[0] != there.shape[0]:
-                raise ValueError(f"other has {there.shape[0]} queries, and this {here.shape[0]}: give those of the same queries")
-        self.similarity, self.index = _merged([(self.similarity, self.index), (other.similarity, other.index)], self.most, self.some)
+            if len(here) != len(there):
+                raise ValueError(f"other has {len(there)} queries, and this {len(here)}: give one that has the same queries")
+        both = [(self.similarity, self.index), (other.similarity, other.index)]
+        self.similarity, self.index = _merged(both, self.most, self.some)
 
     def state(self) -> dict[str, Tensor]:
         """What is found in the rows before `seen`, to be stored; rows that wait are left out."""
@@ -213,9 +214,10 @@ class Neighbors:
         """Compare the rows that wait with all queries."""
         if not self._waiting:
             return
-        rows = torch.cat(self._waiting).to(self.queries.device) if len(self._waiting) > 1 else self._waiting[0].to(self.queries.device)
-        self._waiting = []
-        rows = _normalized("gallery", rows)
+        waiting, self._waiting = self._waiting, []
+        rows = torch.cat(waiting) if len(waiting) > 1 else waiting[0]  # which would be copied
+        del waiting
+        rows = _normalized("gallery", rows.to(self.queries.device))
         width = min(self.most, self.similarity.shape[1] + len(rows))
         similarity = self.similarity.new_empty(len(self.queries), width)
         index = self.index.new_empty(len(self.queries), width)
@@ -239,7 +241,8 @@ def merge_over_ranks(similarity: Tensor, index: Tensor, most: int) -> tuple[Tens
     size = world()[1]
     if size == 1:
         return similarity, index
-    widths = sum_over_ranks(one_hot(torch.tensor(world()[0]), size).to(index.device) * index.shape[1]).tolist()
+    widths = one_hot(torch.tensor(world()[0]), size).to(index.device) * index.shape[1]
+    widths = sum_over_ranks(widths).tolist()
     queries, mine = len(index), share(len(index))
     lengths = [queries * (rank + 1) // size - queries * rank // size for rank in range(size)]
     parts = []
@@ -306,6 +309,7 @@ def _tied(similarity: Tensor) -> Tensor:
     return (similarity[:, :-1] <= similarity[:, 1:]).any(1).nonzero().squeeze(1)
 
 
+@torch.no_grad()
 def _normalized(name: str, features: Tensor) -> Tensor:
     """Rows of length 1, float32; a row of zeros stays one. Raises ValueError for what is no number."""
     length = torch.linalg.vector_norm(features.float(), dim=1, keepdim=True)

@@ -129,7 +129,8 @@ def evaluate(backbone: nn.Module, data: tuple[Images, Images], config: LinearCon
     with signals.interruptible():
         right = _test(head.eval(), scale, backbone, test, view, device, precision, progress)
     return {name: round(100 * count / len(test), 2) for name, count in right.items()} | {
-        "epochs": config.loop.epochs, "train_images": len(train), "test_images": len(test), "seconds": round(loop.seconds, 1)}
+        "epochs": config.loop.epochs, "train_images": len(train), "test_images": len(test),
+        "seconds": round(loop.seconds, 1)}
 
 
 @torch.no_grad()

@@ -234,7 +234,8 @@ def test_a_killed_evaluation_goes_on_where_it_was_and_leaves_nothing_behind(tmp_
     monkeypatch.setattr(features.embed, "__kwdefaults__", features.embed.__kwdefaults__ | {"batch_size": 5})
     monkeypatch.setattr(features.batches, "__kwdefaults__", features.batches.__kwdefaults__ | {"batch_size": 5})
     compared = []
-    monkeypatch.setattr(Neighbors, "_compare", lambda self, plain=Neighbors._compare: (compared.append(self.seen), plain(self)))
+    plain = Neighbors._compare
+    monkeypatch.setattr(Neighbors, "_compare", lambda self: (compared.append(self.seen), plain(self)))
     whole = evaluate(run_dir=None)
     in_one_go = list(compared)
     for lives, left in ((17, 103 + 31), (60, 103 + 21), (10**6, None)):  # in the queries; in the gallery; not at all
