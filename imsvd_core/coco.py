@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -179,6 +179,7 @@ def open_coco(name: str, split: Split = "train", root: Path | str | None = None,
         bars.remove_task(bar)
         for number in bars.track(sorted(coco.imgs), description=f"sorting {listing.name}"):
             image = coco.imgs[number]
+            _refuse_incomplete(image, coco.imgToAnns.get(number, []), coco, listing)
             objects = [one for one in coco.imgToAnns.get(number, []) if _usable(one, image, split)]
             if objects or split == "test":
                 ids.append(number)
@@ -202,6 +203,23 @@ def read_listing(file: Path) -> COCO:
     except (json.JSONDecodeError, UnicodeDecodeError, AssertionError, KeyError, TypeError) as error:
         raise ValueError(f"{file} holds no COCO annotations ({type(error).__name__}: {error}): unpack them again") from error
     return coco
+
+
+def _refuse_incomplete(image: dict[str, Any], objects: Sequence[dict[str, Any]], coco: COCO, listing: Path) -> None:
+    """Raise ValueError for an image or one of its objects of which something is missing, or speaks of another picture."""
+    for what, entry, needed in (("image", image, ("file_name", "height", "width")),
+                                *(("annotation", one, ("category_id", "bbox", "area", "segmentation")) for one in objects)):
+        if missing := [key for key in needed if key not in entry]:
+            raise ValueError(f"{listing}: {what} {entry['id']} has no {', '.join(missing)}: give COCO's annotations of instances, "
+                             "boxes and masks")
+    for one in objects:
+        if one["category_id"] not in coco.cats:
+            raise ValueError(f"{listing}: annotation {one['id']} is of category {one['category_id']}, which is not among its "
+                             f"{len(coco.cats)} categories: unpack COCO's annotations again")
+        shape = one["segmentation"]
+        if isinstance(shape, dict) and list(shape.get("size", ())) != [image["height"], image["width"]]:
+            raise ValueError(f"{listing}: the mask of annotation {one['id']} is of size {shape.get('size')}, and its image {image['id']} "
+                             f"of {[image['height'], image['width']]}: unpack COCO's annotations again")
 
 
 def _usable(one: dict[str, Any], image: dict[str, Any], split: Split) -> bool:

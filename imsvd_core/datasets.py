@@ -168,7 +168,7 @@ def resolve(name: str = "auto", root: Path | str | None = None) -> str:
     if name in TITLES or name.startswith("folder:"):
         return name
     if name != "auto":
-        raise ValueError(f"data set {name!r} is unknown: choose auto, {', '.join(TITLES)} or folder:PATH")
+        raise ValueError(f"data set {name!r} is unknown: choose auto, {', '.join(TITLES)}, folder:PATH or, streamed, tree:PATH")
     root = _root(root)
     if _find("cifar10", root):
         return "cifar10"
@@ -242,7 +242,8 @@ def find_folder(name: str, root: Path) -> Path:
     """The folder that `folder:PATH` or `tree:PATH` names, absolute or below `root`; FileNotFoundError if it is none."""
     path = root / Path(name.partition(":")[2]).expanduser()
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is not a folder: {name!r} is an absolute path, or one under {root}")
+        raise FileNotFoundError(f"{path} is not a folder: {name!r} is an absolute path, or one under {root}; give another --data, "
+                                "or put it there (`imsvd data check` tells how)")
     return path
 
 

@@ -22,6 +22,7 @@ from imsvd_core.views import EvalView
 from imsvd_core.voc import open_voc
 
 LAYOUTS = {"voc": open_voc, "coco": open_coco}  #: of data sets whose images are in no class folders
+WANTED = {svm.SVMConfig: "voc", detection.DetectionConfig: "coco"}  #: which of them an evaluation needs; the others need none
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,10 @@ def load(path: Path | str, scale: Scale | None = None) -> Judged:
     their results go to runs/FILE. Raises FileNotFoundError or ValueError for what is neither.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
+        raise FileNotFoundError(f"run={str(path)!r} is not there: give the folder of a finished `imsvd pretrain`, or a file of "
+                                "weights (.pth, .pt, .safetensors)")
+    if path.is_dir():
         trained, backbone = training.load_run(path)
         return Judged(backbone, trained, path, known=True)
     name, cifar_stem, state = read_state_dict(path)
@@ -68,6 +72,10 @@ def evaluate(name: str, judged: Judged, asked: EvaluationRecipe, *, usual: str |
     the settings by default. Raises FileExistsError if other settings gave the result that stands there, unless
     `overwrite`; `signals.Stopped` after a notice.
     """
+    layout, wanted = asked.data.partition(":")[0], WANTED.get(type(asked.config))
+    if wanted != (layout if layout in LAYOUTS else None):
+        raise ValueError(f"data={asked.data!r} does not serve {name}: give {wanted or 'tree'}:PATH"
+                         + ("" if wanted else ", folder:PATH or a data set's name"))
     path = result_path(name, judged, asked.data, asked.data if usual is None else usual)
     trained = replace(judged.trained, eval_view=asked.eval_view)
     whose = plain(trained) if judged.known else [fingerprint(*judged.backbone.state_dict().values()), plain(asked.eval_view)]
@@ -79,7 +87,8 @@ def evaluate(name: str, judged: Judged, asked: EvaluationRecipe, *, usual: str |
     if device and hasattr(settings, "loop"):
         settings = replace(settings, loop=replace(settings.loop, device=device))
     loop = getattr(settings, "loop", trained.loop)
-    data = rank_0_first(lambda: load_data(replace(trained, data=asked.data, on_corrupt=on_corrupt)))
+    shown = progress and world()[0] == 0
+    data = rank_0_first(lambda: load_data(replace(trained, data=asked.data, on_corrupt=on_corrupt), progress=shown))
     common = {"run_dir": judged.folder / name, "progress": progress}
     seen = {"view": EvalView(**asdict(asked.eval_view))}
     embedded = {"device": pick_device(device or loop.device), "precision": PRECISIONS[loop.precision]}
@@ -101,9 +110,10 @@ def evaluate(name: str, judged: Judged, asked: EvaluationRecipe, *, usual: str |
     return on_rank_0(write_result)(path, name, figures, origin, overwrite=True)
 
 
-def load_data(recipe: Recipe) -> tuple[Any, Any]:
+def load_data(recipe: Recipe, *, progress: bool = False) -> tuple[Any, Any]:
     """(train, test) of a recipe's data set: as `training.load_data`, and voc:PATH and coco:PATH."""
     if layout := LAYOUTS.get(recipe.data.partition(":")[0]):
-        train, test = (layout(recipe.data, split, on_corrupt=recipe.on_corrupt) for split in ("train", "test"))
+        shown = {"progress": progress} if layout is open_coco else {}  # whose annotations take long to read
+        train, test = (layout(recipe.data, split, on_corrupt=recipe.on_corrupt, **shown) for split in ("train", "test"))
         return train, test
     return training.load_data(recipe)

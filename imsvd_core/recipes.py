@@ -205,19 +205,20 @@ def evaluation(name: str, scale: Scale | None = None, trained: Recipe | None = N
         config = replace(config, view=replace(config.view, **known))
     elif isinstance(config, SVMConfig):
         config = replace(config, **known)
+    elif isinstance(config, DetectionConfig):
+        config = replace(config, detector=replace(config.detector, **known))
     return replace(asked, config=config, eval_view=replace(asked.eval_view, **known))
 
 
 def _imagenet_knn(scale: Scale) -> EvaluationRecipe:
     """kNN on ImageNet (Table II)."""
     own = _imagenet(scale)
-    return EvaluationRecipe(own.knn, own.data, own.eval_view)
+    return EvaluationRecipe(own.knn, own.data if scale == "full" else "tree:tiny-imagenet-40", own.eval_view)
 
 
 def _imagenet_linear(scale: Scale) -> EvaluationRecipe:
     """Linear probe on ImageNet (Tables I and IV to IX)."""
-    own = _imagenet(scale)
-    return EvaluationRecipe(own.linear, own.data, own.eval_view)
+    return replace(_imagenet_knn(scale), config=_imagenet(scale).linear)
 
 
 def _places205_linear(scale: Scale) -> EvaluationRecipe:

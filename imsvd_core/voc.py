@@ -110,13 +110,18 @@ def open_voc(name: str, split: Split = "train", root: Path | str | None = None, 
                                 "(`imsvd data check voc07` tells how)")
     columns, stems = [], None
     for file in lists:
-        lines = [line.split() for line in file.read_text("utf-8").splitlines() if line.strip()]
+        try:
+            lines = [line.split() for line in file.read_text("utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is no text in UTF-8 ({error.reason} at byte {error.start}): unpack VOC 2007 again") from None
         if odd := next((line for line in lines if len(line) != 2 or line[1] not in LABELS), None):
             raise ValueError(f"{file} says {' '.join(odd)!r}: a name and -1, 0 or 1 belong there")
         listed = [stem for stem, _ in lines]
         stems = stems or listed
-        if not listed or listed != stems:
-            raise ValueError(f"{file} lists other images than {lists[0].name}, or none: unpack VOC 2007 again")
+        if not listed or len(set(listed)) < len(listed):
+            raise ValueError(f"{file} lists {'an image twice' if listed else 'no image'}: unpack VOC 2007 again")
+        if listed != stems:
+            raise ValueError(f"{file} lists other images than {lists[0].name}: unpack VOC 2007 again")
         columns.append(torch.tensor([LABELS[label] for _, label in lines], dtype=torch.int8))
     classes = tuple(file.name.removesuffix(suffix) for file in lists)
     return VOCImages(name, folder.name, split, base / "JPEGImages", tuple(stems), torch.stack(columns, 1), classes, on_corrupt)

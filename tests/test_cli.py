@@ -35,7 +35,7 @@ def test_pretrain_then_evaluate(capsys):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["evaluate", "knn", "nowhere"], "nowhere has no config.json"),
+    (["evaluate", "knn", "nowhere"], "run='nowhere' is not there: give the folder"),
     (["evaluate", "svd", "run"], "evaluation='svd' must be one of knn, linear"),
     (["pretrain", "cifar10", "--scale", "huge"], "scale='huge' must be one of"),
     (["pretrain", "cifar10", "--knn.gallery", "100", "--no-progress"], "knn.neighbors=(20, 200): k = 200 exceeds the gallery of 100"),

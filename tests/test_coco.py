@@ -177,6 +177,12 @@ def test_an_unreadable_image_stops_the_run_or_is_left_out(drawn, tmp_path):
     (lambda root: (root / "annotations/instances_train2017.json").write_text("{"), ValueError, "holds no COCO annotations"),
     (lambda root: (root / "annotations/instances_train2017.json").write_text("{}"), ValueError, "holds no COCO annotations"),
     (lambda root: alter(root, "train", lambda images, objects: objects.clear()), ValueError, "lists no image with an object"),
+    (lambda root: alter(root, "train", lambda images, objects: objects[0].pop("segmentation")), ValueError, r"annotation \d+ has no segmentation"),
+    (lambda root: alter(root, "train", lambda images, objects: objects[0].pop("area")), ValueError, r"annotation \d+ has no area"),
+    (lambda root: alter(root, "train", lambda images, objects: images[0].pop("height")), ValueError, r"image \d+ has no height"),
+    (lambda root: alter(root, "train", lambda images, objects: objects[0].update(category_id=99)), ValueError, "is of category 99"),
+    (lambda root: alter(root, "train", lambda images, objects: objects[0].update(segmentation={"size": [3, 4], "counts": [12]})), ValueError,
+     r"the mask of annotation \d+ is of size \[3, 4\]"),
 ])
 def test_what_is_no_data_root_is_told(drawn, tmp_path, spoil, error, message):
     name = spoil(tmp_path)

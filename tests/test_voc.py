@@ -121,6 +121,11 @@ def test_what_is_not_vocs_layout_says_what_is_expected(base):
     attempt("dog_trainval.txt lists other images than cat_trainval.txt")
     (lists / "dog_trainval.txt").write_text("000001 2\n")
     attempt("dog_trainval.txt says '000001 2': a name and -1, 0 or 1 belong there")
+    whole = (lists / "cat_trainval.txt").read_text()
+    for name, text, match in (("cat", whole + whole.splitlines()[0] + "\n", "cat_trainval.txt lists an image twice"),
+                              ("cat", "", "cat_trainval.txt lists no image"), ("cat", b"\xff 1\n", "cat_trainval.txt is no text in UTF-8")):
+        (lists / f"{name}_trainval.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+        attempt(match)
     for file in lists.glob("*_test.txt"):
         file.unlink()
     attempt("both splits", error=FileNotFoundError, split="test")

@@ -38,8 +38,7 @@ from torchvision.models.resnet import ResNet
 from torchvision.ops import RoIAlign
 
 from imsvd_core.coco import Target
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from imsvd_core.views import IMAGENET_MEAN, IMAGENET_STD
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,10 @@ class DetectorConfig:
     """Pixels of the shorter side in testing."""
     max_size: int = 1333
     """Pixels that the longer side may have: the shorter gives way."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """That the backbone's images were normalised by."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """That the backbone's images were normalised by."""
     anchors: tuple[int, ...] = (32, 64, 128, 256, 512)
     """Sides of the square anchors, in pixels of the resized image."""
     ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
@@ -233,7 +236,7 @@ class _Transform(GeneralizedRCNNTransform):
     """Resizes, normalises, and pads to whole strides; in testing at a size of its own."""
 
     def __init__(self, config: DetectorConfig, stride: int):
-        super().__init__(config.min_sizes, config.max_size, IMAGENET_MEAN, IMAGENET_STD, size_divisible=stride)
+        super().__init__(config.min_sizes, config.max_size, config.mean, config.std, size_divisible=stride)
         self.sizes = {True: config.min_sizes, False: (config.test_size,)}
 
     def train(self, mode: bool = True) -> "_Transform":

@@ -3,9 +3,13 @@
 import copy
 import json
 import logging
+import os
+import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +17,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from joblib import Parallel, delayed
+from joblib.externals.loky import get_reusable_executor
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import cross_validate
 from sklearn.svm import LinearSVC
@@ -188,7 +193,7 @@ def fit(features: Tensor | np.ndarray, labels: Tensor | np.ndarray, test_feature
     left = [name for name in evaluable if name not in done]
     with bar("support vector machines", len(evaluable), progress, len(done)) as advance:
         jobs = min(config.jobs or share_of_cores(), max(1, len(left)))
-        work = (delayed(_fit_class)(name, x, y[:, evaluable[name]], test_x, config) for name in left)
+        work = (delayed(_fit_class)(name, x, y[:, evaluable[name]], test_x, config, os.getpid()) for name in left)
         for name, scores, result in Parallel(jobs, return_as="generator_unordered")(work):
             result["ap"] = voc_average_precision(scores, test_y[:, evaluable[name]])
             if result["not_converged"]:
@@ -197,6 +202,8 @@ def fit(features: Tensor | np.ndarray, labels: Tensor | np.ndarray, test_feature
                 write_json(_file(folder, name), result)
             done[name] = result
             advance(1)
+        if jobs > 1:
+            get_reusable_executor().shutdown()  # else they would idle for minutes, with what they hold
     found = {name: done[name] for name in evaluable}
     return {"svm": round(100 * float(np.mean([one["ap"] for one in found.values()])), 2),
             "classes": {name: round(100 * one["ap"], 2) for name, one in found.items()},
@@ -254,11 +261,24 @@ def _classifier(cost: float, config: SVMConfig) -> LinearSVC:
 
 
 def _fit_class(name: str, features: np.ndarray, labels: np.ndarray, test_features: np.ndarray,
-               config: SVMConfig) -> tuple[str, np.ndarray, dict[str, Any]]:
-    """Train one class and score the test images, whose labels it never sees."""
+               config: SVMConfig, parent: int) -> tuple[str, np.ndarray, dict[str, Any]]:
+    """Train one class and score the test images, whose labels it never sees, for the process `parent`."""
+    if os.getpid() != parent:
+        _end_with(parent)
     with threadpool_limits(1):  # sums in one order, however many processes there are
         classifier, result = train_class(features, labels, config)
         return name, classifier.decision_function(test_features), result
+
+
+@cache  # once a process
+def _end_with(parent: int) -> None:
+    """Let this process end within seconds of the one that it works for, however that dies."""
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(2)
+        os._exit(1)
+
+    threading.Thread(target=look, daemon=True).start()
 
 
 def _checked(features: Tensor | np.ndarray, labels: Tensor | np.ndarray, classes: Sequence[str],

@@ -190,12 +190,13 @@ def test_subsets_are_balanced_and_named_where_they_cannot_be_had(backbone, tmp_p
         replace(CONFIG, train_images=0)
 
 
-def test_top5_counts_a_class_among_the_first_five(tmp_path, monkeypatch):
-    """The classifier's logits are the features; image i has its class in place i % 7."""
+def test_top5_counts_a_class_among_the_first_five():
+    """The classifier's logits are the features, once they are divided by their scale; image i has its class in place i % 7."""
     class Given(nn.Module):
         def forward(self, x):
-            return table[:len(x)] if len(x) > 1 else torch.zeros(1, 7)
+            return table[:len(x)] * scale
 
+    scale = torch.arange(7, 0, -1)
     table = torch.stack([torch.arange(7.0).roll(i) for i in range(70)])
     places = torch.arange(70) % 7
     labels = torch.stack([row.argsort(descending=True)[place] for row, place in zip(table, places, strict=True)])
@@ -203,7 +204,7 @@ def test_top5_counts_a_class_among_the_first_five(tmp_path, monkeypatch):
     test = ImageData("x", "x", "test", images, labels, tuple("abcdefg"))
     head = nn.Linear(7, 7)
     nn.init.eye_(head.weight), nn.init.zeros_(head.bias)
-    right = linear._test(head, torch.ones(()), Given(), test, VIEW, torch.device("cpu"), None, False)
+    right = linear._test(head, scale, Given(), test, VIEW, torch.device("cpu"), None, False)
     assert right == {"linear": 10, "linear_top5": 50}
     few = linear._test(nn.Linear(7, 5), torch.ones(()), Given(), test, VIEW, torch.device("cpu"), None, False)
     assert few.keys() == {"linear"}

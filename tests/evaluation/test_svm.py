@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,6 +135,29 @@ def test_a_class_that_cannot_be_judged_is_named_and_not_scored():
 def test_the_result_does_not_depend_on_the_number_of_processes():
     data = planted(0.8)
     assert svm.fit(*data, CLASSES, CONFIG) == svm.fit(*data, CLASSES, replace(CONFIG, jobs=2))
+    assert not workers(os.getpid())
+
+
+def workers(of: int) -> list[str]:
+    return subprocess.run(["pgrep", "-P", str(of), "-f", "popen_loky"], capture_output=True, text=True).stdout.split()
+
+
+@pytest.mark.slow  # three processes import the package
+def test_workers_end_with_the_process_that_they_work_for():
+    code = ("import numpy as np; from imsvd_core.evaluation.svm import SVMConfig, fit\n"
+            "x, y = np.random.rand(3000, 999), np.arange(3000)[:, None] % [2, 3] * 2 - 1\n"
+            "fit(x, y.clip(max=1), x, y.clip(max=1), 'ab', SVMConfig(jobs=2))")
+    one = subprocess.Popen([sys.executable, "-c", code])
+    end = time.monotonic() + 60
+    while len(born := workers(one.pid)) < 2 and time.monotonic() < end:
+        time.sleep(0.5)
+    time.sleep(8)  # they import
+    one.kill()
+    one.wait()
+    end = time.monotonic() + 20
+    while alive := [worker for worker in born if Path(f"/proc/{worker}").exists()]:
+        assert time.monotonic() < end, alive
+        time.sleep(0.5)
 
 
 def test_what_is_done_before_a_kill_is_not_done_again(tmp_path, monkeypatch):
