@@ -235,7 +235,7 @@ def _voc07_svm(scale: Scale) -> EvaluationRecipe:
     """Support vector machines on VOC07 (Table III)."""
     if scale == "full":
         return EvaluationRecipe(SVMConfig(), "voc:voc07")
-    small = SVMConfig(pool="mean", resize=128, size=128)  # the last map has 7×7 places at 224 pixels only
+    small = SVMConfig(pool="mean", resize=128, size=128, jobs=1)  # the last map has 7×7 places at 224 pixels only
     if scale == "smoke":
         small = replace(small, costs=(0.1, 1.0), train_images=48, test_images=16)
     return EvaluationRecipe(small, "voc:voc-mini")
