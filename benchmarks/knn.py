@@ -139,7 +139,7 @@ def main() -> None:
     if args.json:
         origin = provenance(config=setting, seed=0, device="cpu", dataset="random features",
                             seconds=time.perf_counter() - start)
-        write_result(args.json, "benchmark-knn-cpu", {"setting": setting, **figures}, origin, overwrite=True)
+        write_result(args.json, args.json.stem, {"setting": setting, **figures}, origin, overwrite=True)
 
 
 def search(k: int, args: argparse.Namespace, peaks: dict[str, int]) -> dict[str, object]:

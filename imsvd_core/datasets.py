@@ -452,8 +452,8 @@ def _read_tree(folder: Path, name: str, title: str, split: Split, on_corrupt: On
     shapes = {tuple(images[i].shape[1:]): files[i] for i in reversed(kept)}
     if len(shapes) > 1:
         (one, first), (other, second) = list(shapes.items())[:2]
-        raise ValueError(f"images differ in size, {one} in {first} and {other} in {second}: give size=, to "
-                         "which all are resized and cropped")
+        raise ValueError(f"images differ in size, {one} in {first} and {other} in {second}: stream them "
+                         "(tree:PATH), or give size=, to which all are resized and cropped")
     return ImageData(name, title, split, torch.stack([images[i] for i in kept]).contiguous(),
                      torch.tensor(labels)[kept], classes, skipped=len(files) - len(kept))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torchvision.models.resnet import ResNet
 
-from imsvd_core import signals, training
+from imsvd_core import datasets, signals, training
 from imsvd_core.coco import open_coco
 from imsvd_core.datasets import OnCorrupt
 from imsvd_core.distributed import on_rank_0, rank_0_first, world
@@ -80,6 +80,9 @@ def evaluate(name: str, judged: Judged, asked: EvaluationRecipe, *, usual: str |
     trained = replace(judged.trained, eval_view=asked.eval_view)
     whose = plain(trained) if judged.known else [fingerprint(*judged.backbone.state_dict().values()), plain(asked.eval_view)]
     config = {"evaluation": plain(asked.config), "pretraining": whose}
+    seen = datasets.resolve(asked.data) if asked.data == "auto" else asked.data
+    config |= {} if seen == trained.data else {"data": seen}
+    config |= {} if on_corrupt == trained.on_corrupt else {"on_corrupt": on_corrupt}
     if path.exists() and not overwrite and read_result(path)["provenance"]["config_hash"] != config_hash(config):
         raise FileExistsError(f"{path} was given by other settings: pass --overwrite to replace it")
 
@@ -90,16 +93,16 @@ def evaluate(name: str, judged: Judged, asked: EvaluationRecipe, *, usual: str |
     shown = progress and world()[0] == 0
     data = rank_0_first(lambda: load_data(replace(trained, data=asked.data, on_corrupt=on_corrupt), progress=shown))
     common = {"run_dir": judged.folder / name, "progress": progress}
-    seen = {"view": EvalView(**asdict(asked.eval_view))}
+    view = EvalView(**asdict(asked.eval_view))
     embedded = {"device": pick_device(device or loop.device), "precision": PRECISIONS[loop.precision]}
     with signals.heed():
         match settings:
             case knn.KNNConfig():
                 with signals.interruptible():
-                    figures = knn.evaluate(judged.backbone, data, settings, ranks=True, **seen, **embedded,
+                    figures = knn.evaluate(judged.backbone, data, settings, ranks=True, view=view, **embedded,
                                            **common | {"run_dir": judged.folder})
             case linear.LinearConfig():
-                figures = linear.evaluate(judged.backbone, data, settings, **seen, **common)
+                figures = linear.evaluate(judged.backbone, data, settings, view=view, **common)
             case svm.SVMConfig():
                 figures = svm.evaluate(judged.backbone, data, settings, **embedded, **common)
             case detection.DetectionConfig():

@@ -86,6 +86,7 @@ def read_state_dict(path: Path | str) -> tuple[BackboneName, bool, dict[str, Ten
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file: give a state dict (.pth, .pt or .safetensors)")
     weights = _find(_load(path), path)
+    odd: list[tuple[int, str]] = []
     for name in get_args(BackboneName):
         for cifar_stem in (False, True):
             wanted = _shapes(name, cifar_stem)
@@ -99,8 +100,11 @@ def read_state_dict(path: Path | str) -> tuple[BackboneName, bool, dict[str, Ten
                 none = torch.tensor(0)
                 return name, cifar_stem, {key: weights[key].float() if key not in counters else weights.get(key, none).long()
                                           for key in wanted}
+            differ = sorted(key for key in wanted | theirs if wanted.get(key) != theirs.get(key))
+            odd.append((len(differ), f"of {name}'s{' with the 3×3 one' if cifar_stem else ''}, the nearest, {len(differ)} tensors are missing, "
+                        f"too many or of another shape: {', '.join(differ[:3])}"))
     raise ValueError(f"{path} holds {_describe(weights)}, which is none of {', '.join(get_args(BackboneName))}, "
-                     "with ImageNet's stem or the 3×3 one")
+                     f"with ImageNet's stem or the 3×3 one; {min(odd)[1]}")
 
 
 def _load(path: Path) -> Any:

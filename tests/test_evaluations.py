@@ -73,6 +73,19 @@ def test_other_data_get_a_file_of_their_own(weights, tree):
     assert found["figures"]["gallery"] == 100 and found["provenance"]["dataset"] == "attributes (drawn)"
 
 
+def test_figures_of_other_data_are_not_replaced_in_silence(weights, tree, tmp_path, capsys):
+    """Two folders whose names become one file's name; the same folder, its spoilt files passed over."""
+    small = ["evaluate", "imagenet-knn", str(weights), "--no-progress", "--data"]
+    for name in ("a/t", "a_t"):
+        shutil.copytree(tmp_path / "data" / "tiny-imagenet-40", tmp_path / "data" / name)
+    main([*small, "tree:a/t"])
+    for words in (["tree:a_t"], ["tree:a/t", "--on-corrupt", "skip"]):
+        with pytest.raises(SystemExit):
+            main([*small, *words])
+        assert "pass --overwrite" in capsys.readouterr().err
+    main([*small, "tree:a/t"])
+
+
 @pytest.mark.parametrize("name", [*OWN, *EVALUATIONS])
 def test_every_evaluation_sees_images_as_the_backbone_knows_them(name):
     asked = evaluation(name, "full", recipe("cifar10", "full"))

@@ -196,8 +196,10 @@ def test_a_file_without_one_of_our_backbones_says_what_it_holds(tmp_path):
             read_state_dict(tmp_path / file)
 
     with torch.device("meta"):
-        shapes = {name: getattr(torchvision.models, name)().state_dict() for name in ("resnet34", "wide_resnet50_2", "resnet101")}
+        shapes = {name: getattr(torchvision.models, name)().state_dict() for name in ("resnet18", "resnet34", "wide_resnet50_2", "resnet101")}
     zeros = {name: {key: torch.zeros(()).expand(value.shape) for key, value in state.items()} for name, state in shapes.items()}
+    lacking = {key: value for key, value in zeros["resnet18"].items() if key != "layer2.0.conv1.weight"}
+    attempt(r"of resnet18's, the nearest, 1 tensors are missing, too many or of another shape: layer2\.0\.conv1\.weight", lacking)
     attempt(r"\(64, 3, 7, 7\), with 3-4-6-3 blocks of two convolutions.*none of narrow, resnet18, resnet50", zeros["resnet34"])
     attempt("3-4-23-3 blocks of three convolutions", zeros["resnet101"])
     attempt("blocks of three convolutions, 1024 channels", zeros["wide_resnet50_2"])

@@ -170,11 +170,30 @@ def test_a_run_cut_in_training_and_in_testing_ends_identical(pair, tmp_path, mon
     assert len(blocks(tmp_path / "cut")) == 1
     after = []
     monkeypatch.setattr(detection, "detect", lambda *args: after.append(args[2]) or detect(*args))
+    monkeypatch.setattr(detection, "precise_statistics", lambda *args: pytest.fail("they are there"))
     figures = detection.evaluate(backbone(), pair, CONFIG, run_dir=tmp_path / "cut", progress=False)
     assert after == [[30], [40], [50]]  # the first block is there
     assert identical(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert blocks(tmp_path / "whole") == blocks(tmp_path / "cut")
     assert figures | {"seconds": 0} == whole | {"seconds": 0}
+
+
+def test_the_seed_fixes_first_weights_and_precise_statistics_whatever_was_drawn_before(pair, tmp_path):
+    detectors = []
+    for number in (1, 2):
+        torch.manual_seed(0)
+        given = build_backbone("narrow")
+        torch.manual_seed(number)
+        detectors.append(detection.training(given, pair[0], CONFIG, tmp_path / f"{number}", progress=False)[0])
+    first, second = ({name: value.clone() for name, value in one.state_dict().items()} for one in detectors)
+    assert identical(first, second)
+    other = replace(CONFIG, loop=replace(CONFIG.loop, seed=1))
+    assert not identical(first, detection.training(given, pair[0], other, tmp_path, progress=False)[0].state_dict())
+    for number, detector in enumerate(detectors):
+        torch.manual_seed(number)
+        detection._make_precise(detector, pair[0], CONFIG, torch.device("cpu"), tmp_path / f"precise-{number}", progress=False)
+    first, second = (one.state_dict() for one in detectors)
+    assert identical(first, second)
 
 
 def test_another_test_of_the_same_detector_does_not_train_it_again(pair, tmp_path, monkeypatch):
