@@ -62,8 +62,9 @@ def evaluate(backbone: nn.Module, data: tuple[Images, Images], config: KNNConfig
     """Top-1 accuracy in percent for every k: {"knn_20": …, "knn_200": …}, with the sizes that gave it.
 
     The gallery is embedded and compared block by block, and never held: memory, on every rank, is that of the queries'
-    features twice, of `Neighbors` and of the images under way; ImageNet's 50,000 queries of 2048 need 0.8 GB, and 0.3 GB
-    for the comparison. With `run_dir`, what is done so far is kept in a folder there (the queries' features and 12 bytes
+    features twice, of `Neighbors`, and of the images under way. With ImageNet's 50,000 queries of 2048 features and 200
+    neighbours a whole process peaked at 1.8 GB, beside its backbone (`benchmarks/knn.py`), however long the gallery. With
+    `run_dir`, what is done so far is kept in a folder there (the queries' features and 12 bytes
     for each of a query's neighbours: 0.5 GB, and 0.1 GB on every further rank), from which a call after a kill goes on;
     it goes when the result is there.
 
@@ -270,20 +271,25 @@ def _best(found: Tensor, first: int, before: Tensor, index: Tensor, most: int) -
     A row that is among the nearest stands in one of the most + 1 groups whose nearest row is nearest: to look at the
     groups' maxima, and then into those groups, is less than to look at all. The one that is too many tells ties.
     """
-    wide, groups = found.shape[1], isqrt(found.shape[1] // (most + 1))
-    if groups > 1:  # members of a group stand `apart`
-        apart = wide // groups
-        chosen = found[:, :groups * apart].unflatten(1, (groups, apart)).amax(1).topk(most + 1, sorted=False).indices
-        place = (chosen[:, None] + apart * torch.arange(groups, device=found.device)[:, None]).flatten(1)
-        rest = torch.arange(groups * apart, wide, device=found.device).expand(len(found), -1)
-        place = torch.cat([place, rest], 1)
-        similarity, place = torch.cat([before, found.gather(1, place)], 1), torch.cat([index, place.add_(first)], 1)
-    else:
-        similarity, place = torch.cat([before, found], 1), torch.cat([index, _indices(found, first)], 1)
+    groups = max(1, isqrt(found.shape[1] // (most + 1)))
+    apart = found.shape[1] // groups  # so far stand the members of a group
+    inside, rest = found[:, :groups * apart], found[:, groups * apart:]
+    if groups > 1:
+        grouped = inside.unflatten(1, (groups, apart))
+        chosen = grouped.amax(1).topk(most + 1, sorted=False).indices
+        inside = grouped.gather(2, chosen[:, None].expand(-1, groups, -1)).flatten(1)
+    similarity = torch.cat([before, inside, rest], 1)
     if similarity.shape[1] <= most:
-        return similarity, place
-    best, chosen = similarity.topk(most + 1)
-    place = place.gather(1, chosen[:, :most])
+        return similarity, torch.cat([index, _indices(found, first)], 1)
+    best, place = similarity.topk(most + 1)
+    place = place[:, :most] - before.shape[1]  # below 0: what was there before
+    column = place
+    if groups > 1:
+        member = place.clamp(0, inside.shape[1] - 1)
+        column = chosen.gather(1, member % (most + 1)).add_(member // (most + 1), alpha=apart)
+        column = torch.where(place < inside.shape[1], column, place + (groups * apart - inside.shape[1]))
+    known = torch.where(place < 0, place + before.shape[1], 0)
+    place = torch.where(place < 0, index.gather(1, known), column + first) if len(index.T) else column + first
     tied = (best[:, most - 1] == best[:, most]).nonzero().squeeze(1)  # which of them is in, their indices say
     best = best[:, :most]
     for rows in tied.split(64) if len(tied) else ():
