@@ -4,7 +4,7 @@ from the dataclasses."""
 import argparse
 import json
 import logging
-import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -252,6 +252,7 @@ def launch(argv: Sequence[str]) -> None:
     if taken:
         print(taken)
     if command.dry_run:
+        print(f"would send: imsvd {shlex.join(words)}")
         return
     sent = launcher.submit(words, name=job_name, folder=folder, config=command.config, code=launcher.snapshot(run_dir / "code"))
     print(f"job {sent.job_id} sent; its logs are in {folder}; imsvd status {run_dir} tells how it stands")
@@ -367,7 +368,8 @@ def _tell(path: Path) -> Path:
     if world()[0]:
         return path
     figures = read_result(path)["figures"]  # whole curves stay in the file
-    Console().print({name: value for name, value in figures.items() if not isinstance(value, list)})
+    shown = {name: value for name, value in figures.items() if not (isinstance(value, list) and value and isinstance(value[0], dict))}
+    Console().print(shown)
     Console().print(f"written to {path}", highlight=False)
     return path
 

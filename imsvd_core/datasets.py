@@ -27,6 +27,7 @@ from typing import BinaryIO, Literal, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from rich.progress import Progress
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 from torchvision.datasets.utils import check_integrity
@@ -114,7 +115,7 @@ def data_root() -> Path:
 
 
 def load(name: str = "auto", split: Split = "train", *, root: Path | str | None = None, seed: int = 0,
-         on_corrupt: OnCorrupt = "error", size: int | None = None) -> ImageData:
+         on_corrupt: OnCorrupt = "error", size: int | None = None, progress: bool = False) -> ImageData:
     """Load one split of a data set into memory.
 
     Args:
@@ -126,6 +127,7 @@ def load(name: str = "auto", split: Split = "train", *, root: Path | str | None 
         seed: of `attributes`; train and test differ under every seed.
         on_corrupt: whether an unreadable image file is an error that names it, or skipped and counted.
         size: the shorter side is resized to it and the centre cropped; images of unequal sizes need it.
+        progress: show a bar while files are decoded.
 
     Raises ValueError for an argument or a tree that cannot be used, naming an unreadable file, and
     FileNotFoundError, with the remedy, for data that are not there and cannot be downloaded.
@@ -139,7 +141,7 @@ def load(name: str = "auto", split: Split = "train", *, root: Path | str | None 
         return _draw(split, seed, 32 if size is None else size)
     if name.startswith("folder:"):
         folder = find_folder(name, root)
-        return _read_tree(folder, name, folder.name, split, on_corrupt, size)
+        return _read_tree(folder, name, folder.name, split, on_corrupt, size, progress)
     place = _find(name, root)
     if place is None:
         reason = _download(name, root)
@@ -151,7 +153,7 @@ def load(name: str = "auto", split: Split = "train", *, root: Path | str | None 
                 f"{root / name}/{{train,test}}/<class>/*.png or *.jpg; IMSVD_DATA names another data root, "
                 "and the data set 'attributes' needs no files")
     if place.tree:
-        return _read_tree(place.folder, name, _title(name, place), split, on_corrupt, size)
+        return _read_tree(place.folder, name, _title(name, place), split, on_corrupt, size, progress)
     return _read_published(place.folder, name, split, size)
 
 
@@ -435,14 +437,14 @@ def class_names(home: Path) -> tuple[str, ...]:
 
 
 def _read_tree(folder: Path, name: str, title: str, split: Split, on_corrupt: OnCorrupt,
-               size: int | None) -> ImageData:
+               size: int | None, progress: bool) -> ImageData:
     home, classes = find_split(folder, split)
     files, labels = [], []
     for label, name_of_class in enumerate(classes):
         members = [str(home / name_of_class / file) for file in find_images(home, name_of_class)]
         files += members
         labels += [label] * len(members)
-    images = _decode_all(files, size, skip=on_corrupt == "skip")
+    images = _decode_all(files, size, skip=on_corrupt == "skip", progress=progress)
     kept = [i for i, image in enumerate(images) if image is not None]
     if not kept:
         raise ValueError(f"{home} holds no image that can be read, of {len(files)} files")
@@ -458,7 +460,7 @@ def _read_tree(folder: Path, name: str, title: str, split: Split, on_corrupt: On
                      torch.tensor(labels)[kept], classes, skipped=len(files) - len(kept))
 
 
-def _decode_all(files: list[str], size: int | None, skip: bool) -> list[Tensor | None]:
+def _decode_all(files: list[str], size: int | None, skip: bool, progress: bool) -> list[Tensor | None]:
     """All `files` decoded, None for an unreadable one where `skip` allows it.
 
     A thread takes many files at a time: one by one, small images cost more to hand over than to decode.
@@ -474,9 +476,10 @@ def _decode_all(files: list[str], size: int | None, skip: bool) -> list[Tensor |
                 images.append(None)
         return images
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        parts = pool.map(decode_some, (files[i:i + 64] for i in range(0, len(files), 64)))
-        return [image for part in parts for image in part]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, Progress(disable=not progress, transient=True) as bars:
+        starts = range(0, len(files), 64)
+        parts = pool.map(decode_some, (files[i:i + 64] for i in starts))
+        return [image for part in bars.track(parts, total=len(starts), description="decoding") for image in part]
 
 
 def decode(file: str) -> Tensor:

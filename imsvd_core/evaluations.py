@@ -50,12 +50,21 @@ def load(path: Path | str, scale: Scale | None = None) -> Judged:
                                 "weights (.pth, .pt, .safetensors)")
     if path.is_dir():
         trained, backbone = training.load_run(path)
+        _refuse_spoilt(path, backbone)
         return Judged(backbone, trained, path, known=True)
     name, cifar_stem, state = read_state_dict(path)
     backbone = build_backbone(name, cifar_stem)
     backbone.load_state_dict(state)
+    _refuse_spoilt(path, backbone)
     like = recipe("cifar10" if cifar_stem else "imagenet-100", scale)
     return Judged(backbone, replace(like, network=replace(like.network, backbone=name, cifar_stem=cifar_stem)), Path("runs") / path.stem, known=False)
+
+
+def _refuse_spoilt(path: Path, backbone: ResNet) -> None:
+    spoilt = [name for name, value in backbone.state_dict().items() if not value.isfinite().all()]
+    if spoilt:
+        raise ValueError(f"run={str(path)!r} holds {len(spoilt)} tensors with what is no number, first {spoilt[0]}: give another "
+                         "checkpoint; these weights cannot be judged")
 
 
 def result_path(name: str, judged: Judged, data: str, usual: str) -> Path:
@@ -83,8 +92,13 @@ def evaluate(name: str, judged: Judged, asked: EvaluationRecipe, *, usual: str |
     seen = datasets.resolve(asked.data) if asked.data == "auto" else asked.data
     config |= {} if seen == trained.data else {"data": seen}
     config |= {} if on_corrupt == trained.on_corrupt else {"on_corrupt": on_corrupt}
-    if path.exists() and not overwrite and read_result(path)["provenance"]["config_hash"] != config_hash(config):
-        raise FileExistsError(f"{path} was given by other settings: pass --overwrite to replace it")
+
+    @on_rank_0
+    def refuse_to_replace() -> None:
+        if path.exists() and not overwrite and read_result(path)["provenance"]["config_hash"] != config_hash(config):
+            raise FileExistsError(f"{path} was given by other settings: pass --overwrite to replace it")
+
+    refuse_to_replace()
 
     start, settings = time.perf_counter(), asked.config
     if device and hasattr(settings, "loop"):
@@ -110,6 +124,7 @@ def evaluate(name: str, judged: Judged, asked: EvaluationRecipe, *, usual: str |
     seconds = max(time.perf_counter() - start, figures.get("seconds", 0))  # of training before a kill, too
     origin = provenance(config=config, device=embedded["device"], seed=loop.seed, dataset=data[0].title, seconds=seconds,
                         world_size=world()[1])
+    refuse_to_replace()  # what another call has left there meanwhile
     return on_rank_0(write_result)(path, name, figures, origin, overwrite=True)
 
 
@@ -119,4 +134,4 @@ def load_data(recipe: Recipe, *, progress: bool = False) -> tuple[Any, Any]:
         shown = {"progress": progress} if layout is open_coco else {}  # whose annotations take long to read
         train, test = (layout(recipe.data, split, on_corrupt=recipe.on_corrupt, **shown) for split in ("train", "test"))
         return train, test
-    return training.load_data(recipe)
+    return training.load_data(recipe, progress=progress)

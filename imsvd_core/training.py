@@ -14,7 +14,7 @@ from torchvision.models.resnet import ResNet
 
 from imsvd_core import datasets, signals
 from imsvd_core.discretization import hardness, joint, soft_discretize
-from imsvd_core.distributed import on_rank_0, rank_0_first
+from imsvd_core.distributed import on_rank_0, rank_0_first, world
 from imsvd_core.evaluation import knn
 from imsvd_core.files import atomic_write, hold
 from imsvd_core.folders import FolderImages, open_folder
@@ -44,7 +44,7 @@ class Pretraining:
                  progress: bool = True):
         self.recipe, self.run_dir = recipe, Path(run_dir)
         self.device = pick_device(recipe.loop.device)
-        train, self.test = data or rank_0_first(lambda: load_data(recipe))  # the first may download
+        train, self.test = data or rank_0_first(lambda: load_data(recipe, progress=progress and world()[0] == 0))  # the first may download
         self.gallery = train
         self.train = train if recipe.samples is None else train.subset(recipe.samples)
         self.network = build_network(recipe.network, recipe.loop.seed)
@@ -164,9 +164,9 @@ def pretrain(recipe: Recipe, run_dir: Path | str, *, progress: bool = True) -> P
         return run.finish()
 
 
-def load_data(recipe: Recipe) -> tuple[Images, Images]:
-    """The recipe's data set: (train, test), in memory or, for tree:PATH, as files to be streamed."""
-    load = open_folder if recipe.data.startswith("tree:") else datasets.load
+def load_data(recipe: Recipe, *, progress: bool = False) -> tuple[Images, Images]:
+    """The recipe's data set: (train, test), in memory or, for tree:PATH, as files to be streamed. `progress`: of decoding."""
+    load = open_folder if recipe.data.startswith("tree:") else partial(datasets.load, progress=progress)
     train, test = (load(recipe.data, split, on_corrupt=recipe.on_corrupt) for split in ("train", "test"))
     return train, test
 

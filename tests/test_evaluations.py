@@ -43,13 +43,17 @@ def weights(tmp_path):
 
 @pytest.fixture
 def tree(tmp_path):
-    """Photographs, drawn ones, of two classes, in class folders under the data root."""
+    """Photographs of ImageNet, or drawn ones where there are none, as of two classes, in class folders under the data root."""
+    photographs = sorted((REAL / "imagenet-samples").glob("*/*.JPEG"))
     for split, count, test in (("train", 16, "train"), ("val", 8, "test")):
         data = datasets.load("attributes", test, size=64)
         for number in range(count):
             folder = tmp_path / "data" / "tiny-imagenet-40" / split / f"n{number % 2:08d}"
             folder.mkdir(parents=True, exist_ok=True)
-            write_jpeg(data.images[number], str(folder / f"{number}.JPEG"))
+            if photographs:
+                shutil.copy(photographs.pop(), folder / f"{number}.JPEG")
+            else:
+                write_jpeg(data.images[number], str(folder / f"{number}.JPEG"))
 
 
 def test_a_state_dict_is_judged_by_the_papers_protocol_wherever_a_run_is(weights, tree, capsys):
@@ -206,3 +210,28 @@ def test_data_of_another_layout_are_refused_at_once(weights, capsys, name, data,
     with pytest.raises(SystemExit) as stop:
         main(["evaluate", name, str(weights), "--data", data])
     assert stop.value.code == 2 and f"data='{data}' does not serve {name}: {said}" in capsys.readouterr().err
+
+
+def test_weights_that_are_no_numbers_are_refused_before_any_work(weights, capsys):
+    torch.save({**torch.load(weights), "bn1.weight": torch.full((32,), torch.nan)}, weights)
+    with pytest.raises(SystemExit):
+        main(["evaluate", "imagenet-linear", str(weights)])
+    assert "holds 1 tensors with what is no number, first bn1.weight" in capsys.readouterr().err
+
+
+def test_a_result_that_another_call_has_left_meanwhile_stays(weights, tree, monkeypatch):
+    """It came while this call was at work; what this one has trained is kept too."""
+    judged = evaluations.load(weights)
+    asked = evaluation("imagenet-knn", None, judged.trained)
+    other = replace(asked, config=replace(asked.config, neighbors=(3,)))
+    work = evaluations.knn.evaluate
+
+    def and_meanwhile(*args, **kwargs):
+        monkeypatch.setattr(evaluations.knn, "evaluate", work)
+        evaluations.evaluate("imagenet-knn", judged, other, progress=False)
+        return work(*args, **kwargs)
+
+    monkeypatch.setattr(evaluations.knn, "evaluate", and_meanwhile)
+    with pytest.raises(FileExistsError, match="pass --overwrite"):
+        evaluations.evaluate("imagenet-knn", judged, asked, progress=False)
+    assert "knn_3" in read_result("runs/theirs/imagenet-knn.json")["figures"]

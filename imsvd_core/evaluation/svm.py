@@ -108,6 +108,9 @@ def evaluate(backbone: nn.Module, data: tuple[VOCImages, VOCImages], config: SVM
     images, and for a map that `pool` does not fit.
     """
     train, test = data
+    for name, part in (("train_images", train), ("test_images", test)):
+        if (getattr(config, name) or 1) > len(part):
+            raise ValueError(f"svm.{name}={getattr(config, name)} exceeds the {len(part)} images of {part.title} ({part.split})")
     train = train if config.train_images is None else train.subset(config.train_images)
     test = test if config.test_images is None else test.subset(config.test_images)
     if train.classes != test.classes:
