@@ -222,7 +222,7 @@ def _imagenet_linear(scale: Scale) -> EvaluationRecipe:
 
 
 def _places205_linear(scale: Scale) -> EvaluationRecipe:
-    """Linear probe on Places205 (Table III). Its weight decay, which the text lost, is VISSL's."""
+    """Linear probe on Places205 (Table III). The weight decay is VISSL's."""
     like = _imagenet_linear(scale)
     data = "tree:places205" if like.data == "tree:imagenet" else like.data
     optim = OptimConfig(name="sgd", lr=0.01, weight_decay=5e-4, momentum=0.9, warmup_epochs=0, milestones=(5, 10))

@@ -190,7 +190,7 @@ def test_a_full_width_probe_takes_a_step_saves_and_goes_on(tree, tmp_path, monke
 @pytest.mark.slow  # five processes that import torch
 def test_two_ranks_judge_as_one(weights, tree, free_port):
     """kNN exactly; the probe, whose ranks draw each their own crops, from the same features."""
-    words = {"imagenet-knn": [], "linear": ["--data", "tree:tiny-imagenet-40", "--no-augment", "--loop.precision", "fp32"]}
+    words = {"imagenet-knn": [], "imagenet-linear": ["--no-augment", "--loop.precision", "fp32"]}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()),
                 "-m", "imsvd_core.cli"]
     for name, more in words.items():
