@@ -222,13 +222,16 @@ class Neighbors:
         width = min(self.most, self.similarity.shape[1] + len(rows))
         similarity = self.similarity.new_empty(len(self.queries), width)
         index = self.index.new_empty(len(self.queries), width)
-        if self._space is None or len(self._space) < min(self.some, len(self.queries)) * len(rows):
-            self._space = rows.new_empty(min(self.some, len(self.queries)) * len(rows))
+        space = min(self.some, len(self.queries)) * len(rows)
+        if self._space is None or len(self._space) < space:
+            self._space = rows.new_empty(space)
         for start in range(0, len(self.queries), self.some):
             part = slice(start, start + self.some)
             queries = self.queries[part]
-            found = torch.mm(queries, rows.T, out=self._space[:len(queries) * len(rows)].view(len(queries), -1))
-            similarity[part], index[part] = _best(found, self.seen, self.similarity[part], self.index[part], self.most)
+            out = self._space[:len(queries) * len(rows)].view(len(queries), -1)
+            found = torch.mm(queries, rows.T, out=out)
+            similarity[part], index[part] = _best(
+                found, self.seen, self.similarity[part], self.index[part], self.most)
         self.similarity, self.index = similarity, index
         self.seen += len(rows)
 
