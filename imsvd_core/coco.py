@@ -77,9 +77,8 @@ class CocoImages:
 
         Raises ValueError unless 1 <= n <= len(self).
         """
-        if not 1 <= n <= len(self):
-            raise ValueError(f"n is {n}: take 1 to {len(self)}, as many as {self.title} ({self.split}) holds")
-        rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:n].sort().values
+        as_one_class = torch.zeros(len(self), dtype=torch.int64)
+        rows = datasets.balanced(as_one_class, n, seed, f"{self.title} ({self.split})")
         return replace(self, ids=self.ids[rows], places=self.places[rows], unreadable=set())
 
     def target(self, index: int, *, masks: bool = True) -> Target:

@@ -48,9 +48,8 @@ class VOCImages:
 
         The same `n` and `seed` give the same images. Raises ValueError unless 1 <= n <= len(self).
         """
-        if not 1 <= n <= len(self):
-            raise ValueError(f"n is {n}: take 1 to {len(self)}, as many as {self.title} ({self.split}) holds")
-        rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:n].sort().values
+        as_one_class = torch.zeros(len(self), dtype=torch.int64)
+        rows = datasets.balanced(as_one_class, n, seed, f"{self.title} ({self.split})")
         return replace(self, stems=tuple(self.stems[row] for row in rows), labels=self.labels[rows], unreadable=set())
 
     def images(self, resize: int, size: int, *, indices: Sequence[int] | None = None, workers: int | None = None,

@@ -1,6 +1,8 @@
 """The command line, in this process: what it writes, what it says, what it refuses."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,3 +78,9 @@ def test_no_command_and_a_wrong_one_show_the_usage(capsys):
         with pytest.raises(SystemExit) as stop:
             main(words)
         assert stop.value.code == code and "usage: imsvd" in capsys.readouterr().out
+
+
+def test_no_command_waits_for_what_only_the_svms_need():
+    """Which takes over a second to import."""
+    code = "import sys, imsvd_core.cli; assert not {'sklearn', 'joblib', 'timm', 'lightly'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)

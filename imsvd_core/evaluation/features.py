@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -19,7 +20,7 @@ from imsvd_core.networks import represent
 from imsvd_core.views import EvalView
 
 Images = ImageData | FolderImages
-
+Data = TypeVar("Data")
 
 KEPT_ROWS = 4096  # that a file of `embed` holds
 
@@ -83,9 +84,26 @@ def batches(backbone: nn.Module, data: Images, view: EvalView, rows: range, *, d
 
 
 def share(n: int) -> range:
-    """The rows of `n` that are this rank's: successive ones, in the order of ranks, equally many to within one."""
+    """The rows of `n` that are this rank's."""
     rank, size = world()
-    return range(n * rank // size, n * (rank + 1) // size)
+    return shares(n, size)[rank]
+
+
+def shares(n: int, size: int) -> list[range]:
+    """The rows of `n` that are each rank's: successive ones, in the order of ranks, equally many to within one."""
+    return [range(n * rank // size, n * (rank + 1) // size) for rank in range(size)]
+
+
+def chosen(config: Any, train: Data, test: Data, name: str) -> tuple[Data, Data]:
+    """The images that `config.train_images` and `config.test_images` ask for; all where they are None. Raises ValueError,
+    naming the setting of `name`, where there are not as many."""
+    parts = []
+    for data, setting in ((train, "train_images"), (test, "test_images")):
+        wanted = getattr(config, setting)
+        if wanted is not None and wanted > len(data):
+            raise ValueError(f"{name}.{setting}={wanted} exceeds the {len(data)} images of {data.title} ({data.split})")
+        parts.append(data if wanted is None else data.subset(wanted))
+    return parts[0], parts[1]
 
 
 def sum_over_ranks(counts: Tensor) -> Tensor:
@@ -128,8 +146,7 @@ def _filled(table: Tensor | None, n: int, device: torch.device | str) -> Tensor:
     width = torch.tensor(0 if table is None else table.shape[1], device=device)
     dist.all_reduce(width, dist.ReduceOp.MAX)
     table = torch.empty(n, int(width), device=device) if table is None else table
-    for rank in range(size):
-        part = table[n * rank // size:n * (rank + 1) // size]
-        if len(part):
-            dist.broadcast(part, rank)
+    for rank, rows in enumerate(shares(n, size)):
+        if rows:
+            dist.broadcast(table[rows.start:rows.stop], rank)
     return table

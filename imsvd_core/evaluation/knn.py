@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from imsvd_core.distributed import on_rank_0, world
-from imsvd_core.evaluation.features import Images, bar, batches, embed, fingerprint, fingerprint_of, share, sum_over_ranks
+from imsvd_core.evaluation.features import (Images, bar, batches, embed, fingerprint, fingerprint_of, share, shares,
+                                            sum_over_ranks)
 from imsvd_core.files import atomic_write, hold
 from imsvd_core.results import config_hash, plain
 from imsvd_core.views import EvalView
@@ -248,7 +249,7 @@ def merge_over_ranks(similarity: Tensor, index: Tensor, most: int) -> tuple[Tens
     widths = one_hot(torch.tensor(world()[0]), size).to(index.device) * index.shape[1]
     widths = sum_over_ranks(widths).tolist()
     queries, mine = len(index), share(len(index))
-    lengths = [queries * (rank + 1) // size - queries * rank // size for rank in range(size)]
+    lengths = [len(rows) for rows in shares(queries, size)]
     parts = []
     for table in (similarity, index):
         received = table.new_empty(len(mine) * sum(widths))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from imsvd_core import signals
-from imsvd_core.evaluation.features import Images, bar, batches, embed, fingerprint, fingerprint_of, share, sum_over_ranks
+from imsvd_core.evaluation.features import (Images, bar, batches, chosen, embed, fingerprint, fingerprint_of, share,
+                                            sum_over_ranks)
 from imsvd_core.folders import FolderImages
 from imsvd_core.loop import PRECISIONS, Loop, LoopConfig, essential, pick_device
 from imsvd_core.networks import represent
@@ -45,13 +46,7 @@ class LinearConfig:
 
     def choose(self, train: Images, test: Images, name: str = "linear") -> tuple[Images, Images]:
         """The images that are used. Raises ValueError, naming the setting, where there are not as many."""
-        chosen = []
-        for data, setting in ((train, "train_images"), (test, "test_images")):
-            wanted = getattr(self, setting)
-            if wanted is not None and wanted > len(data):
-                raise ValueError(f"{name}.{setting}={wanted} exceeds the {len(data)} images of {data.title} ({data.split})")
-            chosen.append(data if wanted is None else data.subset(wanted))
-        return chosen[0], chosen[1]
+        return chosen(self, train, test, name)
 
 
 def evaluate(backbone: nn.Module, data: tuple[Images, Images], config: LinearConfig, *, view: EvalView,

@@ -11,28 +11,25 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import safetensors.torch
 import torch
-from joblib import Parallel, delayed
-from joblib.externals.loky import get_reusable_executor
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.model_selection import cross_validate
-from sklearn.svm import LinearSVC
-from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from imsvd_core import signals
 from imsvd_core.distributed import on_rank_0
-from imsvd_core.evaluation.features import bar, fingerprint
+from imsvd_core.evaluation.features import bar, chosen, fingerprint
 from imsvd_core.files import atomic_write, hold
 from imsvd_core.folders import share_of_cores
 from imsvd_core.networks import represent
 from imsvd_core.results import config_hash, plain, write_json
 from imsvd_core.views import IMAGENET_MEAN, IMAGENET_STD, EvalView
 from imsvd_core.voc import VOCImages
+
+if TYPE_CHECKING:  # slow to import: every command would wait for it
+    from sklearn.svm import LinearSVC
 
 BLOCK = 1024  # images whose features are kept together
 LEAST = 3  # positives of a class that can be trained and validated on
@@ -107,12 +104,7 @@ def evaluate(backbone: nn.Module, data: tuple[VOCImages, VOCImages], config: SVM
     See `fit` for what is returned and raised beside; raises ValueError too for splits that differ in classes or share
     images, and for a map that `pool` does not fit.
     """
-    train, test = data
-    for name, part in (("train_images", train), ("test_images", test)):
-        if (getattr(config, name) or 1) > len(part):
-            raise ValueError(f"svm.{name}={getattr(config, name)} exceeds the {len(part)} images of {part.title} ({part.split})")
-    train = train if config.train_images is None else train.subset(config.train_images)
-    test = test if config.test_images is None else test.subset(config.test_images)
+    train, test = chosen(config, *data, "svm")
     if train.classes != test.classes:
         raise ValueError(f"the splits differ in classes {sorted(set(train.classes) ^ set(test.classes))}: give both of one data set")
     if shared := set(train.stems) & set(test.stems):
@@ -183,6 +175,9 @@ def fit(features: Tensor | np.ndarray, labels: Tensor | np.ndarray, test_feature
     "not_converged": {name: of its fits}, "train_images": N, "test_images": …, "features": F}. Raises ValueError where
     shapes or labels are wrong, a feature is not finite, or no class can be evaluated.
     """
+    from joblib import Parallel, delayed
+    from joblib.externals.loky import get_reusable_executor
+
     (x, y), (test_x, test_y) = _checked(features, labels, classes, "train"), _checked(test_features, test_labels, classes, "test")
     if x.shape[1] != test_x.shape[1]:
         raise ValueError(f"features have {x.shape[1]} columns and test_features {test_x.shape[1]}: embed both by one backbone")
@@ -216,11 +211,14 @@ def fit(features: Tensor | np.ndarray, labels: Tensor | np.ndarray, test_feature
             "train_images": len(x), "test_images": len(test_x), "features": x.shape[1]}
 
 
-def train_class(features: np.ndarray, labels: np.ndarray, config: SVMConfig) -> tuple[LinearSVC, dict[str, Any]]:
+def train_class(features: np.ndarray, labels: np.ndarray, config: SVMConfig) -> tuple["LinearSVC", dict[str, Any]]:
     """The classifier of one class at the cost that cross-validates best on these images, and how that went.
 
     features: normalised, float64 (N, F); labels (N,) of 1, 0 (difficult) and -1.
     """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.model_selection import cross_validate
+
     kept = labels != 0 if config.difficult == "omit" else slice(None)
     x, y = features[kept], np.where(labels[kept] == 1, 1, -1)
     curve, unfinished = [], 0
@@ -258,7 +256,9 @@ def voc_average_precision(scores: np.ndarray | Tensor, labels: np.ndarray | Tens
     return float((np.diff(true, prepend=0) / true[-1] * precision).sum())
 
 
-def _classifier(cost: float, config: SVMConfig) -> LinearSVC:
+def _classifier(cost: float, config: SVMConfig) -> "LinearSVC":
+    from sklearn.svm import LinearSVC
+
     return LinearSVC(C=cost, class_weight={1: config.positive_weight, -1: 1}, penalty="l2", loss="squared_hinge", dual=True,
                      tol=config.tol, max_iter=config.max_iter, random_state=config.seed)
 
@@ -266,6 +266,8 @@ def _classifier(cost: float, config: SVMConfig) -> LinearSVC:
 def _fit_class(name: str, features: np.ndarray, labels: np.ndarray, test_features: np.ndarray,
                config: SVMConfig, parent: int) -> tuple[str, np.ndarray, dict[str, Any]]:
     """Train one class and score the test images, whose labels it never sees, for the process `parent`."""
+    from threadpoolctl import threadpool_limits
+
     if os.getpid() != parent:
         _end_with(parent)
     with threadpool_limits(1):  # sums in one order, however many processes there are
