@@ -32,7 +32,7 @@ from imsvd_core import datasets, folders
 from imsvd_core.folders import FolderImages
 from imsvd_core.loop import pick_device
 from imsvd_core.results import provenance, write_result
-from imsvd_core.views import IMAGENET_MEAN, IMAGENET_STD, TwoViews, View, imagenet_views
+from imsvd_core.views import IMAGENET_MEAN, IMAGENET_STD, TwoViews, imagenet_views
 
 VIEWS = TwoViews(imagenet_views())
 
@@ -46,16 +46,18 @@ class Blur:
 
 def pil_view(blur: float, solarize: float) -> Callable[[Image.Image], torch.Tensor]:
     """One of VICReg's ImageNet views in torchvision's transforms of PIL images."""
-    return transforms.Compose([
-        transforms.RandomResizedCrop(224, interpolation=transforms.InterpolationMode.BICUBIC),
-        transforms.RandomHorizontalFlip(),
-        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
-        transforms.RandomGrayscale(p=0.2),
-        transforms.RandomApply([Blur()], p=blur),
-        transforms.RandomSolarize(128, p=solarize),
-        transforms.ToTensor(),
-        transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-    ])
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(224, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+            transforms.RandomGrayscale(p=0.2),
+            transforms.RandomApply([Blur()], p=blur),
+            transforms.RandomSolarize(128, p=solarize),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
 
 
 class PILViews(torch.utils.data.Dataset):
@@ -101,18 +103,34 @@ def in_turn(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[st
 
 def ratio(times: dict[str, list[float]]) -> dict[str, float | list[float]]:
     each = sorted(p / o for p, o in zip(times["pil"], times["ours"], strict=True))
-    return {"ratio": statistics.median(times["pil"]) / statistics.median(times["ours"]),
-            "ratio_of_one_round": [each[0], each[-1]]}
+    return {
+        "ratio": statistics.median(times["pil"]) / statistics.median(times["ours"]),
+        "ratio_of_one_round": [each[0], each[-1]],
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=datasets.data_root() / "imagenet-samples", help="folder of JPEGs")
-    parser.add_argument("--images", type=int, default=128, help="images a round; files are repeated where there are fewer")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--root",
+        type=Path,
+        default=datasets.data_root() / "imagenet-samples",
+        help="folder of JPEGs",
+    )
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=128,
+        help="images a round; files are repeated where there are fewer",
+    )
     parser.add_argument("--rounds", type=int, default=7, help="rounds; each times everything once")
     parser.add_argument("--workers", type=int, default=2, help="processes of either DataLoader")
     parser.add_argument("--device", default="auto", help="where views are finished")
-    parser.add_argument("--json", type=Path, default=None, help="also write the figures to this file")
+    parser.add_argument(
+        "--json", type=Path, default=None, help="also write the figures to this file"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -121,25 +139,46 @@ def main() -> None:
     begin = time.perf_counter()
     names = [file for file, _ in datasets.scan(arguments.root)] if arguments.root.is_dir() else []
     if not names:
-        print(f"{arguments.root} holds no JPEG, so nothing was timed: give --root, a folder with images of original size")
+        print(
+            f"{arguments.root} holds no JPEG, so nothing was timed: give --root, a folder with images of original size"
+        )
         return
-    names = [names[i * len(names) // n] if n <= len(names) else names[i % len(names)] for i in range(n)]
-    ours = FolderImages("tree:samples", "samples", "train", arguments.root, np.array([os.fsencode(name) for name in names]),
-                        torch.zeros(n, dtype=torch.int64), ("",))
+    names = [
+        names[i * len(names) // n] if n <= len(names) else names[i % len(names)] for i in range(n)
+    ]
+    ours = FolderImages(
+        "tree:samples",
+        "samples",
+        "train",
+        arguments.root,
+        np.array([os.fsencode(name) for name in names]),
+        torch.zeros(n, dtype=torch.int64),
+        ("",),
+    )
     pil = PILViews([ours.file(i) for i in range(n)])
     files = [str(file) for file in pil.files]
     every, generator = list(range(n)), torch.Generator(device).manual_seed(0)
-    crops = [crop.to(device) for crop in next(ours.two_crops(VIEWS, [(0, torch.arange(n))], seed=0, workers=0))]
+    crops = [
+        crop.to(device)
+        for crop in next(ours.two_crops(VIEWS, [(0, torch.arange(n))], seed=0, workers=0))
+    ]
     finish = lambda: VIEWS.finish(*crops, generator)  # noqa: E731
 
-    worker = in_turn({
-        "pil": lambda: cpu_time(lambda: [pil[i] for i in every]),
-        "ours": lambda: cpu_time(lambda: ours._read_crops((VIEWS.first, VIEWS.second), 0, (0, every))),
-        "decode": lambda: cpu_time(lambda: [folders.decode(file) for file in files]),
-        "finish": lambda: wall_time(finish) if device.type != "cpu" else cpu_time(finish),
-    }, rounds)
+    worker = in_turn(
+        {
+            "pil": lambda: cpu_time(lambda: [pil[i] for i in every]),
+            "ours": lambda: cpu_time(
+                lambda: ours._read_crops((VIEWS.first, VIEWS.second), 0, (0, every))
+            ),
+            "decode": lambda: cpu_time(lambda: [folders.decode(file) for file in files]),
+            "finish": lambda: wall_time(finish) if device.type != "cpu" else cpu_time(finish),
+        },
+        rounds,
+    )
 
-    torch.set_num_threads(os.cpu_count() or 1)  # PIL's main process only waits; ours has the views to finish
+    torch.set_num_threads(
+        os.cpu_count() or 1
+    )  # PIL's main process only waits; ours has the views to finish
 
     def run_ours(finished: bool = True) -> None:
         plan = enumerate(torch.arange(n).repeat(4).split(64))
@@ -147,31 +186,70 @@ def main() -> None:
             VIEWS.finish(*pair, generator) if finished else pair
 
     def run_pil() -> None:
-        loader = DataLoader(pil, 64, sampler=every * 4, num_workers=arguments.workers, pin_memory=device.type == "cuda")
+        loader = DataLoader(
+            pil,
+            64,
+            sampler=every * 4,
+            num_workers=arguments.workers,
+            pin_memory=device.type == "cuda",
+        )
         for x1, x2 in loader:
             x1.to(device, non_blocking=True), x2.to(device, non_blocking=True)
 
-    whole = in_turn({"pil": lambda: wall_time(run_pil), "ours": lambda: wall_time(run_ours),
-                     "crops": lambda: wall_time(lambda: run_ours(finished=False))}, rounds)
+    whole = in_turn(
+        {
+            "pil": lambda: wall_time(run_pil),
+            "ours": lambda: wall_time(run_ours),
+            "crops": lambda: wall_time(lambda: run_ours(finished=False)),
+        },
+        rounds,
+    )
     ms = {name: 1000 * statistics.median(times) / n for name, times in worker.items()}
     speed = {name: 4 * n / statistics.median(times) for name, times in whole.items()}
-    result = {"worker": ratio(worker), "decode_share_of_ours": ms["decode"] / ms["ours"], "finish_over_worker": ms["finish"] / ms["ours"],
-              "throughput": ratio(whole), "unfinished_over_pil": speed["crops"] / speed["pil"]}
+    result = {
+        "worker": ratio(worker),
+        "decode_share_of_ours": ms["decode"] / ms["ours"],
+        "finish_over_worker": ms["finish"] / ms["ours"],
+        "throughput": ratio(whole),
+        "unfinished_over_pil": speed["crops"] / speed["pil"],
+    }
     if device.type == "cuda":  # only there does an absolute figure say something
         result |= {"images_per_second": speed, "finish_ms_per_image": ms["finish"]}
     spread = "in one round {:.1f} to {:.1f}".format
-    print(f"Two 224-pixel views of an image: median of {rounds} rounds, {n} images, one thread a worker")
-    print(f"  CPU time of a worker: PIL {ms['pil']:.2f} ms, ours {ms['ours']:.2f} ms (decoding {ms['decode']:.2f} ms), "
-          f"ratio {result['worker']['ratio']:.1f} ({spread(*result['worker']['ratio_of_one_round'])})")
+    print(
+        f"Two 224-pixel views of an image: median of {rounds} rounds, {n} images, one thread a worker"
+    )
+    print(
+        f"  CPU time of a worker: PIL {ms['pil']:.2f} ms, ours {ms['ours']:.2f} ms (decoding {ms['decode']:.2f} ms), "
+        f"ratio {result['worker']['ratio']:.1f} ({spread(*result['worker']['ratio_of_one_round'])})"
+    )
     print(f"  finishing both views on {device}: {ms['finish']:.2f} ms")
-    print(f"  whole pipeline, {arguments.workers} workers: PIL {speed['pil']:.0f}, ours {speed['ours']:.0f} images/s "
-          f"(unfinished {speed['crops']:.0f}), "
-          f"ratio {result['throughput']['ratio']:.1f} ({spread(*result['throughput']['ratio_of_one_round'])})")
+    print(
+        f"  whole pipeline, {arguments.workers} workers: PIL {speed['pil']:.0f}, ours {speed['ours']:.0f} images/s "
+        f"(unfinished {speed['crops']:.0f}), "
+        f"ratio {result['throughput']['ratio']:.1f} ({spread(*result['throughput']['ratio_of_one_round'])})"
+    )
     if arguments.json:
-        setting = {"workers": arguments.workers, "images": n, "distinct_files": len(set(names)), "rounds": rounds}
-        origin = provenance(config=setting, seed=0, device=device, dataset=f"{len(set(names))} JPEGs of original size",
-                            seconds=time.perf_counter() - begin)
-        write_result(arguments.json, f"benchmark-input-{device.type}", {"setting": setting, **result}, origin, overwrite=True)
+        setting = {
+            "workers": arguments.workers,
+            "images": n,
+            "distinct_files": len(set(names)),
+            "rounds": rounds,
+        }
+        origin = provenance(
+            config=setting,
+            seed=0,
+            device=device,
+            dataset=f"{len(set(names))} JPEGs of original size",
+            seconds=time.perf_counter() - begin,
+        )
+        write_result(
+            arguments.json,
+            f"benchmark-input-{device.type}",
+            {"setting": setting, **result},
+            origin,
+            overwrite=True,
+        )
 
 
 if __name__ == "__main__":

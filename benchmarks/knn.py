@@ -40,7 +40,14 @@ from imsvd_core.evaluation.features import bar
 from imsvd_core.results import provenance, write_result
 
 NEIGHBORS = (20, 200)
-FULL = {"queries": 50_000, "features": 2048, "gallery": 160_146, "ranks": 8, "neighbors": 200, "streamed": (16_384, 65_536)}
+FULL = {
+    "queries": 50_000,
+    "features": 2048,
+    "gallery": 160_146,
+    "ranks": 8,
+    "neighbors": 200,
+    "streamed": (16_384, 65_536),
+}
 
 
 def features(rows: int, width: int, seed: int) -> Tensor:
@@ -76,9 +83,18 @@ def share() -> None:
     found = knn.Neighbors(features(FULL["queries"], FULL["features"], seed=0), most)
     found.add(gallery)
     similarity, index = found.nearest()
-    with mock.patch.multiple(knn, world=lambda: (0, size), share=lambda n: range(n // size),
-                             sum_over_ranks=lambda widths: widths.fill_(most)), \
-            mock.patch("torch.distributed.all_to_all_single", lambda received, sent, *lengths: received.copy_(sent)):
+    with (
+        mock.patch.multiple(
+            knn,
+            world=lambda: (0, size),
+            share=lambda n: range(n // size),
+            sum_over_ranks=lambda widths: widths.fill_(most),
+        ),
+        mock.patch(
+            "torch.distributed.all_to_all_single",
+            lambda received, sent, *lengths: received.copy_(sent),
+        ),
+    ):
         similarity, index = knn.merge_over_ranks(similarity, index, most)
     knn.vote(similarity, index % 1000, 1000, neighbors=NEIGHBORS, temperature=0.07)
 
@@ -114,8 +130,15 @@ def peak(name: str, args: argparse.Namespace) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for option, default in (("queries", 50_000), ("gallery", 10_000), ("features", 512), ("rounds", 5)):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for option, default in (
+        ("queries", 50_000),
+        ("gallery", 10_000),
+        ("features", 512),
+        ("rounds", 5),
+    ):
         parser.add_argument(f"--{option}", type=int, default=default)
     parser.add_argument("--no-full", action="store_true", help="leave the full size out")
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -133,18 +156,29 @@ def main() -> None:
     figures = {f"neighbors_{k}": search(k, args, peaks) for k in NEIGHBORS}
     if full:
         figures["full_size"] = {name: {"peak_GB": round(peaks[name] / 1e9, 3)} for name in full}
-    setting = {name: getattr(args, name) for name in ("queries", "gallery", "features", "rounds")} | {
-        "threads": torch.get_num_threads(), "full_size": FULL if full else None}
+    setting = {
+        name: getattr(args, name) for name in ("queries", "gallery", "features", "rounds")
+    } | {"threads": torch.get_num_threads(), "full_size": FULL if full else None}
     print(json.dumps({"setting": setting, "figures": figures}, indent=1))
     if args.json:
-        origin = provenance(config=setting, seed=0, device="cpu", dataset="random features",
-                            seconds=time.perf_counter() - start)
-        write_result(args.json, args.json.stem, {"setting": setting, **figures}, origin, overwrite=True)
+        origin = provenance(
+            config=setting,
+            seed=0,
+            device="cpu",
+            dataset="random features",
+            seconds=time.perf_counter() - start,
+        )
+        write_result(
+            args.json, args.json.stem, {"setting": setting, **figures}, origin, overwrite=True
+        )
 
 
 def search(k: int, args: argparse.Namespace, peaks: dict[str, int]) -> dict[str, object]:
     """Ratios of time, and peaks, at one k."""
-    queries, gallery = features(args.queries, args.features, 0), features(args.gallery, args.features, 1)
+    queries, gallery = (
+        features(args.queries, args.features, 0),
+        features(args.gallery, args.features, 1),
+    )
     seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     found: dict[str, Tensor] = {}
     with bar(f"k = {k}", (args.rounds + 1) * len(CONTENDERS), True) as advance:
@@ -158,10 +192,14 @@ def search(k: int, args: argparse.Namespace, peaks: dict[str, int]) -> dict[str,
     same = (found["ours"] == found["faiss"]).double().mean().item()
     figures: dict[str, object] = {"same_neighbors": round(same, 6)}
     for name in CONTENDERS:
-        ratios = [mine / theirs for mine, theirs in zip(seconds[name], seconds["faiss"], strict=True)]
-        figures[name] = {"time_over_faiss": round(statistics.median(ratios), 3),
-                         "in_one_round": [round(min(ratios), 3), round(max(ratios), 3)],
-                         "extra_peak_MB": round((peaks[f"{name}-{k}"] - peaks["inputs"]) / 1e6, 1)}
+        ratios = [
+            mine / theirs for mine, theirs in zip(seconds[name], seconds["faiss"], strict=True)
+        ]
+        figures[name] = {
+            "time_over_faiss": round(statistics.median(ratios), 3),
+            "in_one_round": [round(min(ratios), 3), round(max(ratios), 3)],
+            "extra_peak_MB": round((peaks[f"{name}-{k}"] - peaks["inputs"]) / 1e6, 1),
+        }
     return figures
 
 

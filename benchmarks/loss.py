@@ -27,7 +27,10 @@ from imsvd_core.variants import CollisionLoss
 
 def logits(samples: int, dim: int, device: str) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(samples, dim, generator=generator).mul_(2).to(device).requires_grad_() for _ in range(2)]
+    return [
+        torch.randn(samples, dim, generator=generator).mul_(2).to(device).requires_grad_()
+        for _ in range(2)
+    ]
 
 
 def bare_products(z1: Tensor, z2: Tensor, units: int, dtype: torch.dtype = torch.float32) -> None:
@@ -37,7 +40,7 @@ def bare_products(z1: Tensor, z2: Tensor, units: int, dtype: torch.dtype = torch
     cells, g1, g2 = a.new_empty(slab, a.shape[1]), torch.empty_like(a), torch.zeros_like(b)
     for start in range(0, a.shape[1], slab):
         rows = slice(start, min(start + slab, a.shape[1]))
-        block = cells[:rows.stop - start]
+        block = cells[: rows.stop - start]
         torch.mm(a[:, rows].T, b, out=block)
         torch.mm(b, block.T, out=g1[:, rows])
         g2.addmm_(a[:, rows], block)
@@ -68,19 +71,39 @@ def lean_matrix(z1: Tensor, z2: Tensor, units: int) -> None:
 
 
 CONTENDERS = {
-    "bare_products": bare_products, "bare_products_bf16": partial(bare_products, dtype=torch.bfloat16),
-    "streaming": partial(loss, fused=False), "streaming_bf16": partial(loss, products="bf16", fused=False),
-    "fused": partial(loss, fused=True), "fused_bf16": partial(loss, products="bf16", fused=True),
-    "collision": partial(loss, make=CollisionLoss), "lean_matrix": lean_matrix, "full_matrix": full_matrix}
+    "bare_products": bare_products,
+    "bare_products_bf16": partial(bare_products, dtype=torch.bfloat16),
+    "streaming": partial(loss, fused=False),
+    "streaming_bf16": partial(loss, products="bf16", fused=False),
+    "fused": partial(loss, fused=True),
+    "fused_bf16": partial(loss, products="bf16", fused=True),
+    "collision": partial(loss, make=CollisionLoss),
+    "lean_matrix": lean_matrix,
+    "full_matrix": full_matrix,
+}
 GPU_ONLY = ("fused", "fused_bf16")  # a CPU gains little and compiles for half a minute
 
 
 def peak_bytes(name: str | None, args: argparse.Namespace) -> int:
     """Peak memory of one call, with its inputs; of the inputs alone for None."""
     if args.device == "cpu":
-        command = [sys.executable, __file__, "--child", name or "inputs", "--samples", args.samples, "--dim", args.dim,
-                   "--units", args.units]
-        return int(subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout)
+        command = [
+            sys.executable,
+            __file__,
+            "--child",
+            name or "inputs",
+            "--samples",
+            args.samples,
+            "--dim",
+            args.dim,
+            "--units",
+            args.units,
+        ]
+        return int(
+            subprocess.run(
+                list(map(str, command)), capture_output=True, text=True, check=True
+            ).stdout
+        )
     z = logits(args.samples, args.dim, args.device)
     torch.cuda.reset_peak_memory_stats()
     if name:
@@ -98,7 +121,9 @@ def timed(run, z: list[Tensor], units: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for option, default in (("samples", 2048), ("dim", 8160), ("units", 80), ("rounds", 7)):
         parser.add_argument(f"--{option}", type=int, default=default)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -128,20 +153,40 @@ def main() -> None:
     setting = {"samples": args.samples, "dim": args.dim, "units": args.units, "rounds": args.rounds}
     print(json.dumps({"setting": setting, "figures": figures}, indent=1))
     if args.json:
-        origin = provenance(config=setting, seed=0, device=args.device, dataset="random logits", seconds=time.perf_counter() - begin)
-        write_result(args.json, f"benchmark-loss-{args.device}", {"setting": setting, **figures}, origin, overwrite=True)
+        origin = provenance(
+            config=setting,
+            seed=0,
+            device=args.device,
+            dataset="random logits",
+            seconds=time.perf_counter() - begin,
+        )
+        write_result(
+            args.json,
+            f"benchmark-loss-{args.device}",
+            {"setting": setting, **figures},
+            origin,
+            overwrite=True,
+        )
 
 
-def _figures(name: str, seconds: dict[str, list[float]], memory: dict[str, int], args: argparse.Namespace) -> dict[str, float]:
+def _figures(
+    name: str, seconds: dict[str, list[float]], memory: dict[str, int], args: argparse.Namespace
+) -> dict[str, float]:
     median = {other: statistics.median(values) for other, values in seconds.items()}
     same_type = "bare_products_bf16" if name.endswith("bf16") else "bare_products"
-    found = {"time_over_fp32_products": median[name] / median["bare_products"],
-             "time_over_products": median[name] / median[same_type],
-             "paired_ratio": statistics.median(a / b for a, b in zip(seconds[name], seconds[same_type])),
-             "peak_over_full_matrix": memory[name] / memory["full_matrix"],
-             "peak_over_lean_matrix": memory[name] / memory["lean_matrix"], "extra_peak_MB": memory[name] / 1e6}
+    found = {
+        "time_over_fp32_products": median[name] / median["bare_products"],
+        "time_over_products": median[name] / median[same_type],
+        "paired_ratio": statistics.median(a / b for a, b in zip(seconds[name], seconds[same_type])),
+        "peak_over_full_matrix": memory[name] / memory["full_matrix"],
+        "peak_over_lean_matrix": memory[name] / memory["lean_matrix"],
+        "extra_peak_MB": memory[name] / 1e6,
+    }
     if args.device == "cuda":  # only there does an absolute time say something
-        found |= {"milliseconds": 1e3 * median[name], "TFLOP_per_s": 6e-12 * args.samples * args.dim**2 / median[name]}
+        found |= {
+            "milliseconds": 1e3 * median[name],
+            "TFLOP_per_s": 6e-12 * args.samples * args.dim**2 / median[name],
+        }
     return {key: round(value, 3) for key, value in found.items()}
 
 

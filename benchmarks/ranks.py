@@ -70,17 +70,24 @@ def timings(args: argparse.Namespace) -> dict[str, float | list[float]]:
     if dist.get_rank():
         return {}
     ratios = [b / a for a, b in zip(alone[1:], shared[1:])]  # the first turn warms up
-    return {"slower_rank_over_one_process": round(statistics.median(ratios), 3),
-            "in_one_round": [round(min(ratios), 3), round(max(ratios), 3)],
-            "bytes_sent_per_rank": round(statistics.median(sent[1:]) / 2)}
+    return {
+        "slower_rank_over_one_process": round(statistics.median(ratios), 3),
+        "in_one_round": [round(min(ratios), 3), round(max(ratios), 3)],
+        "bytes_sent_per_rank": round(statistics.median(sent[1:]) / 2),
+    }
 
 
 def memory(args: argparse.Namespace) -> dict[str, int]:
     """On both ranks: peak bytes beyond what is held before the call, of the rank that needs more."""
     z = logits(args.samples, args.dim)
     z = own_rows(z) if dist.get_world_size() > 1 else z
-    step([part[:8, :2 * args.units].clone() for part in z], args.units, gather=True)  # loads what is loaded once
-    hold = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - psutil.Process().memory_info().rss
+    step(
+        [part[:8, : 2 * args.units].clone() for part in z], args.units, gather=True
+    )  # loads what is loaded once
+    hold = (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        - psutil.Process().memory_info().rss
+    )
     padding = torch.ones(max(hold, 0) // 4 + 1)  # a peak of the past must not hide this one
     before = psutil.Process().memory_info().rss
     step(z, args.units, gather=True)
@@ -132,8 +139,12 @@ class Handed(Exchange):
         return table.view(self.size, self.rows, -1).sum(0)  # as many numbers as would have arrived
 
     def to_samples(self, columns: Tensor) -> Tensor:
-        received = torch.zeros(self.rows * sum(self.widths)).split([self.rows * width for width in self.widths])
-        return torch.cat([part.view(self.rows, width) for part, width in zip(received, self.widths)], dim=1)
+        received = torch.zeros(self.rows * sum(self.widths)).split(
+            [self.rows * width for width in self.widths]
+        )
+        return torch.cat(
+            [part.view(self.rows, width) for part, width in zip(received, self.widths)], dim=1
+        )
 
 
 def shares(args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -144,14 +155,22 @@ def shares(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     seconds: dict[int, list[float]] = {size: [] for size in WORLDS}
     for turn in range(args.rounds + 1):
         for size in WORLDS:
-            Handed.size_, Handed.p1, Handed.p2 = size, p1[:, :round(args.dim / size)].clone(), p2
-            mine = [part[:args.samples // size].clone() for part in z]
+            Handed.size_, Handed.p1, Handed.p2 = size, p1[:, : round(args.dim / size)].clone(), p2
+            mine = [part[: args.samples // size].clone() for part in z]
             with mock.patch("imsvd_core.streaming.Exchange", Handed):
                 start = time.perf_counter()
                 step(mine, args.units, gather=True)
                 seconds[size].append(time.perf_counter() - start)
-    return {str(size): {"work_times_ranks": round(statistics.median(b * size / a for a, b in zip(
-        seconds[1][1:], seconds[size][1:])), 3), "bytes_sent": bytes_sent(args.samples, args.dim, size)} for size in WORLDS}
+    return {
+        str(size): {
+            "work_times_ranks": round(
+                statistics.median(b * size / a for a, b in zip(seconds[1][1:], seconds[size][1:])),
+                3,
+            ),
+            "bytes_sent": bytes_sent(args.samples, args.dim, size),
+        }
+        for size in WORLDS
+    }
 
 
 def bytes_sent(samples: int, dim: int, ranks: int, entry: int = 4) -> int:
@@ -162,24 +181,48 @@ def bytes_sent(samples: int, dim: int, ranks: int, entry: int = 4) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for option, default in (("samples", 2048), ("dim", 8160), ("units", 80), ("rounds", 5)):
         parser.add_argument(f"--{option}", type=int, default=default)
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     start = time.perf_counter()
     two = on_ranks(2, timings, args)
-    with mock.patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_="1000000"):  # glibc would keep pieces of up to 32 MB
+    with mock.patch.dict(
+        os.environ, MALLOC_MMAP_THRESHOLD_="1000000"
+    ):  # glibc would keep pieces of up to 32 MB
         two |= on_ranks(2, memory, args)
         one = on_ranks(1, memory, args)
-    figures = {"two_ranks": two | {"peak_over_one_process": round(two["extra_peak_bytes"] / one["extra_peak_bytes"], 3),
-                                   "bytes_by_formula": bytes_sent(args.samples, args.dim, 2)},
-               "one_process": one, "share": shares(args)}
-    setting = {"samples": args.samples, "dim": args.dim, "units": args.units, "threads": 1, "rounds": args.rounds}
+    figures = {
+        "two_ranks": two
+        | {
+            "peak_over_one_process": round(two["extra_peak_bytes"] / one["extra_peak_bytes"], 3),
+            "bytes_by_formula": bytes_sent(args.samples, args.dim, 2),
+        },
+        "one_process": one,
+        "share": shares(args),
+    }
+    setting = {
+        "samples": args.samples,
+        "dim": args.dim,
+        "units": args.units,
+        "threads": 1,
+        "rounds": args.rounds,
+    }
     print(json.dumps({"setting": setting, "figures": figures}, indent=1))
     if args.json:
-        origin = provenance(config=setting, seed=0, device="cpu", dataset="random logits", seconds=time.perf_counter() - start)
-        write_result(args.json, "benchmark-ranks", {"setting": setting, **figures}, origin, overwrite=True)
+        origin = provenance(
+            config=setting,
+            seed=0,
+            device="cpu",
+            dataset="random logits",
+            seconds=time.perf_counter() - start,
+        )
+        write_result(
+            args.json, "benchmark-ranks", {"setting": setting, **figures}, origin, overwrite=True
+        )
 
 
 if __name__ == "__main__":

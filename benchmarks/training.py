@@ -49,11 +49,17 @@ def parts(run: Pretraining) -> dict[str, Callable[[], object]]:
     with torch.no_grad(), torch.autocast(device.type, precision, enabled=precision is not None):
         z = run.network(x1, x2)
     logits = [part.detach().requires_grad_() for part in z]
-    return {"views": lambda: run.views(images, generator), "network": network, "loss": lambda: run.method(*logits)["loss"].backward()}
+    return {
+        "views": lambda: run.views(images, generator),
+        "network": network,
+        "loss": lambda: run.method(*logits)["loss"].backward(),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipe", default="cifar10")
     parser.add_argument("--scale", default="laptop")
     parser.add_argument("--steps", type=int, default=8)
@@ -69,25 +75,55 @@ def main() -> None:
         run = Pretraining(one, folder, progress=False)
         steps = iter(run)
         list(islice(steps, max(2, args.steps // 4)))  # warms up
-        seconds: dict[str, list[float]] = {name: [] for name in ("step", "views", "network", "loss")}
+        seconds: dict[str, list[float]] = {
+            name: [] for name in ("step", "views", "network", "loss")
+        }
         for _ in range(args.rounds):
-            seconds["step"].append(timed(lambda: list(islice(steps, args.steps)), device) / args.steps)
+            seconds["step"].append(
+                timed(lambda: list(islice(steps, args.steps)), device) / args.steps
+            )
             for name, work in parts(run).items():
                 work()  # compiles and fills caches
                 seconds[name].append(min(timed(work, device) for _ in range(3)))
     median = {name: statistics.median(values) for name, values in seconds.items()}
     whole = sum(median[name] for name in ("views", "network", "loss"))
-    figures = {f"{name}_share": round(median[name] / whole, 4) for name in ("views", "network", "loss")}
-    figures |= {"step_over_parts": round(median["step"] / whole, 3), "batch_size": one.loop.batch_size,
-                "backbone": one.network.backbone, "dim": one.network.dim}
+    figures = {
+        f"{name}_share": round(median[name] / whole, 4) for name in ("views", "network", "loss")
+    }
+    figures |= {
+        "step_over_parts": round(median["step"] / whole, 3),
+        "batch_size": one.loop.batch_size,
+        "backbone": one.network.backbone,
+        "dim": one.network.dim,
+    }
     if device.type == "cuda":  # only there does an absolute time say something
-        figures |= {"two_view_images_per_second": round(one.loop.batch_size / median["step"]),
-                    "peak_GB": round(torch.cuda.max_memory_allocated() / 1e9, 2)}
-    setting = {"recipe": args.recipe, "scale": args.scale, "compile": args.compile, "steps": args.steps, "rounds": args.rounds}
+        figures |= {
+            "two_view_images_per_second": round(one.loop.batch_size / median["step"]),
+            "peak_GB": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+        }
+    setting = {
+        "recipe": args.recipe,
+        "scale": args.scale,
+        "compile": args.compile,
+        "steps": args.steps,
+        "rounds": args.rounds,
+    }
     print(json.dumps({"setting": setting, "figures": figures}, indent=1))
     if args.json:
-        origin = provenance(config=one, seed=one.loop.seed, device=device, dataset=run.train.title, seconds=time.perf_counter() - begin)
-        write_result(args.json, f"benchmark-training-{device.type}", {"setting": setting, **figures}, origin, overwrite=True)
+        origin = provenance(
+            config=one,
+            seed=one.loop.seed,
+            device=device,
+            dataset=run.train.title,
+            seconds=time.perf_counter() - begin,
+        )
+        write_result(
+            args.json,
+            f"benchmark-training-{device.type}",
+            {"setting": setting, **figures},
+            origin,
+            overwrite=True,
+        )
 
 
 if __name__ == "__main__":

@@ -21,26 +21,47 @@ import torch
 from torch import Tensor
 
 PALETTE: dict[str, tuple[int, int, int]] = {
-    "red": (222, 56, 58), "orange": (245, 140, 36), "yellow": (248, 212, 58), "green": (62, 168, 84),
-    "cyan": (46, 188, 200), "blue": (52, 96, 214), "violet": (136, 74, 196), "pink": (243, 128, 178),
+    "red": (222, 56, 58),
+    "orange": (245, 140, 36),
+    "yellow": (248, 212, 58),
+    "green": (62, 168, 84),
+    "cyan": (46, 188, 200),
+    "blue": (52, 96, 214),
+    "violet": (136, 74, 196),
+    "pink": (243, 128, 178),
 }
-GROUND_PALETTE: dict[str, tuple[int, int, int]] = {  # muted, so that the shape stands out from all of them
-    "sand": (214, 203, 182), "sage": (158, 174, 158), "slate": (104, 112, 126), "night": (44, 46, 60),
+GROUND_PALETTE: dict[
+    str, tuple[int, int, int]
+] = {  # muted, so that the shape stands out from all of them
+    "sand": (214, 203, 182),
+    "sage": (158, 174, 158),
+    "slate": (104, 112, 126),
+    "night": (44, 46, 60),
 }
 FACTORS: dict[str, tuple[str, ...]] = {
     "shape": ("disc", "square", "triangle", "star", "heart", "cross", "ring", "moon"),
     "texture": ("plain", "stripes", "dots", "checks"),
     "colour": tuple(PALETTE),
     "size": ("small", "medium", "large"),
-    "place": ("top left", "top", "top right", "left", "centre", "right",
-              "bottom left", "bottom", "bottom right"),
+    "place": (
+        "top left",
+        "top",
+        "top right",
+        "left",
+        "centre",
+        "right",
+        "bottom left",
+        "bottom",
+        "bottom right",
+    ),
     "background": ("flat", "gradient", "clouds", "weave"),
     "ground": tuple(GROUND_PALETTE),
 }
 """The discrete factors and the names of their values, in the order of the integers that stand for them."""
 
 CLASSES: tuple[str, ...] = tuple(
-    f"{texture} {shape}" for shape in FACTORS["shape"] for texture in FACTORS["texture"])
+    f"{texture} {shape}" for shape in FACTORS["shape"] for texture in FACTORS["texture"]
+)
 """The label: shape and texture together, whatever the colour, size, place and background."""
 
 _RADII = (0.40, 0.52, 0.66)  # of half the picture's width
@@ -60,8 +81,10 @@ def sample(n: int, generator: torch.Generator) -> dict[str, Tensor]:
     def uniform(low: float, high: float) -> Tensor:
         return torch.rand(n, generator=generator) * (high - low) + low
 
-    factors = {name: torch.randint(len(values), (n,), generator=generator)
-               for name, values in FACTORS.items()}
+    factors = {
+        name: torch.randint(len(values), (n,), generator=generator)
+        for name, values in FACTORS.items()
+    }
     place, radius = factors["place"], torch.tensor(_RADII)[factors["size"]]
     factors["x"] = (place % 3 - 1) * _STEP + uniform(-0.05, 0.05)
     factors["y"] = (place // 3 - 1) * _STEP + uniform(-0.05, 0.05)
@@ -80,7 +103,9 @@ def label(factors: dict[str, Tensor]) -> Tensor:
     return factors["shape"] * len(FACTORS["texture"]) + factors["texture"]
 
 
-def draw(factors: dict[str, Tensor], *, size: int = 32, noise: torch.Generator | None = None) -> Tensor:
+def draw(
+    factors: dict[str, Tensor], *, size: int = 32, noise: torch.Generator | None = None
+) -> Tensor:
     """Draw the pictures that `factors` (as `sample` returns them) describe: uint8 (N, 3, size, size).
 
     `noise` adds pixel noise of at most 9 grey levels; without it a picture is a function of its factors.
@@ -91,13 +116,17 @@ def draw(factors: dict[str, Tensor], *, size: int = 32, noise: torch.Generator |
     n = len(factors["shape"])
     images = torch.empty(n, 3, size, size, dtype=torch.uint8)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the blocks are small: threads would wait for each other longer than they draw
+    torch.set_num_threads(
+        1
+    )  # the blocks are small: threads would wait for each other longer than they draw
     try:
         for start in range(0, n, _BLOCK):
-            picture = _picture({name: values[start:start + _BLOCK] for name, values in factors.items()}, size)
+            picture = _picture(
+                {name: values[start : start + _BLOCK] for name, values in factors.items()}, size
+            )
             if noise is not None:
                 picture += torch.rand(picture.shape, generator=noise) * 18 - 9
-            images[start:start + _BLOCK] = (picture + 0.5).clamp_(0, 255).to(torch.uint8)
+            images[start : start + _BLOCK] = (picture + 0.5).clamp_(0, 255).to(torch.uint8)
     finally:
         torch.set_num_threads(threads)
     return images
@@ -111,14 +140,18 @@ def _picture(factors: dict[str, Tensor], size: int) -> Tensor:
     pixel = 2 / size
 
     across, down = _turn(x - f["x"], y - f["y"], f["rotation"])
-    distance = _choose(_SHAPES, factors["shape"], across / f["radius"], down / f["radius"]) * f["radius"]
+    distance = (
+        _choose(_SHAPES, factors["shape"], across / f["radius"], down / f["radius"]) * f["radius"]
+    )
     inside = (0.5 - distance / pixel).clamp(0, 1)
     shadow = (1 - distance / 0.22).clamp(0, 1)
     rim = (1 + distance / 0.09).clamp(0, 1)
 
     turned = _turn(x - f["x"], y - f["y"], f["texture_angle"])
     ink = _choose(_TEXTURES, factors["texture"], *turned, f["texture_shift"])
-    ground = _choose(_GROUNDS, factors["background"], x.expand_as(ink), y.expand_as(ink), f["ground_shift"])
+    ground = _choose(
+        _GROUNDS, factors["background"], x.expand_as(ink), y.expand_as(ink), f["ground_shift"]
+    )
     back = _colours(GROUND_PALETTE)[factors["ground"]][:, :, None, None] * ground[:, None]
     back = back * (1 - 0.4 * shadow * shadow)[:, None]
     front = _colours(PALETTE)[factors["colour"]][:, :, None, None]
@@ -150,6 +183,7 @@ def _choose(kinds: tuple[Callable[..., Tensor], ...], kind: Tensor, *planes: Ten
 
 # Shapes: signed distance at (x, y), y downwards, of a shape about one unit in radius.
 
+
 def _disc(x: Tensor, y: Tensor, radius: float = 0.88) -> Tensor:
     return torch.sqrt(x * x + y * y) - radius
 
@@ -160,11 +194,20 @@ def _box(x: Tensor, y: Tensor, width: float = 0.8, height: float = 0.8) -> Tenso
     return corner + torch.maximum(dx, dy).clamp(max=0)
 
 
-def _star(x: Tensor, y: Tensor, points: int = 5, tip: float = 1.05, hollow: float = 0.47,
-          drop: float = 0.04) -> Tensor:
+def _star(
+    x: Tensor,
+    y: Tensor,
+    points: int = 5,
+    tip: float = 1.05,
+    hollow: float = 0.47,
+    drop: float = 0.04,
+) -> Tensor:
     """A star whose points reach out to `tip` and whose hollows reach in to `hollow`; with 3 or 5 points."""
     x, y = x.abs(), drop - y
-    for angle in (2 * math.pi / points, math.pi / points):  # two mirrors fold all points on half of one
+    for angle in (
+        2 * math.pi / points,
+        math.pi / points,
+    ):  # two mirrors fold all points on half of one
         nx, ny = math.cos(angle), -math.sin(angle)
         beyond = (x * nx + y * ny).clamp(min=0) * 2
         x, y = (x - beyond * nx).abs(), y - beyond * ny
@@ -184,7 +227,10 @@ def _triangle(x: Tensor, y: Tensor) -> Tensor:
 def _heart(x: Tensor, y: Tensor) -> Tensor:
     side, half = 0.56, math.sqrt(0.5)
     y = y - 0.1
-    u, v = (x + y) * half, (y - x) * half  # a square on its corner, and a disc on each of its two upper sides
+    u, v = (
+        (x + y) * half,
+        (y - x) * half,
+    )  # a square on its corner, and a disc on each of its two upper sides
     discs = torch.minimum(_disc(u, v + side, side), _disc(u + side, v, side))
     return torch.minimum(_box(u, v, side, side), discs)
 
@@ -200,16 +246,22 @@ def _ring(x: Tensor, y: Tensor) -> Tensor:
 def _moon(x: Tensor, y: Tensor) -> Tensor:
     x, y = x + 0.1, y.abs()
     outer, bite = _disc(x, y, 0.98), _disc(x - 0.52, y, 0.74)
-    horn_x, horn_y = 0.6569, 0.7272  # where the circles meet: what is nearest beyond it, from either centre
+    horn_x, horn_y = (
+        0.6569,
+        0.7272,
+    )  # where the circles meet: what is nearest beyond it, from either centre
     centre = torch.where(outer > 0, 0.0, 0.52)
     horn = torch.sqrt((x - horn_x).square() + (y - horn_y).square())
-    return torch.where((x - centre) * horn_y > y * (horn_x - centre), horn, torch.maximum(outer, -bite))
+    return torch.where(
+        (x - centre) * horn_y > y * (horn_x - centre), horn, torch.maximum(outer, -bite)
+    )
 
 
 _SHAPES = (_disc, _box, _triangle, _star, _heart, _cross, _ring, _moon)
 
 
 # Textures: how much of the second tone there is at (x, y), from 0 to 1; about five pixels to a period at 32.
+
 
 def _wave(t: Tensor) -> Tensor:
     """A triangle wave of period 1 between -1 and 1, the cheap and exactly rounded cousin of the cosine."""
@@ -238,6 +290,7 @@ _TEXTURES = (_plain, _stripes, _dots, _checks)
 
 
 # Backgrounds: brightness relative to the ground's colour at (x, y).
+
 
 def _flat(x: Tensor, y: Tensor, shift: Tensor) -> Tensor:
     return torch.ones_like(x)

@@ -27,8 +27,18 @@ from imsvd_core.launch import graph as graphs
 from imsvd_core.launch.reproduce import reproduce as bring_about
 from imsvd_core.launch.status import graphs_under, look, watch
 from imsvd_core.loop import NonFiniteError, pick_device
-from imsvd_core.recipes import (EVALUATIONS, OWN, RECIPES, EvalViewConfig, EvaluationRecipe, Recipe, Scale, current_scale,
-                                evaluation, recipe)
+from imsvd_core.recipes import (
+    EVALUATIONS,
+    OWN,
+    RECIPES,
+    EvaluationRecipe,
+    EvalViewConfig,
+    Recipe,
+    Scale,
+    current_scale,
+    evaluation,
+    recipe,
+)
 from imsvd_core.results import provenance, read_result, write_result
 
 USAGE = """usage: imsvd COMMAND ...
@@ -203,16 +213,27 @@ def _pretrain(argv: Sequence[str]) -> Path:
 def _parse_pretrain(argv: Sequence[str], prog: str) -> PretrainCommand:
     """The settings, with their run folder."""
     command, name = _parse_recipe(argv, PretrainCommand, prog)
-    run_dir = command.run_dir or Path("runs") / f"{name}-{command.scale}-seed{command.recipe.loop.seed}"
+    run_dir = (
+        command.run_dir or Path("runs") / f"{name}-{command.scale}-seed{command.recipe.loop.seed}"
+    )
     return replace(command, run_dir=run_dir)
 
 
-def _parse_recipe(argv: Sequence[str], kind: Callable[..., Command], prog: str) -> tuple[Command, str]:
+def _parse_recipe(
+    argv: Sequence[str], kind: Callable[..., Command], prog: str
+) -> tuple[Command, str]:
     """A command whose settings start from the recipe that its words name, and that name."""
     scale = _peek(argv, "--scale") or current_scale()
-    defaults = {name: (build.__doc__ or name, kind(recipe(name, scale), scale=scale)) for name, build in RECIPES.items()}
+    defaults = {
+        name: (build.__doc__ or name, kind(recipe(name, scale), scale=scale))
+        for name, build in RECIPES.items()
+    }
     command = tyro.extras.overridable_config_cli(
-        defaults, prog=prog, args=argv, description=f"`{prog} RECIPE --help` lists its settings.\n\n{kind.__doc__}")
+        defaults,
+        prog=prog,
+        args=argv,
+        description=f"`{prog} RECIPE --help` lists its settings.\n\n{kind.__doc__}",
+    )
     return command, next(word for word in argv if word in RECIPES)
 
 
@@ -222,15 +243,26 @@ def launch(argv: Sequence[str]) -> None:
         tyro.cli(LaunchCommand, prog="imsvd launch RECIPE", args=["--help"], default=default)
     name = argv[0]
     if name not in (*RECIPES, "evaluate"):
-        raise ValueError(f"recipe={name!r} is unknown; the recipe comes first, one of: {', '.join(RECIPES)}; or evaluate NAME RUN")
-    command, rest = tyro.cli(LaunchCommand, prog="imsvd launch RECIPE", args=argv[1:], default=default, return_unknown_args=True)
+        raise ValueError(
+            f"recipe={name!r} is unknown; the recipe comes first, one of: {', '.join(RECIPES)}; or evaluate NAME RUN"
+        )
+    command, rest = tyro.cli(
+        LaunchCommand,
+        prog="imsvd launch RECIPE",
+        args=argv[1:],
+        default=default,
+        return_unknown_args=True,
+    )
     given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("--scale", "--out" if name == "evaluate" else "--run-dir"):
         given.add_argument(option)
     told, taken = given.parse_known_args(rest)[1], None
     if name == "evaluate":
         asked, judged, usual = _parse_evaluation(rest, "imsvd launch evaluate")
-        run_dir, what = judged.folder.absolute(), evaluations.result_path(rest[0], judged, asked.data, usual.data).stem
+        run_dir, what = (
+            judged.folder.absolute(),
+            evaluations.result_path(rest[0], judged, asked.data, usual.data).stem,
+        )
         folder, job_name = run_dir / "jobs" / what, f"{run_dir.name}-{what}"
         told[told.index(str(asked.run))] = str(asked.run.absolute())
         words = ["evaluate", *told, "--scale", asked.scale, "--out", str(run_dir), "--no-progress"]
@@ -239,12 +271,25 @@ def launch(argv: Sequence[str]) -> None:
         run_dir = pretraining.run_dir.absolute()
         folder, job_name = run_dir / "jobs", run_dir.name
         taken = launcher.plan(name, pretraining.recipe, command.config, run_dir)
-        words = ["pretrain", name, "--scale", pretraining.scale, "--run-dir", str(run_dir), "--no-progress", *told]
+        words = [
+            "pretrain",
+            name,
+            "--scale",
+            pretraining.scale,
+            "--run-dir",
+            str(run_dir),
+            "--no-progress",
+            *told,
+        ]
     known = graphs_under(run_dir) if (folder / "submission.json").exists() else []
-    for standing in (one for graph in known for one in look(graph).values() if one.task.folder == folder):
+    for standing in (
+        one for graph in known for one in look(graph).values() if one.task.folder == folder
+    ):
         if standing.live or standing.state == "unknown":
-            raise ValueError(f"run_dir={str(run_dir)!r} has a job on its way, {standing.job} ({standing.words or standing.state}): "
-                             "wait for its end, stop it, or give another folder")
+            raise ValueError(
+                f"run_dir={str(run_dir)!r} has a job on its way, {standing.job} ({standing.words or standing.state}): "
+                "wait for its end, stop it, or give another folder"
+            )
     if command.dry_run and command.config.executor == "slurm":
         print(launcher.batch_script(job_name, folder, command.config, run_dir / "code"))
     if taken and taken.refused and not command.dry_run:
@@ -254,34 +299,57 @@ def launch(argv: Sequence[str]) -> None:
     if command.dry_run:
         print(f"would send: imsvd {shlex.join(words)}")
         return
-    sent = launcher.submit(words, name=job_name, folder=folder, config=command.config, code=launcher.snapshot(run_dir / "code"))
-    print(f"job {sent.job_id} sent; its logs are in {folder}; imsvd status {run_dir} tells how it stands")
+    sent = launcher.submit(
+        words,
+        name=job_name,
+        folder=folder,
+        config=command.config,
+        code=launcher.snapshot(run_dir / "code"),
+    )
+    print(
+        f"job {sent.job_id} sent; its logs are in {folder}; imsvd status {run_dir} tells how it stands"
+    )
     if command.config.executor == "debug":
         sent.job.result()
 
 
 def evaluate(argv: Sequence[str]) -> Path:
     if argv and argv[0] in ("-h", "--help"):
-        print(f"usage: imsvd evaluate NAME RUN ...\n\nNAME is one of {', '.join((*OWN, *EVALUATIONS))}; `imsvd evaluate NAME "
-              "--help` lists its settings.")
+        print(
+            f"usage: imsvd evaluate NAME RUN ...\n\nNAME is one of {', '.join((*OWN, *EVALUATIONS))}; `imsvd evaluate NAME "
+            "--help` lists its settings."
+        )
         raise SystemExit(0)
     with process_group(_peek(argv, "--device") or _peek(argv, "--loop.device") or "auto"):
         if world()[0]:
             logging.getLogger().setLevel(logging.ERROR)  # rank 0 tells
         command, judged, usual = _parse_evaluation(argv, "imsvd evaluate")
         asked = EvaluationRecipe(command.config, command.data, command.eval_view)
-        return _tell(evaluations.evaluate(
-            argv[0], judged, asked, usual=usual.data, device=command.device, on_corrupt=command.on_corrupt,
-            progress=command.progress, overwrite=command.overwrite))
+        return _tell(
+            evaluations.evaluate(
+                argv[0],
+                judged,
+                asked,
+                usual=usual.data,
+                device=command.device,
+                on_corrupt=command.on_corrupt,
+                progress=command.progress,
+                overwrite=command.overwrite,
+            )
+        )
 
 
-def _parse_evaluation(argv: Sequence[str], prog: str) -> tuple[EvaluateCommand, evaluations.Judged, EvaluationRecipe]:
+def _parse_evaluation(
+    argv: Sequence[str], prog: str
+) -> tuple[EvaluateCommand, evaluations.Judged, EvaluationRecipe]:
     """The settings, whom they are to judge, and what they would have been."""
     name, rest = (argv[0] if argv else ""), argv[1:]
     scale = _peek(rest, "--scale") or current_scale()
     usual = evaluation(name, scale)
     parse = partial(tyro.cli, EvaluateCommand[type(usual.config)], prog=f"{prog} {name}", args=rest)
-    run = parse(default=EvaluateCommand(tyro.MISSING, usual.config, usual.eval_view, usual.data, scale)).run
+    run = parse(
+        default=EvaluateCommand(tyro.MISSING, usual.config, usual.eval_view, usual.data, scale)
+    ).run
     judged = evaluations.load(run, scale)  # it decides what the other settings start from
     usual = evaluation(name, scale, judged.trained)
     command = parse(default=EvaluateCommand(run, usual.config, usual.eval_view, usual.data, scale))
@@ -293,35 +361,57 @@ def export(argv: Sequence[str]) -> None:
     judged = evaluations.load(command.run)
     network = judged.trained.network
     out = command.out or judged.folder / f"backbone-{command.to}{exporting.SUFFIXES[command.to][0]}"
-    print(f"written to {exporting.export(judged.backbone, network.backbone, network.cifar_stem, command.to, out)}")
+    print(
+        f"written to {exporting.export(judged.backbone, network.backbone, network.cifar_stem, command.to, out)}"
+    )
 
 
 def bench(argv: Sequence[str]) -> None:
     if argv[:1] != ["step"]:
-        print("usage: imsvd bench step RECIPE ...\n\n`imsvd bench step RECIPE --help` lists its settings.")
+        print(
+            "usage: imsvd bench step RECIPE ...\n\n`imsvd bench step RECIPE --help` lists its settings."
+        )
         raise SystemExit(0 if argv and argv[0] in ("-h", "--help") else 2)
     with process_group(_peek(argv, "--loop.device") or "auto"):
         command, name = _parse_recipe(argv[1:], BenchStepCommand, "imsvd bench step")
         start, one = time.perf_counter(), command.recipe
         with signals.heed():
-            figures = bench_step(one, steps=command.steps, warmup=command.warmup, progress=command.progress)
+            figures = bench_step(
+                one, steps=command.steps, warmup=command.warmup, progress=command.progress
+            )
         if world()[0] == 0:
             Console().print(figures)
             if command.json:
-                origin = provenance(config=one, seed=one.loop.seed, device=pick_device(one.loop.device), dataset=figures["data"],
-                                    seconds=time.perf_counter() - start, world_size=figures["ranks"])
+                origin = provenance(
+                    config=one,
+                    seed=one.loop.seed,
+                    device=pick_device(one.loop.device),
+                    dataset=figures["data"],
+                    seconds=time.perf_counter() - start,
+                    world_size=figures["ranks"],
+                )
                 write_result(command.json, f"bench-step-{name}", figures, origin, overwrite=True)
 
 
 def data(argv: Sequence[str]) -> None:
     if argv[:1] != ["check"]:
-        print(f"usage: imsvd data check {'|'.join(prepared.SPECS)} ROOT\n\n`imsvd data check --help` lists its settings.")
+        print(
+            f"usage: imsvd data check {'|'.join(prepared.SPECS)} ROOT\n\n`imsvd data check --help` lists its settings."
+        )
         raise SystemExit(0 if argv and argv[0] in ("-h", "--help") else 2)
     command = tyro.cli(DataCheckCommand, prog="imsvd data check", args=argv[1:])
     spec = prepared.find_spec(command.name)
-    spec = replace(spec, classes=command.classes or spec.classes, counts={**spec.counts, **command.counts})
-    report = prepared.check(command.name, command.root, decode=command.decode, workers=command.workers, spec=spec,
-                            progress=command.progress)
+    spec = replace(
+        spec, classes=command.classes or spec.classes, counts={**spec.counts, **command.counts}
+    )
+    report = prepared.check(
+        command.name,
+        command.root,
+        decode=command.decode,
+        workers=command.workers,
+        spec=spec,
+        progress=command.progress,
+    )
     print(report if report.ok else f"{report}\n\n{prepared.how_to(spec, command.root)}")
     if command.json:
         with atomic_write(command.json) as file:
@@ -333,8 +423,18 @@ def reproduce(argv: Sequence[str]) -> None:
     scale = _peek(argv, "--scale") or current_scale()
     recipe("cifar10", scale)  # refuses a scale that is none
     default = ReproduceCommand(launcher.load_profile(_peek(argv, "--profile")), scale=scale)
-    command, settings = tyro.cli(ReproduceCommand, prog="imsvd reproduce", args=argv, default=default, return_unknown_args=True)
-    wanted = (tuple(graphs.TABLES), tuple(graphs.FIGURES)) if command.all else (command.table, command.figure)
+    command, settings = tyro.cli(
+        ReproduceCommand,
+        prog="imsvd reproduce",
+        args=argv,
+        default=default,
+        return_unknown_args=True,
+    )
+    wanted = (
+        (tuple(graphs.TABLES), tuple(graphs.FIGURES))
+        if command.all
+        else (command.table, command.figure)
+    )
     out = (command.out or Path("runs") / f"reproduce-{command.scale}").absolute()
     graph = graphs.build(*wanted, command.scale, out, settings)
     if not bring_about(graph, out, command.config, _wide(), dry_run=command.dry_run):
@@ -344,13 +444,23 @@ def reproduce(argv: Sequence[str]) -> None:
 def status(argv: Sequence[str]) -> None:
     command = tyro.cli(StatusCommand, prog="imsvd status", args=argv)
     found = graphs_under(command.folder)
-    watch(lambda: [standing for graph in found for standing in look(graph).values()], _wide(),
-          once=command.once)
+    watch(
+        lambda: [standing for graph in found for standing in look(graph).values()],
+        _wide(),
+        once=command.once,
+    )
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], Path | None]] = {
-    "pretrain": pretrain, "evaluate": evaluate, "export": export, "bench": bench, "launch": launch, "reproduce": reproduce,
-    "status": status, "data": data}
+    "pretrain": pretrain,
+    "evaluate": evaluate,
+    "export": export,
+    "bench": bench,
+    "launch": launch,
+    "reproduce": reproduce,
+    "status": status,
+    "data": data,
+}
 
 
 def _peek(argv: Sequence[str], option: str) -> str | None:
@@ -368,7 +478,11 @@ def _tell(path: Path) -> Path:
     if world()[0]:
         return path
     figures = read_result(path)["figures"]  # whole curves stay in the file
-    shown = {name: value for name, value in figures.items() if not (isinstance(value, list) and value and isinstance(value[0], dict))}
+    shown = {
+        name: value
+        for name, value in figures.items()
+        if not (isinstance(value, list) and value and isinstance(value[0], dict))
+    }
     Console().print(shown)
     Console().print(f"written to {path}", highlight=False)
     return path
@@ -379,7 +493,14 @@ def run(argv: Sequence[str]) -> None:
     notice ended it before its end, with all that it had done saved."""
     try:
         COMMANDS[argv[0]](argv[1:])
-    except (ValueError, FileNotFoundError, FileExistsError, checkpoints.CheckpointError, NonFiniteError, Superseded) as error:
+    except (
+        ValueError,
+        FileNotFoundError,
+        FileExistsError,
+        checkpoints.CheckpointError,
+        NonFiniteError,
+        Superseded,
+    ) as error:
         if first_to_say(str(error)):
             print(f"imsvd {argv[0]}: {error}", file=sys.stderr)
         raise SystemExit(2) from None

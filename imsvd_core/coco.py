@@ -59,7 +59,9 @@ class CocoImages:
     classes: tuple[str, ...] = field(repr=False)  # of labels 1, 2, ...
     categories: tuple[int, ...] = field(repr=False)  # COCO's numbers of the classes
     on_corrupt: OnCorrupt = "error"
-    unreadable: set[int] = field(default_factory=set, repr=False)  # images met so far that could not be read
+    unreadable: set[int] = field(
+        default_factory=set, repr=False
+    )  # images met so far that could not be read
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -85,16 +87,25 @@ class CocoImages:
         """What stands in an image; see `Target`. Without `masks` they are left out, which saves the time to draw them."""
         record = self.record(index)
         objects, height, width = record["objects"], record["height"], record["width"]
-        boxes = torch.tensor([_corners(one, height, width) for one in objects], dtype=torch.float32).reshape(-1, 4)
+        boxes = torch.tensor(
+            [_corners(one, height, width) for one in objects], dtype=torch.float32
+        ).reshape(-1, 4)
         label = {category: number for number, category in enumerate(self.categories, 1)}
-        target = {"boxes": boxes, "labels": torch.tensor([label[one["category_id"]] for one in objects], dtype=torch.int64),
-                  "area": torch.tensor([one["area"] for one in objects], dtype=torch.float32),
-                  "iscrowd": torch.tensor([one.get("iscrowd", 0) for one in objects], dtype=torch.int64),
-                  "image_id": torch.tensor(record["id"])}
+        target = {
+            "boxes": boxes,
+            "labels": torch.tensor(
+                [label[one["category_id"]] for one in objects], dtype=torch.int64
+            ),
+            "area": torch.tensor([one["area"] for one in objects], dtype=torch.float32),
+            "iscrowd": torch.tensor([one.get("iscrowd", 0) for one in objects], dtype=torch.int64),
+            "image_id": torch.tensor(record["id"]),
+        }
         if masks:
             target["masks"] = torch.zeros(len(objects), height, width, dtype=torch.uint8)
             for out, one in zip(target["masks"], objects, strict=True):
-                out[:] = torch.from_numpy(rle.decode(_run_lengths(one["segmentation"], height, width)))
+                out[:] = torch.from_numpy(
+                    rle.decode(_run_lengths(one["segmentation"], height, width))
+                )
         return target
 
     def read(self, index: int, *, masks: bool = True) -> tuple[Tensor, Target]:
@@ -102,17 +113,26 @@ class CocoImages:
         size is not what the annotations were made for."""
         image, record = decode(str(self.file(index))), self.record(index)
         if image.shape[1:] != (record["height"], record["width"]):
-            raise ValueError(f"{self.file(index)} is {image.shape[2]}×{image.shape[1]} and {self.listing.name} says "
-                             f"{record['width']}×{record['height']}: unpack the images again, unresized")
+            raise ValueError(
+                f"{self.file(index)} is {image.shape[2]}×{image.shape[1]} and {self.listing.name} says "
+                f"{record['width']}×{record['height']}: unpack the images again, unresized"
+            )
         return image, self.target(index, masks=masks)
 
-    def batches(self, plan: Plan, *, masks: bool = True, workers: int | None = None,
-                device: torch.device | str = "cpu") -> Iterator[tuple[list[Tensor], list[Target]]]:
+    def batches(
+        self,
+        plan: Plan,
+        *,
+        masks: bool = True,
+        workers: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Iterator[tuple[list[Tensor], list[Target]]]:
         """Images and targets on `device`, for each entry (step, indices (n,)) of the plan, in order; read ahead by workers.
 
         With `on_corrupt` "skip", training takes the next image for one that cannot be read, and testing goes without:
         then there are fewer than n.
         """
+
         def parts() -> Iterator[list[int]]:
             return (indices.tolist() for _, indices in plan)
 
@@ -120,14 +140,36 @@ class CocoImages:
             for pixels, shapes, targets, unreadable in results:
                 for index in set(unreadable) - self.unreadable:
                     self.unreadable.add(index)
-                    log.warning("%s cannot be read and is left out (%d such so far)", self.file(index), len(self.unreadable))
-                pictures = iter([part.view(shape) for part, shape in
-                                 zip(pixels.split([math.prod(shape) for shape in shapes]), shapes, strict=True)])
+                    log.warning(
+                        "%s cannot be read and is left out (%d such so far)",
+                        self.file(index),
+                        len(self.unreadable),
+                    )
+                pictures = iter(
+                    [
+                        part.view(shape)
+                        for part, shape in zip(
+                            pixels.split([math.prod(shape) for shape in shapes]),
+                            shapes,
+                            strict=True,
+                        )
+                    ]
+                )
                 images = list(islice(pictures, len(targets)))
-                rest = [{name: torch.as_tensor(value, device=device) for name, value in one.items()} for one in targets]
-                yield images, [one | {"masks": mask} for one, mask in zip(rest, pictures, strict=True)] if masks else rest
+                rest = [
+                    {name: torch.as_tensor(value, device=device) for name, value in one.items()}
+                    for one in targets
+                ]
+                yield (
+                    images,
+                    [one | {"masks": mask} for one, mask in zip(rest, pictures, strict=True)]
+                    if masks
+                    else rest,
+                )
 
-    def _read_all(self, masks: bool, indices: Iterable[int]) -> tuple[Tensor, list[torch.Size], list[dict], list[int]]:
+    def _read_all(
+        self, masks: bool, indices: Iterable[int]
+    ) -> tuple[Tensor, list[torch.Size], list[dict], list[int]]:
         """Everything of one entry: all pixels in one tensor, since each that leaves a worker keeps a file open."""
         images, targets, unreadable = [], [], []
         for index in indices:
@@ -145,7 +187,11 @@ class CocoImages:
         if not images and self.split == "train":
             raise ValueError(f"{self.home} holds no image that can be read, of {len(self)} files")
         pictures = images + [target.pop("masks") for target in targets if masks]
-        pixels = torch.cat([picture.flatten() for picture in pictures]) if pictures else torch.empty(0, dtype=torch.uint8)
+        pixels = (
+            torch.cat([picture.flatten() for picture in pictures])
+            if pictures
+            else torch.empty(0, dtype=torch.uint8)
+        )
         rest = [{name: value.numpy() for name, value in target.items()} for target in targets]
         return pixels, [picture.shape for picture in pictures], rest, unreadable
 
@@ -154,8 +200,14 @@ class CocoImages:
         return read_listing(self.listing)
 
 
-def open_coco(name: str, split: Split = "train", root: Path | str | None = None, *,
-              on_corrupt: OnCorrupt = "error", progress: bool = False) -> CocoImages:
+def open_coco(
+    name: str,
+    split: Split = "train",
+    root: Path | str | None = None,
+    *,
+    on_corrupt: OnCorrupt = "error",
+    progress: bool = False,
+) -> CocoImages:
     """One split of the data set `coco:PATH`, PATH absolute or below the data root; test is val2017. Opens no image, but
     reads all annotations, half a gigabyte for COCO's training split: `progress` shows how far.
 
@@ -164,12 +216,16 @@ def open_coco(name: str, split: Split = "train", root: Path | str | None = None,
     if not name.startswith(PREFIX):
         raise ValueError(f"data set {name!r} is not COCO: give {PREFIX}PATH")
     datasets.check_choices(split, on_corrupt)
-    folder = datasets.find_folder(name, datasets.data_root() if root is None else Path(root).expanduser())
+    folder = datasets.find_folder(
+        name, datasets.data_root() if root is None else Path(root).expanduser()
+    )
     home, listing = folder / SPLITS[split], folder / f"annotations/instances_{SPLITS[split]}.json"
     for place in (home, listing):
         if not place.exists():
-            raise FileNotFoundError(f"{place} is not there: {name!r} needs train2017/, val2017/ and annotations/ with "
-                                    "instances_train2017.json and instances_val2017.json, as COCO's archives unpack")
+            raise FileNotFoundError(
+                f"{place} is not there: {name!r} needs train2017/, val2017/ and annotations/ with "
+                "instances_train2017.json and instances_val2017.json, as COCO's archives unpack"
+            )
     records: list[bytes] = []
     ids: list[int] = []
     with Progress(disable=not progress, transient=True) as bars:
@@ -184,13 +240,26 @@ def open_coco(name: str, split: Split = "train", root: Path | str | None = None,
                 ids.append(number)
                 records.append(pickle.dumps({**image, "objects": objects}))
     if not coco.anns or not ids:
-        raise ValueError(f"{listing} lists no image with an object: unpack COCO's annotations again")
+        raise ValueError(
+            f"{listing} lists no image with an object: unpack COCO's annotations again"
+        )
     ends = torch.tensor([len(record) for record in records]).cumsum(0)
     places = torch.stack([ends - torch.tensor([len(record) for record in records]), ends], 1)
     categories = tuple(sorted(coco.cats))
     joined = torch.frombuffer(bytearray().join(records), dtype=torch.uint8)
-    return CocoImages(name, folder.name, split, home, listing, torch.tensor(ids), joined, places,
-                      tuple(coco.cats[number]["name"] for number in categories), categories, on_corrupt)
+    return CocoImages(
+        name,
+        folder.name,
+        split,
+        home,
+        listing,
+        torch.tensor(ids),
+        joined,
+        places,
+        tuple(coco.cats[number]["name"] for number in categories),
+        categories,
+        on_corrupt,
+    )
 
 
 def read_listing(file: Path) -> COCO:
@@ -200,36 +269,56 @@ def read_listing(file: Path) -> COCO:
             coco = COCO(str(file))
         coco.dataset["images"], coco.dataset["annotations"], coco.dataset["categories"]
     except (json.JSONDecodeError, UnicodeDecodeError, AssertionError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} holds no COCO annotations ({type(error).__name__}: {error}): unpack them again") from error
+        raise ValueError(
+            f"{file} holds no COCO annotations ({type(error).__name__}: {error}): unpack them again"
+        ) from error
     return coco
 
 
-def _refuse_incomplete(image: dict[str, Any], objects: Sequence[dict[str, Any]], coco: COCO, listing: Path) -> None:
+def _refuse_incomplete(
+    image: dict[str, Any], objects: Sequence[dict[str, Any]], coco: COCO, listing: Path
+) -> None:
     """Raise ValueError for an image or one of its objects of which something is missing, or speaks of another picture."""
-    for what, entry, needed in (("image", image, ("file_name", "height", "width")),
-                                *(("annotation", one, ("category_id", "bbox", "area", "segmentation")) for one in objects)):
+    for what, entry, needed in (
+        ("image", image, ("file_name", "height", "width")),
+        *(("annotation", one, ("category_id", "bbox", "area", "segmentation")) for one in objects),
+    ):
         if missing := [key for key in needed if key not in entry]:
-            raise ValueError(f"{listing}: {what} {entry['id']} has no {', '.join(missing)}: give COCO's annotations of instances, "
-                             "boxes and masks")
+            raise ValueError(
+                f"{listing}: {what} {entry['id']} has no {', '.join(missing)}: give COCO's annotations of instances, "
+                "boxes and masks"
+            )
     for one in objects:
         if one["category_id"] not in coco.cats:
-            raise ValueError(f"{listing}: annotation {one['id']} is of category {one['category_id']}, which is not among its "
-                             f"{len(coco.cats)} categories: unpack COCO's annotations again")
+            raise ValueError(
+                f"{listing}: annotation {one['id']} is of category {one['category_id']}, which is not among its "
+                f"{len(coco.cats)} categories: unpack COCO's annotations again"
+            )
         shape = one["segmentation"]
-        if isinstance(shape, dict) and list(shape.get("size", ())) != [image["height"], image["width"]]:
-            raise ValueError(f"{listing}: the mask of annotation {one['id']} is of size {shape.get('size')}, and its image {image['id']} "
-                             f"of {[image['height'], image['width']]}: unpack COCO's annotations again")
+        if isinstance(shape, dict) and list(shape.get("size", ())) != [
+            image["height"],
+            image["width"],
+        ]:
+            raise ValueError(
+                f"{listing}: the mask of annotation {one['id']} is of size {shape.get('size')}, and its image {image['id']} "
+                f"of {[image['height'], image['width']]}: unpack COCO's annotations again"
+            )
 
 
 def _usable(one: dict[str, Any], image: dict[str, Any], split: Split) -> bool:
     x1, y1, x2, y2 = _corners(one, image["height"], image["width"])
-    drawn = split == "test" or not one.get("iscrowd", 0) and _polygons(one["segmentation"]) != []
+    drawn = split == "test" or (not one.get("iscrowd", 0) and _polygons(one["segmentation"]) != [])
     return drawn and x2 > x1 and y2 > y1
 
 
 def _corners(one: dict[str, Any], height: int, width: int) -> list[float]:
     x, y, w, h = one["bbox"]
-    return [min(max(x, 0), width), min(max(y, 0), height), min(max(x + w, 0), width), min(max(y + h, 0), height)]
+    return [
+        min(max(x, 0), width),
+        min(max(y, 0), height),
+        min(max(x + w, 0), width),
+        min(max(y + h, 0), height),
+    ]
 
 
 def _polygons(segmentation: Any) -> Any:

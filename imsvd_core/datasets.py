@@ -38,13 +38,19 @@ from imsvd_core import attributes
 Split = Literal["train", "test"]
 OnCorrupt = Literal["error", "skip"]
 
-TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "fashion-mnist": "Fashion-MNIST",
-          "attributes": "attributes (drawn)"}
+TITLES = {
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "fashion-mnist": "Fashion-MNIST",
+    "attributes": "attributes (drawn)",
+}
 PUBLISHED = {"cifar10": CIFAR10, "cifar100": CIFAR100, "fashion-mnist": FashionMNIST}
 SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
 SUFFIXES = (".png", ".jpg", ".jpeg")
 ATTRIBUTES_SIZES = {"train": 20_000, "test": 4_000}
-PROBE_SECONDS = 5.0  # for the first byte of a download; silent for longer, a host counts as out of reach
+PROBE_SECONDS = (
+    5.0  # for the first byte of a download; silent for longer, a host counts as out of reach
+)
 STALL_SECONDS = 10.0  # of silence end a download that had begun
 REMEMBERED_SECONDS = 600.0  # a failed download is not tried again for `auto` before that
 
@@ -64,7 +70,9 @@ class ImageData:
     labels: Tensor  # int64 (N,), indices into `classes`
     classes: tuple[str, ...]
     factors: dict[str, Tensor] | None = None  # (N,) each: int64 if named, float32 if continuous
-    factor_values: dict[str, tuple[str, ...]] | None = None  # the names behind an int64 factor's numbers
+    factor_values: dict[str, tuple[str, ...]] | None = (
+        None  # the names behind an int64 factor's numbers
+    )
     skipped: int = 0  # unreadable files left out
 
     def __post_init__(self) -> None:
@@ -73,7 +81,9 @@ class ImageData:
             raise ValueError(f"images are {found}: give torch.uint8 (N, 3, H, W)")
         if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
             found = f"{self.labels.dtype} {tuple(self.labels.shape)}"
-            raise ValueError(f"labels are {found}: give torch.int64 ({len(self.images)},), one an image")
+            raise ValueError(
+                f"labels are {found}: give torch.int64 ({len(self.images)},), one an image"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -83,14 +93,20 @@ class ImageData:
 
         The same `n` and `seed` give the same images. Raises ValueError unless 1 <= n <= len(self).
         """
-        rows = balanced(self.labels.cpu(), n, seed, f"{self.title} ({self.split})").to(self.labels.device)
+        rows = balanced(self.labels.cpu(), n, seed, f"{self.title} ({self.split})").to(
+            self.labels.device
+        )
         factors = self.factors and {name: values[rows] for name, values in self.factors.items()}
         return replace(self, images=self.images[rows], labels=self.labels[rows], factors=factors)
 
     def to(self, device: torch.device | str) -> ImageData:
         """The same data with every tensor on `device`."""
-        factors = self.factors and {name: values.to(device) for name, values in self.factors.items()}
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device), factors=factors)
+        factors = self.factors and {
+            name: values.to(device) for name, values in self.factors.items()
+        }
+        return replace(
+            self, images=self.images.to(device), labels=self.labels.to(device), factors=factors
+        )
 
 
 def balanced(labels: Tensor, n: int, seed: int, whose: str) -> Tensor:
@@ -114,8 +130,16 @@ def data_root() -> Path:
     return Path(os.environ.get("IMSVD_DATA") or "~/.cache/imsvd").expanduser()
 
 
-def load(name: str = "auto", split: Split = "train", *, root: Path | str | None = None, seed: int = 0,
-         on_corrupt: OnCorrupt = "error", size: int | None = None, progress: bool = False) -> ImageData:
+def load(
+    name: str = "auto",
+    split: Split = "train",
+    *,
+    root: Path | str | None = None,
+    seed: int = 0,
+    on_corrupt: OnCorrupt = "error",
+    size: int | None = None,
+    progress: bool = False,
+) -> ImageData:
     """Load one split of a data set into memory.
 
     Args:
@@ -134,7 +158,9 @@ def load(name: str = "auto", split: Split = "train", *, root: Path | str | None 
     """
     check_choices(split, on_corrupt)
     if size is not None and size < 1:
-        raise ValueError(f"size is {size}: give a number of pixels, or None to keep the images' own")
+        raise ValueError(
+            f"size is {size}: give a number of pixels, or None to keep the images' own"
+        )
     root = _root(root)
     name = resolve(name, root)
     if name == "attributes":
@@ -151,9 +177,12 @@ def load(name: str = "auto", split: Split = "train", *, root: Path | str | None 
                 f"{TITLES[name]} is not under {root} and could not be downloaded ({reason}). Put "
                 f"torchvision's {_layout(name)[0].parent} there, or images as "
                 f"{root / name}/{{train,test}}/<class>/*.png or *.jpg; IMSVD_DATA names another data root, "
-                "and the data set 'attributes' needs no files")
+                "and the data set 'attributes' needs no files"
+            )
     if place.tree:
-        return _read_tree(place.folder, name, _title(name, place), split, on_corrupt, size, progress)
+        return _read_tree(
+            place.folder, name, _title(name, place), split, on_corrupt, size, progress
+        )
     return _read_published(place.folder, name, split, size)
 
 
@@ -170,7 +199,9 @@ def resolve(name: str = "auto", root: Path | str | None = None) -> str:
     if name in TITLES or name.startswith("folder:"):
         return name
     if name != "auto":
-        raise ValueError(f"data set {name!r} is unknown: choose auto, {', '.join(TITLES)}, folder:PATH or, streamed, tree:PATH")
+        raise ValueError(
+            f"data set {name!r} is unknown: choose auto, {', '.join(TITLES)}, folder:PATH or, streamed, tree:PATH"
+        )
     root = _root(root)
     if _find("cifar10", root):
         return "cifar10"
@@ -179,8 +210,11 @@ def resolve(name: str = "auto", root: Path | str | None = None) -> str:
         return "cifar10"
     global _told
     if not _told:
-        print(f"Data set: {TITLES['attributes']}. CIFAR-10 is not under {root} and could not be downloaded "
-              f"({reason}).", flush=True)
+        print(
+            f"Data set: {TITLES['attributes']}. CIFAR-10 is not under {root} and could not be downloaded "
+            f"({reason}).",
+            flush=True,
+        )
         _told = True
     return "attributes"
 
@@ -244,8 +278,10 @@ def find_folder(name: str, root: Path) -> Path:
     """The folder that `folder:PATH` or `tree:PATH` names, absolute or below `root`; FileNotFoundError if it is none."""
     path = root / Path(name.partition(":")[2]).expanduser()
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is not a folder: {name!r} is an absolute path, or one under {root}; give another --data, "
-                                "or put it there (`imsvd data check` tells how)")
+        raise FileNotFoundError(
+            f"{path} is not a folder: {name!r} is an absolute path, or one under {root}; give another --data, "
+            "or put it there (`imsvd data check` tells how)"
+        )
     return path
 
 
@@ -253,7 +289,9 @@ def _layout(name: str) -> list[Path]:
     """The files of torchvision's layout, relative to the folder that it calls its root."""
     published = PUBLISHED[name]
     if published is FashionMNIST:
-        return [Path("FashionMNIST/raw", file.removesuffix(".gz")) for file, _ in published.resources]
+        return [
+            Path("FashionMNIST/raw", file.removesuffix(".gz")) for file, _ in published.resources
+        ]
     files = [*published.train_list, *published.test_list, [published.meta["filename"]]]
     return [Path(published.base_folder, file[0]) for file in files]
 
@@ -267,7 +305,9 @@ def _find(name: str, root: Path, check: bool = True) -> _Place | None:
     for folder in (root, root / name):
         with suppress(FileNotFoundError, NotADirectoryError):
             found = [(str(folder / file), (folder / file).stat()) for file in _layout(name)]
-            if not check or all(_intact(name, path, now.st_size, now.st_mtime_ns) for path, now in found):
+            if not check or all(
+                _intact(name, path, now.st_size, now.st_mtime_ns) for path, now in found
+            ):
                 return _Place(folder, tree=False)
     splits = [root / name / folder for folders in SPLIT_FOLDERS.values() for folder in folders]
     return _Place(root / name, tree=True) if any(map(Path.is_dir, splits)) else None
@@ -282,10 +322,17 @@ def _title(name: str, place: _Place | None) -> str:
 def _intact(name: str, path: str, size: int, modified: int) -> bool:
     """Whether a file of torchvision's layout has its published checksum: half a download is no data set."""
     published = PUBLISHED[name]
-    if published is FashionMNIST:  # its checksums are of the compressed files; its reader counts bytes
+    if (
+        published is FashionMNIST
+    ):  # its checksums are of the compressed files; its reader counts bytes
         return size > 0
-    sums = dict([*published.train_list, *published.test_list,
-                 (published.meta["filename"], published.meta["md5"])])
+    sums = dict(
+        [
+            *published.train_list,
+            *published.test_list,
+            (published.meta["filename"], published.meta["md5"]),
+        ]
+    )
     return check_integrity(path, sums[os.path.basename(path)])
 
 
@@ -311,7 +358,11 @@ def _download(name: str, root: Path) -> str | None:
     The files go to `root` only when all are whole: a download cut short leaves nothing to be found.
     """
     published = PUBLISHED[name]
-    url = published.mirrors[0] + published.resources[0][0] if published is FashionMNIST else published.url
+    url = (
+        published.mirrors[0] + published.resources[0][0]
+        if published is FashionMNIST
+        else published.url
+    )
     stamp = root / f".{name}-not-downloaded"
     timeout = socket.getdefaulttimeout()
     try:
@@ -380,8 +431,16 @@ def _draw(split: Split, seed: int, size: int) -> ImageData:
     generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
     factors = attributes.sample(ATTRIBUTES_SIZES[split], generator)
     images = attributes.draw(factors, size=size, noise=generator)
-    return ImageData("attributes", TITLES["attributes"], split, images, attributes.label(factors),
-                     attributes.CLASSES, factors, dict(attributes.FACTORS))
+    return ImageData(
+        "attributes",
+        TITLES["attributes"],
+        split,
+        images,
+        attributes.label(factors),
+        attributes.CLASSES,
+        factors,
+        dict(attributes.FACTORS),
+    )
 
 
 def _read_published(folder: Path, name: str, split: Split, size: int | None) -> ImageData:
@@ -389,14 +448,22 @@ def _read_published(folder: Path, name: str, split: Split, size: int | None) -> 
         data = PUBLISHED[name](folder, train=split == "train")
     except Exception as error:
         damaged = folder / _layout(name)[0].parent
-        raise ValueError(f"{damaged} cannot be read ({error}): remove it to download it again") from error
+        raise ValueError(
+            f"{damaged} cannot be read ({error}): remove it to download it again"
+        ) from error
     images = torch.as_tensor(data.data)
     if name == "fashion-mnist":
         images = torch.nn.functional.pad(images, (2, 2, 2, 2)).unsqueeze(1).expand(-1, 3, -1, -1)
     else:
         images = images.permute(0, 3, 1, 2)
-    return ImageData(name, TITLES[name], split, _resize(images.contiguous(), size),
-                     torch.as_tensor(data.targets), tuple(data.classes))
+    return ImageData(
+        name,
+        TITLES[name],
+        split,
+        _resize(images.contiguous(), size),
+        torch.as_tensor(data.targets),
+        tuple(data.classes),
+    )
 
 
 def find_split(folder: Path, split: Split) -> tuple[Path, tuple[str, ...]]:
@@ -411,14 +478,18 @@ def find_split(folder: Path, split: Split) -> tuple[Path, tuple[str, ...]]:
     home = homes[split]
     if home is None:
         wanted = " or ".join(str(folder / option) for option in SPLIT_FOLDERS[split])
-        raise FileNotFoundError(f"split {split!r} is not there: make {wanted}, one folder a class in it")
+        raise FileNotFoundError(
+            f"split {split!r} is not there: make {wanted}, one folder a class in it"
+        )
     classes = class_names(home)
     if not classes:
         raise ValueError(f"{home} holds no class folder: put the images in {home}/<class>/")
     for other in homes.values():
         if other and class_names(other) != classes:
             odd = sorted(set(classes) ^ set(class_names(other)))
-            raise ValueError(f"{home} and {other} differ in classes ({', '.join(odd[:5])}): give both all")
+            raise ValueError(
+                f"{home} and {other} differ in classes ({', '.join(odd[:5])}): give both all"
+            )
     return home, classes
 
 
@@ -426,7 +497,9 @@ def find_images(home: Path, name_of_class: str) -> list[str]:
     """The image files of one class, sorted, relative to its folder; ValueError where there is none."""
     files = [file for file, _ in scan(home / name_of_class)]
     if not files:
-        raise ValueError(f"{home / name_of_class} holds no {', '.join(SUFFIXES)} file: fill or remove it")
+        raise ValueError(
+            f"{home / name_of_class} holds no {', '.join(SUFFIXES)} file: fill or remove it"
+        )
     return files
 
 
@@ -436,8 +509,15 @@ def class_names(home: Path) -> tuple[str, ...]:
     return tuple(sorted(name for name in folders if not name.startswith(".")))
 
 
-def _read_tree(folder: Path, name: str, title: str, split: Split, on_corrupt: OnCorrupt,
-               size: int | None, progress: bool) -> ImageData:
+def _read_tree(
+    folder: Path,
+    name: str,
+    title: str,
+    split: Split,
+    on_corrupt: OnCorrupt,
+    size: int | None,
+    progress: bool,
+) -> ImageData:
     home, classes = find_split(folder, split)
     files, labels = [], []
     for label, name_of_class in enumerate(classes):
@@ -454,17 +534,29 @@ def _read_tree(folder: Path, name: str, title: str, split: Split, on_corrupt: On
     shapes = {tuple(images[i].shape[1:]): files[i] for i in reversed(kept)}
     if len(shapes) > 1:
         (one, first), (other, second) = list(shapes.items())[:2]
-        raise ValueError(f"images differ in size, {one} in {first} and {other} in {second}: stream them "
-                         "(tree:PATH), or give size=, to which all are resized and cropped")
-    return ImageData(name, title, split, torch.stack([images[i] for i in kept]).contiguous(),
-                     torch.tensor(labels)[kept], classes, skipped=len(files) - len(kept))
+        raise ValueError(
+            f"images differ in size, {one} in {first} and {other} in {second}: stream them "
+            "(tree:PATH), or give size=, to which all are resized and cropped"
+        )
+    return ImageData(
+        name,
+        title,
+        split,
+        torch.stack([images[i] for i in kept]).contiguous(),
+        torch.tensor(labels)[kept],
+        classes,
+        skipped=len(files) - len(kept),
+    )
 
 
-def _decode_all(files: list[str], size: int | None, skip: bool, progress: bool) -> list[Tensor | None]:
+def _decode_all(
+    files: list[str], size: int | None, skip: bool, progress: bool
+) -> list[Tensor | None]:
     """All `files` decoded, None for an unreadable one where `skip` allows it.
 
     A thread takes many files at a time: one by one, small images cost more to hand over than to decode.
     """
+
     def decode_some(some: list[str]) -> list[Tensor | None]:
         images: list[Tensor | None] = []
         for file in some:
@@ -476,10 +568,17 @@ def _decode_all(files: list[str], size: int | None, skip: bool, progress: bool) 
                 images.append(None)
         return images
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, Progress(disable=not progress, transient=True) as bars:
+    with (
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+        Progress(disable=not progress, transient=True) as bars,
+    ):
         starts = range(0, len(files), 64)
-        parts = pool.map(decode_some, (files[i:i + 64] for i in starts))
-        return [image for part in bars.track(parts, total=len(starts), description="decoding") for image in part]
+        parts = pool.map(decode_some, (files[i : i + 64] for i in starts))
+        return [
+            image
+            for part in bars.track(parts, total=len(starts), description="decoding")
+            for image in part
+        ]
 
 
 def decode(file: str) -> Tensor:
@@ -491,8 +590,10 @@ def decode(file: str) -> Tensor:
             rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
             return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
     except Exception as error:  # a broken file makes Pillow raise nearly anything
-        raise ValueError(f"{file} cannot be read as an 8-bit image ({type(error).__name__}): replace or "
-                         "remove it, or pass --on-corrupt skip (in Python on_corrupt='skip')") from error
+        raise ValueError(
+            f"{file} cannot be read as an 8-bit image ({type(error).__name__}): replace or "
+            "remove it, or pass --on-corrupt skip (in Python on_corrupt='skip')"
+        ) from error
 
 
 def open_image(content: BinaryIO) -> Image.Image:

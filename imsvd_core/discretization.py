@@ -22,19 +22,29 @@ def unit_counts(units: Units, dim: int) -> tuple[int, ...]:
     check_units(units)
     if isinstance(units, int):
         if dim % units or dim == 0:
-            raise ValueError(f"units={units} does not divide the embedding dimension {dim}: "
-                             f"take a divisor of {dim}, or one count per variable")
+            raise ValueError(
+                f"units={units} does not divide the embedding dimension {dim}: "
+                f"take a divisor of {dim}, or one count per variable"
+            )
         return (units,) * (dim // units)
     if sum(units) != dim:
-        raise ValueError(f"units={tuple(units)} sum to {sum(units)}, but the embedding has {dim} dimensions")
+        raise ValueError(
+            f"units={tuple(units)} sum to {sum(units)}, but the embedding has {dim} dimensions"
+        )
     return tuple(units)
 
 
 def check_units(units: Units) -> None:
     """Raise ValueError unless `units` is an int ≥ 1 or a non-empty sequence of them."""
-    counts = tuple(units) if isinstance(units, Sequence) and not isinstance(units, str) else (units,)
-    if not counts or not all(isinstance(count, int) and not isinstance(count, bool) and count >= 1 for count in counts):
-        raise ValueError(f"units={units!r}: need an integer ≥ 1, or a non-empty sequence with one such count per variable")
+    counts = (
+        tuple(units) if isinstance(units, Sequence) and not isinstance(units, str) else (units,)
+    )
+    if not counts or not all(
+        isinstance(count, int) and not isinstance(count, bool) and count >= 1 for count in counts
+    ):
+        raise ValueError(
+            f"units={units!r}: need an integer ≥ 1, or a non-empty sequence with one such count per variable"
+        )
 
 
 def split_variables(x: Tensor, units: Units, fill: float = 0.0) -> Tensor:
@@ -91,15 +101,18 @@ def joint(p_a: Tensor, p_b: Tensor | None = None) -> Tensor:
     """
     p_b = p_a if p_b is None else p_b
     if len(_table(p_a, "p_a")) != len(_table(p_b, "p_b")):
-        raise ValueError(f"p_a has {len(p_a)} samples, p_b has {len(p_b)}: "
-                         "both must describe the same batch")
+        raise ValueError(
+            f"p_a has {len(p_a)} samples, p_b has {len(p_b)}: both must describe the same batch"
+        )
     with torch.autocast(p_a.device.type, enabled=False):
         return _wide(p_a).T @ (_wide(p_b) / len(p_b))
 
 
 def _table(p: Tensor, name: str) -> Tensor:
     if p.ndim != 2 or len(p) == 0:
-        raise ValueError(f"{name} has shape {tuple(p.shape)}: need a non-empty table (samples, dimensions)")
+        raise ValueError(
+            f"{name} has shape {tuple(p.shape)}: need a non-empty table (samples, dimensions)"
+        )
     return p
 
 

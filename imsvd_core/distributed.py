@@ -21,7 +21,11 @@ from torch import Tensor
 
 def world() -> tuple[int, int]:
     """(rank, world size) of this process; (0, 1) outside a process group."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    return (
+        (dist.get_rank(), dist.get_world_size())
+        if dist.is_available() and dist.is_initialized()
+        else (0, 1)
+    )
 
 
 PATIENCE = timedelta(hours=2)  #: how long ranks wait for one of them, which may be evaluating
@@ -57,8 +61,10 @@ def process_group(device: str = "auto") -> Iterator[None]:
     if torch.cuda.is_available() and device.startswith(("auto", "cuda")):
         number, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if number >= there:
-            raise ValueError(f"LOCAL_RANK={number} has no GPU of its own among {there}: "
-                             "start as many ranks as GPUs, or use device='cpu'")
+            raise ValueError(
+                f"LOCAL_RANK={number} has no GPU of its own among {there}: "
+                "start as many ranks as GPUs, or use device='cpu'"
+            )
         gpu = torch.device("cuda", number)
         torch.cuda.set_device(gpu)
     dist.init_process_group("nccl" if gpu else "gloo", timeout=PATIENCE, device_id=gpu)
@@ -80,18 +86,25 @@ def _find_ranks_of_job() -> None:
         os.environ.setdefault("SUBMITIT_EXECUTOR", "slurm")  # plain srun does not say so
     there = TorchDistributedEnvironment()
     parts = (os.environ.get(name, "0") for name in ("SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
-    attempt = "/".join([os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID", "0"), *parts])
-    there.master_port = int(os.environ.get("MASTER_PORT", 15_000 + zlib.crc32(attempt.encode()) % 15_000))
+    attempt = "/".join(
+        [os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID", "0"), *parts]
+    )
+    there.master_port = int(
+        os.environ.get("MASTER_PORT", 15_000 + zlib.crc32(attempt.encode()) % 15_000)
+    )
     try:
         socket.getaddrinfo(there.master_addr, there.master_port)
     except OSError as error:
-        raise ValueError(f"MASTER_ADDR={there.master_addr!r}, the job's first node, has no address on {socket.gethostname()} "
-                         f"({error}): let the nodes know each other's names, in DNS or /etc/hosts") from None
+        raise ValueError(
+            f"MASTER_ADDR={there.master_addr!r}, the job's first node, has no address on {socket.gethostname()} "
+            f"({error}): let the nodes know each other's names, in DNS or /etc/hosts"
+        ) from None
     there.export(set_cuda_visible_devices=False)
 
 
 def on_rank_0(work: Callable[P, T]) -> Callable[P, T]:
     """Let rank 0 do `work` while the others wait; what it returns or raises there, it returns or raises on all."""
+
     @functools.wraps(work)
     def told(*args: P.args, **kwargs: P.kwargs) -> T:
         rank, size = world()
@@ -157,8 +170,10 @@ def refuse_unlike(device: torch.device, facts: dict[str, int]) -> None:
     dist.all_gather_into_tensor(everyones, mine)
     for name, values in zip(facts, everyones.view(size, -1).T.tolist(), strict=True):
         if len(set(values)) > 1:
-            raise ValueError(f"the ranks differ in {name}, {values}: all need the same "
-                             "(so drop an incomplete last batch)")
+            raise ValueError(
+                f"the ranks differ in {name}, {values}: all need the same "
+                "(so drop an incomplete last batch)"
+            )
 
 
 class Exchange:
@@ -207,9 +222,12 @@ class Exchange:
             return table
         sent = torch.cat([part.flatten() for part in table.split(self.widths, dim=1)])
         mine = table.new_empty(self.samples, len(self.own))
-        dist.all_to_all_single(mine.view(-1), sent,
-                               [self.rows * len(self.own)] * self.size,
-                               [self.rows * width for width in self.widths])
+        dist.all_to_all_single(
+            mine.view(-1),
+            sent,
+            [self.rows * len(self.own)] * self.size,
+            [self.rows * width for width in self.widths],
+        )
         return mine
 
     def to_samples(self, columns: Tensor) -> Tensor:
@@ -218,7 +236,13 @@ class Exchange:
             return columns
         received = columns.new_empty(self.rows * sum(self.widths))
         sizes = [self.rows * width for width in self.widths]
-        dist.all_to_all_single(received, columns.contiguous().view(-1), sizes,
-                               [self.rows * len(self.own)] * self.size)
-        return torch.cat([part.view(self.rows, width) for part, width in
-                          zip(received.split(sizes), self.widths, strict=True)], dim=1)
+        dist.all_to_all_single(
+            received, columns.contiguous().view(-1), sizes, [self.rows * len(self.own)] * self.size
+        )
+        return torch.cat(
+            [
+                part.view(self.rows, width)
+                for part, width in zip(received.split(sizes), self.widths, strict=True)
+            ],
+            dim=1,
+        )

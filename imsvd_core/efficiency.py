@@ -28,8 +28,15 @@ except ImportError:  # Windows
 GB = 1e9
 
 
-def bench_step(recipe: Recipe, *, steps: int = 20, warmup: int = 5, device: str | None = None,
-               data: tuple[Images, Images] | None = None, progress: bool = True) -> dict[str, Any]:
+def bench_step(
+    recipe: Recipe,
+    *,
+    steps: int = 20,
+    warmup: int = 5,
+    device: str | None = None,
+    data: tuple[Images, Images] | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
     """Time `steps` steps of a recipe's pretraining on its own data, after `warmup` that are not counted.
 
     A step is all of it: waiting for the input, views, network, loss, gradients exchanged, update. What compiles, is
@@ -48,7 +55,14 @@ def bench_step(recipe: Recipe, *, steps: int = 20, warmup: int = 5, device: str 
     """
     if steps < 2 or warmup < 1:
         raise ValueError(f"steps={steps} must be at least 2, and warmup={warmup} at least 1")
-    loop = replace(recipe.loop, device=device or recipe.loop.device, log_every=10**9, save_every=0, save_minutes=0, tensorboard=False)
+    loop = replace(
+        recipe.loop,
+        device=device or recipe.loop.device,
+        log_every=10**9,
+        save_every=0,
+        save_minutes=0,
+        tensorboard=False,
+    )
     with tempfile.TemporaryDirectory() as folder:
         run = Pretraining(replace(recipe, loop=loop), folder, data=data, progress=False)
         run.loop.total_steps = max(run.loop.total_steps, warmup + steps)
@@ -59,32 +73,56 @@ def bench_step(recipe: Recipe, *, steps: int = 20, warmup: int = 5, device: str 
         marks = []
         with Progress(disable=not progress or run.loop.rank > 0, transient=True) as bars:
             taken = iter(run)
-            for number, _ in enumerate(bars.track(islice(taken, warmup + steps), warmup + steps, description="steps"), 1):
+            for number, _ in enumerate(
+                bars.track(islice(taken, warmup + steps), warmup + steps, description="steps"), 1
+            ):
                 if number >= warmup:
                     marks.append(mark())
             taken.close()  # with its workers
         if len(marks) <= steps:
-            raise Stopped(f"told to stop after {max(0, len(marks) - 1)} of {steps} steps: nothing was measured")
+            raise Stopped(
+                f"told to stop after {max(0, len(marks) - 1)} of {steps} steps: nothing was measured"
+            )
         seconds = [between(before, after) for before, after in pairwise(marks)]
         memory = _memory(run.device)
-        mine = torch.tensor([*statistics.quantiles(seconds, n=4, method="inclusive"), statistics.fmean(seconds), *memory.values()],
-                            device=run.device, dtype=torch.float32)
+        mine = torch.tensor(
+            [
+                *statistics.quantiles(seconds, n=4, method="inclusive"),
+                statistics.fmean(seconds),
+                *memory.values(),
+            ],
+            device=run.device,
+            dtype=torch.float32,
+        )
         everyones = Exchange(mine[None]).gather(mine[None])
         low, median, high, mean = everyones.mean(0)[:4].tolist()
         most = dict(zip(memory, everyones.max(0).values[4:].tolist(), strict=True))
-    return {"step_seconds": _digits(median), "step_seconds_quartiles": [_digits(low), _digits(high)], "step_seconds_mean": _digits(mean),
-            "images_per_second": _digits(recipe.loop.batch_size / mean),
-            "hours_per_100_epochs": _digits(100 * run.loop.steps_per_epoch * mean / 3600),
-            **{name: round(value, 2) for name, value in most.items()},
-            "device": device_name(run.device), "ranks": run.loop.ranks, "steps": steps, "warmup": warmup,
-            "method": recipe.method.name, "backbone": recipe.network.backbone, "batch_size": recipe.loop.batch_size,
-            "precision": recipe.loop.precision, "data": run.train.title, "train_images": len(run.train),
-            "steps_per_epoch": run.loop.steps_per_epoch, "streamed": isinstance(run.train, FolderImages)}
+    return {
+        "step_seconds": _digits(median),
+        "step_seconds_quartiles": [_digits(low), _digits(high)],
+        "step_seconds_mean": _digits(mean),
+        "images_per_second": _digits(recipe.loop.batch_size / mean),
+        "hours_per_100_epochs": _digits(100 * run.loop.steps_per_epoch * mean / 3600),
+        **{name: round(value, 2) for name, value in most.items()},
+        "device": device_name(run.device),
+        "ranks": run.loop.ranks,
+        "steps": steps,
+        "warmup": warmup,
+        "method": recipe.method.name,
+        "backbone": recipe.network.backbone,
+        "batch_size": recipe.loop.batch_size,
+        "precision": recipe.loop.precision,
+        "data": run.train.title,
+        "train_images": len(run.train),
+        "steps_per_epoch": run.loop.steps_per_epoch,
+        "streamed": isinstance(run.train, FolderImages),
+    }
 
 
 def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
     """What marks the end of a step on the device, and what gives the seconds between two marks."""
     if device.type == "cuda":
+
         def mark() -> torch.cuda.Event:
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(device))
@@ -102,8 +140,10 @@ def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any]
 def _memory(device: torch.device) -> dict[str, float]:
     """The most memory that was taken so far, in GB of 1e9 bytes."""
     if device.type == "cuda":
-        return {"peak_allocated_GB": torch.cuda.max_memory_allocated(device) / GB,
-                "peak_reserved_GB": torch.cuda.max_memory_reserved(device) / GB}
+        return {
+            "peak_allocated_GB": torch.cuda.max_memory_allocated(device) / GB,
+            "peak_reserved_GB": torch.cuda.max_memory_reserved(device) / GB,
+        }
     if resource is None:
         return {}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes of Linux, bytes of macOS

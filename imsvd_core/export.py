@@ -16,16 +16,31 @@ from imsvd_core.files import atomic_write
 from imsvd_core.networks import BackboneName, build_backbone
 
 Format = Literal["torchvision", "timm", "detectron2", "safetensors"]
-SUFFIXES = {"torchvision": (".pth", ".pt"), "timm": (".pth", ".pt", ".safetensors"), "detectron2": (".pkl",),
-            "safetensors": (".safetensors",)}
-WRAPPERS = ("state_dict", "model_state_dict", "model", "state", "modules", "network", "backbone", "encoder")
+SUFFIXES = {
+    "torchvision": (".pth", ".pt"),
+    "timm": (".pth", ".pt", ".safetensors"),
+    "detectron2": (".pkl",),
+    "safetensors": (".safetensors",),
+}
+WRAPPERS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "state",
+    "modules",
+    "network",
+    "backbone",
+    "encoder",
+)
 FIRST = "layer1.0.conv1.weight"  # what every ResNet has, after a prefix that says where in a larger network it stood
 FOLLOWERS = ("momentum", "encoder_k", "target")  # copies that trail behind what is trained
 
 log = logging.getLogger(__name__)
 
 
-def export(backbone: ResNet, name: BackboneName, cifar_stem: bool, to: Format, path: Path | str) -> Path:
+def export(
+    backbone: ResNet, name: BackboneName, cifar_stem: bool, to: Format, path: Path | str
+) -> Path:
     """Write the backbone `name` as another toolkit reads it; it gives identical features there.
 
     * torchvision (.pth): a state dict. `torchvision.models.resnet50().load_state_dict(torch.load(path), strict=False)`
@@ -44,22 +59,42 @@ def export(backbone: ResNet, name: BackboneName, cifar_stem: bool, to: Format, p
     if to not in get_args(Format):
         raise ValueError(f"to={to!r} must be one of {', '.join(get_args(Format))}")
     if path.suffix not in SUFFIXES[to]:
-        raise ValueError(f"path={str(path)!r} must end in {' or '.join(SUFFIXES[to])}, by which readers know {to}'s files")
+        raise ValueError(
+            f"path={str(path)!r} must end in {' or '.join(SUFFIXES[to])}, by which readers know {to}'s files"
+        )
     if to in ("timm", "detectron2") and (cifar_stem or name == "narrow"):
-        what = "a 3×3 first convolution without max-pooling" if cifar_stem else "a first convolution of 32 channels"
-        raise ValueError(f"to={to!r} cannot hold backbone={name!r} with cifar_stem={cifar_stem}: its ResNets do not come with {what}; "
-                         "export to safetensors or torchvision")
-    state = {key: value.detach().cpu().contiguous().clone() for key, value in backbone.state_dict().items()
-             if not key.startswith("fc.")}
+        what = (
+            "a 3×3 first convolution without max-pooling"
+            if cifar_stem
+            else "a first convolution of 32 channels"
+        )
+        raise ValueError(
+            f"to={to!r} cannot hold backbone={name!r} with cifar_stem={cifar_stem}: its ResNets do not come with {what}; "
+            "export to safetensors or torchvision"
+        )
+    state = {
+        key: value.detach().cpu().contiguous().clone()
+        for key, value in backbone.state_dict().items()
+        if not key.startswith("fc.")
+    }
     if {key: value.shape for key, value in state.items()} != _shapes(name, cifar_stem):
-        raise ValueError(f"backbone={_describe(state)} is not what name={name!r} and cifar_stem={cifar_stem} say")
+        raise ValueError(
+            f"backbone={_describe(state)} is not what name={name!r} and cifar_stem={cifar_stem} say"
+        )
     with atomic_write(path) as file:
         if path.suffix == ".safetensors":
-            about = {"format": "pt", "names": "torchvision", "backbone": name, "cifar_stem": str(cifar_stem)}
+            about = {
+                "format": "pt",
+                "names": "torchvision",
+                "backbone": name,
+                "cifar_stem": str(cifar_stem),
+            }
             file.write(safetensors.torch.save(state, about))
         elif to == "detectron2":
             renamed = {detectron2_name(key): value.numpy() for key, value in state.items()}
-            pickle.dump({"model": renamed, "__author__": "imsvd_core", "matching_heuristics": True}, file)
+            pickle.dump(
+                {"model": renamed, "__author__": "imsvd_core", "matching_heuristics": True}, file
+            )
         else:
             torch.save(state, file)
     return path
@@ -68,7 +103,11 @@ def export(backbone: ResNet, name: BackboneName, cifar_stem: bool, to: Format, p
 def detectron2_name(name: str) -> str:
     """What detectron2 calls a tensor of torchvision's ResNets: layer1.0.bn2.weight → res2.0.conv2.norm.weight."""
     name = re.sub(r"^layer(\d)", lambda stage: f"res{int(stage[1]) + 1}", name)
-    name = re.sub(r"\bbn(\d)", r"conv\1.norm", name).replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+    name = (
+        re.sub(r"\bbn(\d)", r"conv\1.norm", name)
+        .replace("downsample.0", "shortcut")
+        .replace("downsample.1", "shortcut.norm")
+    )
     return name if name.startswith("res") else f"stem.{name}"
 
 
@@ -84,27 +123,54 @@ def read_state_dict(path: Path | str) -> tuple[BackboneName, bool, dict[str, Ten
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file: give a state dict (.pth, .pt or .safetensors)")
+        raise FileNotFoundError(
+            f"{path} is not a file: give a state dict (.pth, .pt or .safetensors)"
+        )
     weights = _find(_load(path), path)
     odd: list[tuple[int, str]] = []
     for name in get_args(BackboneName):
         for cifar_stem in (False, True):
             wanted = _shapes(name, cifar_stem)
-            counters = {key for key in wanted if key.endswith(".num_batches_tracked")}  # older files lack them
-            theirs = {key: value.shape for key, value in weights.items() if re.match(r"(conv1|bn1|layer\d)\.", key)}
+            counters = {
+                key for key in wanted if key.endswith(".num_batches_tracked")
+            }  # older files lack them
+            theirs = {
+                key: value.shape
+                for key, value in weights.items()
+                if re.match(r"(conv1|bn1|layer\d)\.", key)
+            }
             if counters.isdisjoint(theirs):
                 theirs |= {key: wanted[key] for key in counters}
             if theirs == wanted:
-                if left := sorted({key.split(".")[0] for key in set(weights) - set(wanted)} - {"fc"}):
-                    log.info("%s: left out %s, which are not of the backbone", path, ", ".join(left))
+                if left := sorted(
+                    {key.split(".")[0] for key in set(weights) - set(wanted)} - {"fc"}
+                ):
+                    log.info(
+                        "%s: left out %s, which are not of the backbone", path, ", ".join(left)
+                    )
                 none = torch.tensor(0)
-                return name, cifar_stem, {key: weights[key].float() if key not in counters else weights.get(key, none).long()
-                                          for key in wanted}
+                return (
+                    name,
+                    cifar_stem,
+                    {
+                        key: weights[key].float()
+                        if key not in counters
+                        else weights.get(key, none).long()
+                        for key in wanted
+                    },
+                )
             differ = sorted(key for key in wanted | theirs if wanted.get(key) != theirs.get(key))
-            odd.append((len(differ), f"of {name}'s{' with the 3×3 one' if cifar_stem else ''}, the nearest, {len(differ)} tensors are missing, "
-                        f"too many or of another shape: {', '.join(differ[:3])}"))
-    raise ValueError(f"{path} holds {_describe(weights)}, which is none of {', '.join(get_args(BackboneName))}, "
-                     f"with ImageNet's stem or the 3×3 one; {min(odd)[1]}")
+            odd.append(
+                (
+                    len(differ),
+                    f"of {name}'s{' with the 3×3 one' if cifar_stem else ''}, the nearest, {len(differ)} tensors are missing, "
+                    f"too many or of another shape: {', '.join(differ[:3])}",
+                )
+            )
+    raise ValueError(
+        f"{path} holds {_describe(weights)}, which is none of {', '.join(get_args(BackboneName))}, "
+        f"with ImageNet's stem or the 3×3 one; {min(odd)[1]}"
+    )
 
 
 def _load(path: Path) -> Any:
@@ -113,9 +179,11 @@ def _load(path: Path) -> Any:
             return safetensors.torch.load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a torn or foreign file makes them raise nearly anything
-        raise ValueError(f"{path} cannot be read as tensors ({type(error).__name__}: the file is torn, or holds more than "
-                         "tensors and plain values); if you trust it, load it with weights_only=False and save its "
-                         "state dict alone") from error
+        raise ValueError(
+            f"{path} cannot be read as tensors ({type(error).__name__}: the file is torn, or holds more than "
+            "tensors and plain values); if you trust it, load it with weights_only=False and save its "
+            "state dict alone"
+        ) from error
 
 
 def _find(content: Any, path: Path) -> dict[str, Tensor]:
@@ -127,27 +195,47 @@ def _find(content: Any, path: Path) -> dict[str, Tensor]:
             break
         where.append(inner)
         content = content[inner]
-    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)} if isinstance(content, Mapping) else {}
+    tensors = (
+        {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+        if isinstance(content, Mapping)
+        else {}
+    )
     prefixes = [key.removesuffix(FIRST) for key in tensors if key.endswith(FIRST)]
     if len(prefixes) > 1:
-        prefixes = [prefix for prefix in prefixes if not any(word in prefix for word in FOLLOWERS)] or prefixes
+        prefixes = [
+            prefix for prefix in prefixes if not any(word in prefix for word in FOLLOWERS)
+        ] or prefixes
     if len(prefixes) != 1:
         shown = ", ".join(repr(prefix) for prefix in prefixes) or (
-            f"{type(content).__name__} of {', '.join(map(str, list(content)[:6])) if isinstance(content, Mapping) else 'no names'}")
-        raise ValueError(f"{path} holds {len(prefixes)} ResNets with torchvision's names ({shown}"
-                         f"{' in ' + '/'.join(where) if where else ''}), and one is needed: save the state dict of one alone")
-    return {key.removeprefix(prefixes[0]): value for key, value in tensors.items() if key.startswith(prefixes[0])}
+            f"{type(content).__name__} of {', '.join(map(str, list(content)[:6])) if isinstance(content, Mapping) else 'no names'}"
+        )
+        raise ValueError(
+            f"{path} holds {len(prefixes)} ResNets with torchvision's names ({shown}"
+            f"{' in ' + '/'.join(where) if where else ''}), and one is needed: save the state dict of one alone"
+        )
+    return {
+        key.removeprefix(prefixes[0]): value
+        for key, value in tensors.items()
+        if key.startswith(prefixes[0])
+    }
 
 
 def _shapes(name: BackboneName, cifar_stem: bool) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        return {key: value.shape for key, value in build_backbone(name, cifar_stem).state_dict().items()}
+        return {
+            key: value.shape for key, value in build_backbone(name, cifar_stem).state_dict().items()
+        }
 
 
 def _describe(state: Mapping[str, Tensor]) -> str:
     """A ResNet in words, as far as its tensors tell."""
-    blocks = [len({key.split(".")[1] for key in state if key.startswith(f"layer{stage}.")}) for stage in range(1, 5)]
+    blocks = [
+        len({key.split(".")[1] for key in state if key.startswith(f"layer{stage}.")})
+        for stage in range(1, 5)
+    ]
     first, depth = state.get("conv1.weight"), "three" if "layer1.0.conv3.weight" in state else "two"
     width = state["layer4.0.conv1.weight"].shape[0] if "layer4.0.conv1.weight" in state else "?"
-    return (f"a ResNet whose first convolution is {tuple(first.shape) if first is not None else 'missing'}, with "
-            f"{'-'.join(map(str, blocks))} blocks of {depth} convolutions, {width} channels inside the last stage's")
+    return (
+        f"a ResNet whose first convolution is {tuple(first.shape) if first is not None else 'missing'}, with "
+        f"{'-'.join(map(str, blocks))} blocks of {depth} convolutions, {width} channels inside the last stage's"
+    )

@@ -83,20 +83,30 @@ class Hold:
         self.folder = folder
         job = os.environ.get("SLURM_JOB_ID")
         holder = f"process {os.getpid()} on {socket.gethostname()}"
-        self.token = {"holder": f"{holder}, job {job}" if job else holder,
-                      "unique": uuid.uuid4().hex, "attempt": os.environ.get(ATTEMPT)}
+        self.token = {
+            "holder": f"{holder}, job {job}" if job else holder,
+            "unique": uuid.uuid4().hex,
+            "attempt": os.environ.get(ATTEMPT),
+        }
         handle, there = _lock(folder), _token(folder)
         if self._precedes(there):
-            raise Superseded(f"run_dir={str(folder)!r} belongs to a later attempt "
-                             f"({there['holder']}): this one ends")
+            raise Superseded(
+                f"run_dir={str(folder)!r} belongs to a later attempt "
+                f"({there['holder']}): this one ends"
+            )
         if handle is None and not self._supersedes(there):
             by = there.get("holder", "another process")
-            raise ValueError(f"run_dir={str(folder)!r} is in use by {by}: wait for its end, "
-                             "stop it, or give another folder")
+            raise ValueError(
+                f"run_dir={str(folder)!r} is in use by {by}: wait for its end, "
+                "stop it, or give another folder"
+            )
         self._leave_token()
         if handle is None:
-            log.warning("taking %s over from an earlier attempt, %s, which may not be dead",
-                        folder, there["holder"])
+            log.warning(
+                "taking %s over from an earlier attempt, %s, which may not be dead",
+                folder,
+                there["holder"],
+            )
             end = time.monotonic() + PATIENCE
             while (handle := _lock(folder)) is None and time.monotonic() < end:
                 time.sleep(0.1)
@@ -114,8 +124,9 @@ class Hold:
             self._leave_token()
         elif there.get("unique") != self.token["unique"]:
             by = f"taken over by {there['holder']}" if there else "removed"
-            raise Superseded(f"run_dir={str(self.folder)!r} has been {by}: "
-                             "this process writes no more")
+            raise Superseded(
+                f"run_dir={str(self.folder)!r} has been {by}: this process writes no more"
+            )
 
     def _supersedes(self, other: dict) -> bool:
         theirs = other.get("attempt")
@@ -136,7 +147,9 @@ def _lock(folder: Path) -> int | None:
         return 0
     handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not kept by forked workers that live on
+        fcntl.lockf(
+            handle, fcntl.LOCK_EX | fcntl.LOCK_NB
+        )  # unlike flock's, not kept by forked workers that live on
     except OSError as error:
         os.close(handle)
         return None if isinstance(error, BlockingIOError | PermissionError) else 0

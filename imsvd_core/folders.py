@@ -39,7 +39,9 @@ AHEAD = 2  # parts that wait for each worker
 
 log = logging.getLogger(__name__)
 
-Plan = Iterable[tuple[int, Tensor]]  # (step, int64 (n,) indices of images); it is consumed ahead of the yields
+Plan = Iterable[
+    tuple[int, Tensor]
+]  # (step, int64 (n,) indices of images); it is consumed ahead of the yields
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +60,9 @@ class FolderImages:
     labels: Tensor = field(repr=False)  # int64 (N,), indices into `classes`
     classes: tuple[str, ...] = field(repr=False)
     on_corrupt: OnCorrupt = "error"
-    unreadable: set[int] = field(default_factory=set, repr=False)  # images met so far that had to be replaced
+    unreadable: set[int] = field(
+        default_factory=set, repr=False
+    )  # images met so far that had to be replaced
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -77,10 +81,19 @@ class FolderImages:
         The same `n` and `seed` give the same images. Raises ValueError unless 1 <= n <= len(self).
         """
         rows = datasets.balanced(self.labels, n, seed, f"{self.title} ({self.split})")
-        return replace(self, names=self.names[rows.numpy()], labels=self.labels[rows], unreadable=set())
+        return replace(
+            self, names=self.names[rows.numpy()], labels=self.labels[rows], unreadable=set()
+        )
 
-    def two_crops(self, views: TwoViews, plan: Plan, *, seed: int, workers: int | None = None,
-                  device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
+    def two_crops(
+        self,
+        views: TwoViews,
+        plan: Plan,
+        *,
+        seed: int,
+        workers: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Two independent crops of every image: for each entry of the plan, in order, what `views.finish` takes.
 
         Args:
@@ -95,28 +108,49 @@ class FolderImages:
         """
         yield from self._random_crops((views.first, views.second), plan, seed, workers, device)
 
-    def crops(self, view: View, plan: Plan, *, seed: int, workers: int | None = None,
-              device: torch.device | str = "cpu") -> Iterator[Tensor]:
+    def crops(
+        self,
+        view: View,
+        plan: Plan,
+        *,
+        seed: int,
+        workers: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Iterator[Tensor]:
         """One random crop of every image, uint8 (n, 3, size, size), for `view.finish`; all else as in `two_crops`."""
         with closing(self._random_crops((view,), plan, seed, workers, device)) as stream:
-            for only, in stream:
+            for (only,) in stream:
                 yield only
 
-    def center_crops(self, view: EvalView, *, indices: Sequence[int] | None = None, workers: int | None = None,
-                     device: torch.device | str = "cpu") -> Iterator[Tensor]:
+    def center_crops(
+        self,
+        view: EvalView,
+        *,
+        indices: Sequence[int] | None = None,
+        workers: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Iterator[Tensor]:
         """The images in order, cropped by `view`: uint8 (up to 64, 3, size, size), for `view.finish`.
 
         `indices`, such as a range, are the images wanted, in their order: a rank's share, say, or those that are
         still to be done.
         """
         wanted = range(len(self)) if indices is None else indices
-        parts = (wanted[start:start + PART] for start in range(0, len(wanted), PART))
-        with closing(self._stream(partial(self._read_centers, view), parts, workers, device)) as stream:
-            for crops, in stream:
+        parts = (wanted[start : start + PART] for start in range(0, len(wanted), PART))
+        with closing(
+            self._stream(partial(self._read_centers, view), parts, workers, device)
+        ) as stream:
+            for (crops,) in stream:
                 yield crops
 
-    def _random_crops(self, views: tuple[View, ...], plan: Plan, seed: int, workers: int | None,
-                      device: torch.device | str) -> Iterator[tuple[Tensor, ...]]:
+    def _random_crops(
+        self,
+        views: tuple[View, ...],
+        plan: Plan,
+        seed: int,
+        workers: int | None,
+        device: torch.device | str,
+    ) -> Iterator[tuple[Tensor, ...]]:
         """For each entry of the plan the crops that each view draws of its images."""
         pieces: deque[int] = deque()  # in how many parts each entry under way was handed out
 
@@ -126,14 +160,21 @@ class FolderImages:
                 pieces.append(len(cut))
                 yield from ((step, part) for part in cut)
 
-        with closing(self._stream(partial(self._read_crops, views, seed), parts(), workers, device)) as stream:
+        with closing(
+            self._stream(partial(self._read_crops, views, seed), parts(), workers, device)
+        ) as stream:
             for first in stream:
                 entry = [first, *islice(stream, pieces.popleft() - 1)]
-                yield tuple(torch.cat(crops) if len(entry) > 1 else crops[0] for crops in zip(*entry, strict=True))
+                yield tuple(
+                    torch.cat(crops) if len(entry) > 1 else crops[0]
+                    for crops in zip(*entry, strict=True)
+                )
 
     def _read_centers(self, view: EvalView, part: Sequence[int]) -> tuple[Tensor, list[int]]:
         unreadable: list[int] = []
-        return torch.stack([view.crop(self._decode(index, unreadable)) for index in part]), unreadable
+        return torch.stack(
+            [view.crop(self._decode(index, unreadable)) for index in part]
+        ), unreadable
 
     def _read_crops(self, views: tuple[View, ...], seed: int, part: tuple[int, list[int]]) -> tuple:
         """The part's crops by each view, uint8 (n, 3, size, size), then the unreadable files."""
@@ -141,7 +182,7 @@ class FolderImages:
         crops = torch.empty(len(views), len(indices), side, side, 3, dtype=torch.uint8)
         crops, unreadable = crops.permute(0, 1, 4, 2, 3), []
         for start in range(0, len(indices), CHUNK):
-            some = indices[start:start + CHUNK]
+            some = indices[start : start + CHUNK]
             images = [self._decode(index, unreadable) for index in some]
             height, width = torch.tensor([image.shape[1:] for image in images]).unbind(1)
             chance = [np.random.default_rng((seed, step, index)) for index in some]
@@ -165,20 +206,28 @@ class FolderImages:
                 unreadable.append(place)
         raise ValueError(f"{self.home} holds no image that can be read, of {len(self)} files")
 
-    def _stream(self, read: Callable, parts: Iterable, workers: int | None,
-                device: torch.device | str) -> Iterator[list[Tensor]]:
+    def _stream(
+        self, read: Callable, parts: Iterable, workers: int | None, device: torch.device | str
+    ) -> Iterator[list[Tensor]]:
         """What `read` makes of each part, less its last item: the unreadable files, which are noted."""
         with closing(stream(read, parts, workers, device)) as results:
             for *crops, unreadable in results:
                 for index in set(unreadable) - self.unreadable:
                     self.unreadable.add(index)
-                    log.warning("%s cannot be read and is replaced by the next image (%d such so far)",
-                                self.file(index), self.skipped)
+                    log.warning(
+                        "%s cannot be read and is replaced by the next image (%d such so far)",
+                        self.file(index),
+                        self.skipped,
+                    )
                 yield crops
 
 
-def stream(read: Callable[[Any], Any], parts: Iterable, workers: int | None = None,
-           device: torch.device | str = "cpu") -> Iterator[Any]:
+def stream(
+    read: Callable[[Any], Any],
+    parts: Iterable,
+    workers: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Iterator[Any]:
     """What `read` makes of each part, in order, made by worker processes some parts ahead.
 
     Args:
@@ -190,10 +239,16 @@ def stream(read: Callable[[Any], Any], parts: Iterable, workers: int | None = No
     Closing the iterator ends the workers. Raises here the ValueError that `read` raises there.
     """
     device, workers = torch.device(device), share_of_cores() if workers is None else workers
-    loader = DataLoader(_Reader(read), batch_size=None, sampler=parts, num_workers=workers,
-                        prefetch_factor=AHEAD if workers else None, worker_init_fn=_heed_the_trainer_alone,
-                        pin_memory=device.type == "cuda",
-                        generator=torch.Generator())  # not the trainer's chance
+    loader = DataLoader(
+        _Reader(read),
+        batch_size=None,
+        sampler=parts,
+        num_workers=workers,
+        prefetch_factor=AHEAD if workers else None,
+        worker_init_fn=_heed_the_trainer_alone,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),
+    )  # not the trainer's chance
     with _sigterm_held_back():
         iterator = iter(loader)
     try:
@@ -210,11 +265,20 @@ def _sent(value: Any, device: torch.device) -> Any:
         return value.to(device, non_blocking=True)
     if isinstance(value, tuple | list):
         return type(value)(_sent(one, device) for one in value)
-    return {key: _sent(one, device) for key, one in value.items()} if isinstance(value, dict) else value
+    return (
+        {key: _sent(one, device) for key, one in value.items()}
+        if isinstance(value, dict)
+        else value
+    )
 
 
-def open_folder(name: str, split: Split = "train", root: Path | str | None = None, *,
-                on_corrupt: OnCorrupt = "error") -> FolderImages:
+def open_folder(
+    name: str,
+    split: Split = "train",
+    root: Path | str | None = None,
+    *,
+    on_corrupt: OnCorrupt = "error",
+) -> FolderImages:
     """One split of the data set `tree:PATH`, PATH absolute or below the data root; opens no image.
 
     Raises ValueError or FileNotFoundError, saying what is expected, where PATH has no split or no class folders.
@@ -225,9 +289,16 @@ def open_folder(name: str, split: Split = "train", root: Path | str | None = Non
     root = datasets.data_root() if root is None else Path(root).expanduser()
     folder = datasets.find_folder(name, root)
     home, classes = datasets.find_split(folder, split)
-    names = [np.array([os.fsencode(file) for file in datasets.find_images(home, label)]) for label in classes]
-    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(some) for some in names]))
-    return FolderImages(name, folder.name, split, home, np.concatenate(names), labels, classes, on_corrupt)
+    names = [
+        np.array([os.fsencode(file) for file in datasets.find_images(home, label)])
+        for label in classes
+    ]
+    labels = torch.arange(len(classes)).repeat_interleave(
+        torch.tensor([len(some) for some in names])
+    )
+    return FolderImages(
+        name, folder.name, split, home, np.concatenate(names), labels, classes, on_corrupt
+    )
 
 
 def decode(file: str) -> Tensor:
@@ -237,8 +308,13 @@ def decode(file: str) -> Tensor:
     """
     try:
         content = read_file(file)
-        if content[:2].tolist() == [0xFF, 0xD8]:  # a JPEG; broken PNGs crash the process in torchvision 0.29
-            datasets.open_image(io.BytesIO(content.numpy())).close()  # torchvision believes any size
+        if content[:2].tolist() == [
+            0xFF,
+            0xD8,
+        ]:  # a JPEG; broken PNGs crash the process in torchvision 0.29
+            datasets.open_image(
+                io.BytesIO(content.numpy())
+            ).close()  # torchvision believes any size
             return decode_jpeg(content, mode=ImageReadMode.RGB)
     except Exception:  # a broken file makes Pillow raise nearly anything
         pass
@@ -247,9 +323,13 @@ def decode(file: str) -> Tensor:
 
 def share_of_cores() -> int:
     """The cores that this process may use, divided by the ranks on this host; 1 or more. A task of Slurm's has its own."""
-    if "SLURM_CPUS_PER_TASK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:  # not torchrun inside a task
+    if (
+        "SLURM_CPUS_PER_TASK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    ):  # not torchrun inside a task
         return int(os.environ["SLURM_CPUS_PER_TASK"])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 

@@ -37,11 +37,26 @@ class Gradients:
         accumulate: pieces in a batch, on every rank.
     """
 
-    def __init__(self, step: Step, objective: Objective | None, modules: Iterable[nn.Module], device: torch.device,
-                 scaler: torch.amp.GradScaler, precision: torch.dtype | None, accumulate: int):
-        self.step, self.objective, self.modules, self.device = step, objective, nn.ModuleList(modules), device
+    def __init__(
+        self,
+        step: Step,
+        objective: Objective | None,
+        modules: Iterable[nn.Module],
+        device: torch.device,
+        scaler: torch.amp.GradScaler,
+        precision: torch.dtype | None,
+        accumulate: int,
+    ):
+        self.step, self.objective, self.modules, self.device = (
+            step,
+            objective,
+            nn.ModuleList(modules),
+            device,
+        )
         self.scaler, self.precision, self.accumulate = scaler, precision, accumulate
-        self.shared = _shared(step, self.modules, device) if world()[1] > 1 else None  # the step whose gradients are averaged
+        self.shared = (
+            _shared(step, self.modules, device) if world()[1] > 1 else None
+        )  # the step whose gradients are averaged
 
     def __call__(self, pieces: Iterable[Any], seed: int) -> dict[str, Tensor]:
         with _one_update_of_statistics(self.modules, self.accumulate):
@@ -67,8 +82,7 @@ class Gradients:
         in the memory of a piece."""
         with torch.no_grad(), _untouched_statistics(self.modules):
             embeddings = list(self._embed(self.step, pieces, seed))
-        whole = [torch.cat(parts).requires_grad_()
-                 for parts in zip(*embeddings, strict=True)]
+        whole = [torch.cat(parts).requires_grad_() for parts in zip(*embeddings, strict=True)]
         with self._setting(seed):
             metrics = self.objective(*whole)
         self.scaler.scale(metrics["loss"]).backward()
@@ -89,13 +103,17 @@ class Gradients:
 
     def _averaged(self, number: int) -> AbstractContextManager:
         """Gradients of all pieces but the last stay on their rank: the sum travels once."""
-        return self.shared.no_sync() if self.shared and number < self.accumulate - 1 else nullcontext()
+        return (
+            self.shared.no_sync() if self.shared and number < self.accumulate - 1 else nullcontext()
+        )
 
     @contextmanager
     def _setting(self, seed: int) -> Iterator[None]:
         """The precision; and for what draws without a generator (dropout, say) a seed that nobody else notices."""
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), \
-                torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
+        with (
+            torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
+            torch.autocast(self.device.type, self.precision, enabled=self.precision is not None),
+        ):
             torch.manual_seed(seed)
             yield
 
@@ -107,7 +125,9 @@ class _Stepper(nn.Module):
         super().__init__()
         self.step, self.modules_ = step, modules
 
-    def forward(self, piece: Any, generator: torch.Generator) -> Mapping[str, Tensor] | tuple[Tensor, ...]:
+    def forward(
+        self, piece: Any, generator: torch.Generator
+    ) -> Mapping[str, Tensor] | tuple[Tensor, ...]:
         return self.step(piece, generator)
 
 
@@ -122,13 +142,19 @@ def _shared(step: Step, modules: nn.ModuleList, device: torch.device) -> Distrib
 
 
 def _norms(modules: nn.ModuleList) -> list[_BatchNorm]:
-    return [module for module in modules.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    return [
+        module
+        for module in modules.modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats
+    ]
 
 
 @contextmanager
 def _one_update_of_statistics(modules: nn.ModuleList, pieces: int) -> Iterator[None]:
     """Let `pieces` updates of batch-norm's running statistics weigh, and count, as one."""
-    norms = [norm for norm in _norms(modules) if norm.momentum is not None] if pieces > 1 else []  # None: a plain mean
+    norms = (
+        [norm for norm in _norms(modules) if norm.momentum is not None] if pieces > 1 else []
+    )  # None: a plain mean
     before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
         norm.momentum = 1 - (1 - norm.momentum) ** (1 / pieces)

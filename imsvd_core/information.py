@@ -57,10 +57,14 @@ def mean_subset_entropy(p: Tensor, units: Units, k: int) -> Tensor:
     """
     variables = _variables(p, units)
     if not 1 <= k <= len(variables):
-        raise ValueError(f"k={k} is out of range: these codes have {len(variables)} variables, "
-                         f"so take 1 ≤ k ≤ {len(variables)}")
-    entropies = [entropy(_joint_distribution(variables, subset))
-                 for subset in combinations(range(len(variables)), k)]
+        raise ValueError(
+            f"k={k} is out of range: these codes have {len(variables)} variables, "
+            f"so take 1 ≤ k ≤ {len(variables)}"
+        )
+    entropies = [
+        entropy(_joint_distribution(variables, subset))
+        for subset in combinations(range(len(variables)), k)
+    ]
     return torch.stack(entropies).mean()
 
 
@@ -84,18 +88,26 @@ def mutual_information(p: Tensor, units: Units) -> Tensor:
     variables = _variables(p, units)
     table = torch.cat(variables, dim=1)
     single = entropy(split_variables(marginals(table), units), dim=-1)
-    pair = torch.stack([split_variables(_surprise(joint(variable, table)), units).sum((0, 2))
-                        for variable in variables])
+    pair = torch.stack(
+        [
+            split_variables(_surprise(joint(variable, table)), units).sum((0, 2))
+            for variable in variables
+        ]
+    )
     information = single[:, None] + single - pair
-    return torch.where(torch.eye(len(single), dtype=torch.bool, device=p.device), single, information)
+    return torch.where(
+        torch.eye(len(single), dtype=torch.bool, device=p.device), single, information
+    )
 
 
 def _joint_distribution(variables: Sequence[Tensor], subset: Sequence[int]) -> Tensor:
     """Eq. 3: products within two halves of the subset, then one matrix product."""
     shape = _table_shape(variables, subset)
     ones, middle = variables[0].new_ones(len(variables[0]), 1), len(subset) // 2
-    left, right = (reduce(_row_products, (variables[v] for v in half), ones)
-                   for half in (subset[:middle], subset[middle:]))
+    left, right = (
+        reduce(_row_products, (variables[v] for v in half), ones)
+        for half in (subset[:middle], subset[middle:])
+    )
     return joint(left, right).reshape(shape)
 
 
@@ -106,25 +118,40 @@ def _row_products(a: Tensor, b: Tensor) -> Tensor:
 
 def _table_shape(variables: Sequence[Tensor], subset: Sequence[int]) -> tuple[int, ...]:
     """(B_v1, …, B_vK); raises ValueError if `subset` is wrong or the table too large."""
-    if not subset or len(set(subset)) < len(subset) or not set(subset) <= set(range(len(variables))):
-        raise ValueError(f"subset={tuple(subset)}: need one or more different variables, "
-                         f"each from 0 to {len(variables) - 1}")
+    if (
+        not subset
+        or len(set(subset)) < len(subset)
+        or not set(subset) <= set(range(len(variables)))
+    ):
+        raise ValueError(
+            f"subset={tuple(subset)}: need one or more different variables, "
+            f"each from 0 to {len(variables) - 1}"
+        )
     shape = tuple(variables[v].shape[1] for v in subset)
     if math.prod(shape) > MAX_CELLS:
-        raise ValueError(f"subset={tuple(subset)}: its joint table would have {math.prod(shape):,} cells, "
-                         f"more than {MAX_CELLS:,}: take fewer variables, or variables with fewer units")
+        raise ValueError(
+            f"subset={tuple(subset)}: its joint table would have {math.prod(shape):,} cells, "
+            f"more than {MAX_CELLS:,}: take fewer variables, or variables with fewer units"
+        )
     return shape
 
 
 def _variables(p: Tensor, units: Units) -> tuple[Tensor, ...]:
     """Codes (N, D) → one table (N, B_v) per variable, checked to hold probabilities, in float32 at least."""
     if p.ndim != 2 or len(p) == 0:
-        raise ValueError(f"p has shape {tuple(p.shape)}: need a non-empty table (samples, dimensions)")
+        raise ValueError(
+            f"p has shape {tuple(p.shape)}: need a non-empty table (samples, dimensions)"
+        )
     counts = unit_counts(units, p.shape[1])
     variables = _wide(p).split(counts, dim=1)
-    if not (p.min() >= -0.01 and all((variable.sum(1) - 1).abs().max() <= 0.01 for variable in variables)):
-        raise ValueError(f"p holds no soft codes of units={units}: every variable of every sample needs "
-                         "probabilities that sum to 1; pass logits through soft_discretize first")
+    if not (
+        p.min() >= -0.01
+        and all((variable.sum(1) - 1).abs().max() <= 0.01 for variable in variables)
+    ):
+        raise ValueError(
+            f"p holds no soft codes of units={units}: every variable of every sample needs "
+            "probabilities that sum to 1; pass logits through soft_discretize first"
+        )
     return variables
 
 

@@ -59,15 +59,24 @@ class LoopConfig:
     """Write the metrics for TensorBoard too."""
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("seed", 0), ("save_every", 0), ("keep", 1),
-                            ("log_every", 1)):
+        for name, least in (
+            ("epochs", 1),
+            ("batch_size", 1),
+            ("accumulate", 1),
+            ("seed", 0),
+            ("save_every", 0),
+            ("keep", 1),
+            ("log_every", 1),
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value} must be at least {least}, and whole")
         if not self.save_minutes >= 0:
             raise ValueError(f"save_minutes={self.save_minutes} must be at least 0")
         if self.batch_size % self.accumulate:
-            raise ValueError(f"batch_size={self.batch_size} cannot be cut into accumulate={self.accumulate} equal pieces")
+            raise ValueError(
+                f"batch_size={self.batch_size} cannot be cut into accumulate={self.accumulate} equal pieces"
+            )
         if self.precision not in ("fp32", "bf16", "fp16"):
             raise ValueError(f"precision={self.precision!r} must be 'fp32', 'bf16' or 'fp16'")
 
@@ -80,7 +89,9 @@ OPERATIONAL = ("save_every", "save_minutes", "keep", "log_every", "tensorboard")
 
 def essential(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings without what a resumption may change."""
-    kept = {name: value for name, value in settings.get("loop", {}).items() if name not in OPERATIONAL}
+    kept = {
+        name: value for name, value in settings.get("loop", {}).items() if name not in OPERATIONAL
+    }
     return {**settings, "loop": kept} if "loop" in settings else dict(settings)
 
 
@@ -104,18 +115,32 @@ def pick_device(name: str = "auto") -> torch.device:
     Raises ValueError for one that is not there, and among ranks for one GPU that all would share.
     """
     if name.startswith("cuda:") and world()[1] > 1:
-        raise ValueError(f"device={name!r} would put {world()[1]} ranks on one GPU: use 'cuda', which gives each its own")
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        raise ValueError(
+            f"device={name!r} would put {world()[1]} ranks on one GPU: use 'cuda', which gives each its own"
+        )
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
     if not available.get(name.split(":")[0], False):
-        raise ValueError(f"device={name!r} is not here; there is: {', '.join(k for k, there in available.items() if there)}")
-    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" and world()[1] > 1 else torch.device(name)
+        raise ValueError(
+            f"device={name!r} is not here; there is: {', '.join(k for k, there in available.items() if there)}"
+        )
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if name == "cuda" and world()[1] > 1
+        else torch.device(name)
+    )
 
 
 def stream_seed(seed: int, stream: str, number: int) -> int:
     """A seed for the `number`-th draw of a named stream: fixed by its arguments, unrelated to all others."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{stream}/{number}".encode(), digest_size=7).digest())
+    return int.from_bytes(
+        hashlib.blake2b(f"{seed}/{stream}/{number}".encode(), digest_size=7).digest()
+    )
 
 
 class Loop:
@@ -144,16 +169,32 @@ class Loop:
     checkpoint as soon as the loss is no number.
     """
 
-    def __init__(self, step: Step, modules: Mapping[str, nn.Module], samples: int, config: LoopConfig, optim: OptimConfig,
-                 run_dir: Path | str, *, batches: Batches | None = None, objective: Objective | None = None,
-                 settings: Any = None, progress: bool = True, steps: int | None = None,
-                 rate: Callable[[int], float] | None = None):
+    def __init__(
+        self,
+        step: Step,
+        modules: Mapping[str, nn.Module],
+        samples: int,
+        config: LoopConfig,
+        optim: OptimConfig,
+        run_dir: Path | str,
+        *,
+        batches: Batches | None = None,
+        objective: Objective | None = None,
+        settings: Any = None,
+        progress: bool = True,
+        steps: int | None = None,
+        rate: Callable[[int], float] | None = None,
+    ):
         self.rank, self.ranks = world()
         if config.batch_size > samples:
-            raise ValueError(f"batch_size={config.batch_size} exceeds the {samples} samples: take a smaller batch or more data")
+            raise ValueError(
+                f"batch_size={config.batch_size} exceeds the {samples} samples: take a smaller batch or more data"
+            )
         if config.batch_size % (self.ranks * config.accumulate):
-            raise ValueError(f"batch_size={config.batch_size} cannot be cut into equal pieces, accumulate={config.accumulate} "
-                             f"on each of {self.ranks} ranks: take a multiple of {self.ranks * config.accumulate}")
+            raise ValueError(
+                f"batch_size={config.batch_size} cannot be cut into equal pieces, accumulate={config.accumulate} "
+                f"on each of {self.ranks} ranks: take a multiple of {self.ranks * config.accumulate}"
+            )
         self.modules, self.samples = dict(modules), samples
         self.config, self.optim, self.run_dir = config, optim, Path(run_dir)
         fixed = {"samples": samples, "world_size": self.ranks, **essential(settings or {})}
@@ -161,17 +202,31 @@ class Loop:
         self.progress, self.metrics = progress, Metrics(self.run_dir / "metrics.jsonl")
         self.device = pick_device(config.device)
         for module in self.modules.values():
-            module.to(self.device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
+            module.to(
+                self.device,
+                memory_format=torch.channels_last
+                if config.channels_last
+                else torch.preserve_format,
+            )
             if config.compile:
                 module.compile()
         self.batches = batches or (lambda plan: (indices.to(self.device) for _, indices in plan))
         self.optimizer = build_optimizer(optim, self.modules.values())
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
-        self.gradients = Gradients(step, objective, self.modules.values(), self.device, self.scaler,
-                                   PRECISIONS[config.precision], config.accumulate)
+        self.gradients = Gradients(
+            step,
+            objective,
+            self.modules.values(),
+            self.device,
+            self.scaler,
+            PRECISIONS[config.precision],
+            config.accumulate,
+        )
         self.steps_per_epoch = samples // config.batch_size
         self.total_steps = config.epochs * self.steps_per_epoch if steps is None else steps
-        self.rate = rate or (lambda step: learning_rate(optim, step, self.total_steps, self.steps_per_epoch))
+        self.rate = rate or (
+            lambda step: learning_rate(optim, step, self.total_steps, self.steps_per_epoch)
+        )
         self.step = 0
         self.seconds = 0.0  #: wall time of the steps so far, those before a resumption included
         self._last_good: Path | None = None
@@ -197,7 +252,9 @@ class Loop:
         batches = self.batches(self._plan(self.step))
         board = self.run_dir / "tensorboard" if self.config.tensorboard and self.rank == 0 else None
         since = self.step, self.seconds  # where the last line of metrics.jsonl was written
-        with Display(self.step, self.total_steps, self.progress and self.rank == 0, board) as display:
+        with Display(
+            self.step, self.total_steps, self.progress and self.rank == 0, board
+        ) as display:
             while self.step < self.total_steps:
                 start = time.perf_counter()
                 metrics = self._train_one(batches)
@@ -233,7 +290,9 @@ class Loop:
     def refuse_unfinished(self) -> None:
         """Raise `signals.Stopped` if the iteration was left, saved, before the last step."""
         if self.step < self.total_steps:
-            raise signals.Stopped(f"stopped at step {self.step} of {self.total_steps}: run the same command to go on")
+            raise signals.Stopped(
+                f"stopped at step {self.step} of {self.total_steps}: run the same command to go on"
+            )
 
     def record(self, **figures: float) -> None:
         """Append figures that the caller measured (an accuracy, say) to metrics.jsonl, under the current step.
@@ -253,21 +312,30 @@ class Loop:
         for step in range(first, self.total_steps):
             epoch, place = divmod(step, self.steps_per_epoch)
             if place == 0 or step == first:
-                generator = torch.Generator().manual_seed(stream_seed(self.config.seed, "order", epoch))
+                generator = torch.Generator().manual_seed(
+                    stream_seed(self.config.seed, "order", epoch)
+                )
                 order = torch.randperm(self.samples, generator=generator)
             start = place * self.config.batch_size + self.rank * share
-            yield from ((step, piece) for piece in order[start:start + share].chunk(self.config.accumulate))
+            yield from (
+                (step, piece)
+                for piece in order[start : start + share].chunk(self.config.accumulate)
+            )
 
     def _train_one(self, batches: Iterator[Any]) -> dict[str, Tensor]:
         rate = self.rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        seed = stream_seed(self.config.seed, f"step of rank {self.rank}" if self.rank else "step", self.step)
+        seed = stream_seed(
+            self.config.seed, f"step of rank {self.rank}" if self.rank else "step", self.step
+        )
         self.optimizer.zero_grad(set_to_none=True)
         metrics = self.gradients(itertools.islice(batches, self.config.accumulate), seed)
         self.scaler.unscale_(self.optimizer)
         parameters = (p for group in self.optimizer.param_groups for p in group["params"])
-        metrics["grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        metrics["grad_norm"] = torch.nn.utils.get_total_norm(
+            [p.grad for p in parameters if p.grad is not None]
+        )
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return metrics
@@ -292,12 +360,16 @@ class Loop:
         finite = finite[:, 0] if searching else finite.all(1)
         if not finite.all():
             bad = self.step - len(suspects) + int((~finite).nonzero()[0])
-            good = (f"the last good checkpoint is {self._last_good}" if self._last_good
-                    else "no checkpoint had been saved yet")
+            good = (
+                f"the last good checkpoint is {self._last_good}"
+                if self._last_good
+                else "no checkpoint had been saved yet"
+            )
             raise NonFiniteError(
                 f"loss or gradient is not finite at step {bad} "
                 f"(loss {suspects[bad - self.step][0].item()}); {good}. Lower the learning "
-                f"rate (optim.lr={self.optim.lr}), or use precision='fp32'")
+                f"rate (optim.lr={self.optim.lr}), or use precision='fp32'"
+            )
         self._suspects.clear()
         return bool(stops > 0), bool(due > 0)
 
@@ -307,12 +379,21 @@ class Loop:
             return metrics
         return dict(zip(metrics, mean_over_ranks(torch.stack(list(metrics.values()))), strict=True))
 
-    def _figures(self, metrics: Mapping[str, Tensor], step: int, seconds: float) -> dict[str, float]:
+    def _figures(
+        self, metrics: Mapping[str, Tensor], step: int, seconds: float
+    ) -> dict[str, float]:
         """What is recorded now, the last time having been at `step` after so many `seconds`."""
         speed = (self.step - step) * self.config.batch_size / (self.seconds - seconds)
-        fp16 = {"scale": self.scaler.get_scale(), "skipped": self._skipped} if self.scaler.is_enabled() else {}
-        return {name: value.item() for name, value in metrics.items()} | {
-            "lr": self.optimizer.param_groups[0]["lr"], "samples_per_second": round(speed, 1)} | fp16
+        fp16 = (
+            {"scale": self.scaler.get_scale(), "skipped": self._skipped}
+            if self.scaler.is_enabled()
+            else {}
+        )
+        return (
+            {name: value.item() for name, value in metrics.items()}
+            | {"lr": self.optimizer.param_groups[0]["lr"], "samples_per_second": round(speed, 1)}
+            | fp16
+        )
 
     # What survives a kill
 
@@ -348,8 +429,10 @@ class Loop:
         state, path = found
         before = {"world_size": 1, **state["settings"]}  # older checkpoints knew of no ranks
         if before != self.settings:
-            raise ValueError(f"run_dir={str(self.run_dir)!r} holds a run with other settings "
-                             f"({differences(before, self.settings)}): give the same ones, or another folder")
+            raise ValueError(
+                f"run_dir={str(self.run_dir)!r} holds a run with other settings "
+                f"({differences(before, self.settings)}): give the same ones, or another folder"
+            )
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -374,10 +457,15 @@ class Loop:
         return found if self.rank == 0 or newest is None else (checkpoints.load(newest), newest)
 
 
-def differences(before: Any, now: Any, path: str = "", words: tuple[str, str] = ("before", "now")) -> str:
+def differences(
+    before: Any, now: Any, path: str = "", words: tuple[str, str] = ("before", "now")
+) -> str:
     """The settings that differ, as "optim.lr: 0.002 before, 0.001 now"; "" if none does."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
-        parts = [differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."), words)
-                 for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+        parts = [
+            differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."), words)
+            for key in sorted({*before, *now})
+            if before.get(key) != now.get(key)
+        ]
         return "; ".join(parts)
     return "" if before == now else f"{path or 'settings'}: {before} {words[0]}, {now} {words[1]}"

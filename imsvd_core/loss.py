@@ -10,7 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from imsvd_core.discretization import Units, check_units, joint, soft_discretize, split_variables, unit_counts
+from imsvd_core.discretization import (
+    Units,
+    check_units,
+    joint,
+    soft_discretize,
+    split_variables,
+    unit_counts,
+)
 from imsvd_core.distributed import refuse_unlike
 from imsvd_core.streaming import Invariance, Products, Settings, StreamedLoss
 
@@ -24,17 +31,29 @@ class LossTerms(NamedTuple):
     transform_invariance: Tensor  #: TI (or TIC) ≥ 0, mean over samples and variables
 
 
-def cross_joint_entropy(z1: Tensor, z2: Tensor, units: Units, *,
-                        diagonal_weight: float = 1.0, off_diagonal_weight: float = 1.0,
-                        invariance_weight: float = 1.0, invariance: Invariance = "inner_product",
-                        temperature: float = 1.0) -> LossTerms:
+def cross_joint_entropy(
+    z1: Tensor,
+    z2: Tensor,
+    units: Units,
+    *,
+    diagonal_weight: float = 1.0,
+    off_diagonal_weight: float = 1.0,
+    invariance_weight: float = 1.0,
+    invariance: Invariance = "inner_product",
+    temperature: float = 1.0,
+) -> LossTerms:
     """Eq. 11 as it is written: logits (N, D) of two views → `LossTerms`, by autograd.
 
     Needs several D×D matrices, so D of a few thousand at most, and logits whose softmax does not
     underflow. Raises ValueError as `CrossJointEntropyLoss` does.
     """
-    check_settings(units, temperature, diagonal_weight=diagonal_weight,
-                   off_diagonal_weight=off_diagonal_weight, invariance_weight=invariance_weight)
+    check_settings(
+        units,
+        temperature,
+        diagonal_weight=diagonal_weight,
+        off_diagonal_weight=off_diagonal_weight,
+        invariance_weight=invariance_weight,
+    )
     _check_invariance(invariance)
     counts = check_logits(z1, z2, units)
     p1, p2 = soft_discretize(z1, units, temperature), soft_discretize(z2, units, temperature)
@@ -50,8 +69,11 @@ def cross_joint_entropy(z1: Tensor, z2: Tensor, units: Units, *,
     else:
         agreement = split_variables(torch.special.xlogy(p1, p2), units).sum(-1)
     disagreement = -agreement.mean()
-    total = (diagonal_weight * diagonal + off_diagonal_weight * off_diagonal
-             + invariance_weight * disagreement)
+    total = (
+        diagonal_weight * diagonal
+        + off_diagonal_weight * off_diagonal
+        + invariance_weight * disagreement
+    )
     return LossTerms(total, diagonal, off_diagonal, disagreement)
 
 
@@ -81,31 +103,72 @@ class CrossJointEntropyLoss(nn.Module):
     if shapes, types or the wish for a gradient differ among ranks. An infinite logit gives NaN, as it should.
     """
 
-    def __init__(self, units: Units, *, diagonal_weight: float = 1.0, off_diagonal_weight: float = 1.0,
-                 invariance_weight: float = 1.0, invariance: Invariance = "inner_product", temperature: float = 1.0,
-                 gather_distributed: bool = False, sampled_variables: int | None = None,
-                 products: Products = "fp32", fused: bool | None = None):
+    def __init__(
+        self,
+        units: Units,
+        *,
+        diagonal_weight: float = 1.0,
+        off_diagonal_weight: float = 1.0,
+        invariance_weight: float = 1.0,
+        invariance: Invariance = "inner_product",
+        temperature: float = 1.0,
+        gather_distributed: bool = False,
+        sampled_variables: int | None = None,
+        products: Products = "fp32",
+        fused: bool | None = None,
+    ):
         super().__init__()
-        check_settings(units, temperature, diagonal_weight=diagonal_weight, off_diagonal_weight=off_diagonal_weight,
-                       invariance_weight=invariance_weight)
+        check_settings(
+            units,
+            temperature,
+            diagonal_weight=diagonal_weight,
+            off_diagonal_weight=off_diagonal_weight,
+            invariance_weight=invariance_weight,
+        )
         _check_invariance(invariance)
-        if sampled_variables is not None and (type(sampled_variables) is not int or sampled_variables < 1):
-            raise ValueError(f"sampled_variables={sampled_variables!r} must be a whole number ≥ 1, or None for all")
+        if sampled_variables is not None and (
+            type(sampled_variables) is not int or sampled_variables < 1
+        ):
+            raise ValueError(
+                f"sampled_variables={sampled_variables!r} must be a whole number ≥ 1, or None for all"
+            )
         if products not in ("fp32", "bf16"):
             raise ValueError(f"products={products!r} must be 'fp32' or 'bf16'")
-        self.settings = Settings(units if isinstance(units, int) else tuple(units), float(diagonal_weight),
-                                 float(off_diagonal_weight), float(invariance_weight), invariance, float(temperature),
-                                 gather_distributed, sampled_variables, products, fused)
+        self.settings = Settings(
+            units if isinstance(units, int) else tuple(units),
+            float(diagonal_weight),
+            float(off_diagonal_weight),
+            float(invariance_weight),
+            invariance,
+            float(temperature),
+            gather_distributed,
+            sampled_variables,
+            products,
+            fused,
+        )
 
     def forward(self, z1: Tensor, z2: Tensor) -> LossTerms:
         if self.settings.gather_distributed:
-            facts = {"gradient wanted": int(torch.is_grad_enabled() and (z1.requires_grad or z2.requires_grad))}
+            facts = {
+                "gradient wanted": int(
+                    torch.is_grad_enabled() and (z1.requires_grad or z2.requires_grad)
+                )
+            }
             for name, z in (("z1", z1), ("z2", z2)):
-                facts |= {f"samples of {name}": len(z), f"entries of {name}": z.numel(), f"bytes an entry of {name}": z.element_size()}
+                facts |= {
+                    f"samples of {name}": len(z),
+                    f"entries of {name}": z.numel(),
+                    f"bytes an entry of {name}": z.element_size(),
+                }
             refuse_unlike(z1.device, facts)
-        variables, drawn = len(check_logits(z1, z2, self.settings.units)), self.settings.sampled_variables
+        variables, drawn = (
+            len(check_logits(z1, z2, self.settings.units)),
+            self.settings.sampled_variables,
+        )
         if drawn is not None and drawn > variables:
-            raise ValueError(f"sampled_variables={drawn} exceeds the {variables} variables that there are")
+            raise ValueError(
+                f"sampled_variables={drawn} exceeds the {variables} variables that there are"
+            )
         with torch.autocast(z1.device.type, enabled=False):
             return LossTerms(*StreamedLoss.apply(z1, z2, self.settings))
 
@@ -116,7 +179,9 @@ class CrossJointEntropyLoss(nn.Module):
 def check_logits(z1: Tensor, z2: Tensor, units: Units) -> tuple[int, ...]:
     """Units of every variable of two tables alike. Raises ValueError where the tables or the units do not fit."""
     if z1.ndim != 2 or z1.shape != z2.shape or not z1.numel():
-        raise ValueError(f"z1 has shape {tuple(z1.shape)}, z2 {tuple(z2.shape)}: need two non-empty (N, D) tables alike")
+        raise ValueError(
+            f"z1 has shape {tuple(z1.shape)}, z2 {tuple(z2.shape)}: need two non-empty (N, D) tables alike"
+        )
     if z1.dtype != z2.dtype or not z1.is_floating_point():
         raise ValueError(f"z1 is {z1.dtype}, z2 {z2.dtype}: need one floating-point type for both")
     return unit_counts(units, z1.shape[1])
@@ -134,4 +199,6 @@ def check_settings(units: Units, temperature: float, **weights: float) -> None:
 
 def _check_invariance(invariance: str) -> None:
     if invariance not in ("inner_product", "cross_entropy"):
-        raise ValueError(f"invariance={invariance!r} must be 'inner_product' (TI) or 'cross_entropy' (TIC)")
+        raise ValueError(
+            f"invariance={invariance!r} must be 'inner_product' (TI) or 'cross_entropy' (TIC)"
+        )

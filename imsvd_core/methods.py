@@ -39,10 +39,19 @@ class IMSVD:
 
     def build(self, dim: int) -> nn.Module:
         unit_counts(self.units, dim)
-        return _CrossJoint(CrossJointEntropyLoss(
-            self.units, diagonal_weight=self.diagonal_weight, off_diagonal_weight=self.off_diagonal_weight,
-            invariance_weight=self.invariance_weight, invariance=self.invariance, temperature=self.temperature,
-            products=self.products, sampled_variables=self.sampled_variables, gather_distributed=True))
+        return _CrossJoint(
+            CrossJointEntropyLoss(
+                self.units,
+                diagonal_weight=self.diagonal_weight,
+                off_diagonal_weight=self.off_diagonal_weight,
+                invariance_weight=self.invariance_weight,
+                invariance=self.invariance,
+                temperature=self.temperature,
+                products=self.products,
+                sampled_variables=self.sampled_variables,
+                gather_distributed=True,
+            )
+        )
 
 
 class _CrossJoint(nn.Module):
@@ -70,8 +79,13 @@ class VICReg:
     def build(self, dim: int) -> nn.Module:
         from lightly.loss import VICRegLoss  # slow to import
 
-        return _Peer(VICRegLoss(lambda_param=self.invariance_weight, mu_param=self.variance_weight,
-                                nu_param=self.covariance_weight))
+        return _Peer(
+            VICRegLoss(
+                lambda_param=self.invariance_weight,
+                mu_param=self.variance_weight,
+                nu_param=self.covariance_weight,
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -94,7 +108,9 @@ def _check_weights(method: "VICReg | BarlowTwins") -> None:
     for field in fields(method):
         weight = getattr(method, field.name)
         if field.name.endswith("_weight") and not (weight >= 0 and math.isfinite(weight)):
-            raise ValueError(f"{field.name}={weight} must be a finite number ≥ 0 (default {field.default})")
+            raise ValueError(
+                f"{field.name}={weight} must be a finite number ≥ 0 (default {field.default})"
+            )
 
 
 class _Peer(nn.Module):

@@ -27,7 +27,9 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         if self.backbone not in ("narrow", "resnet18", "resnet50"):
-            raise ValueError(f"backbone={self.backbone!r} must be 'narrow', 'resnet18' or 'resnet50'")
+            raise ValueError(
+                f"backbone={self.backbone!r} must be 'narrow', 'resnet18' or 'resnet50'"
+            )
         if self.dim < 1 or any(width < 1 for width in self.hidden):
             raise ValueError(f"dim={self.dim} and hidden={self.hidden} must be positive")
 
@@ -54,7 +56,9 @@ def build_backbone(name: BackboneName = "resnet50", cifar_stem: bool = False) ->
 
     Its state dict is torchvision's without `fc.*`; with `cifar_stem`, `conv1` is 3×3 and the rest fits.
     """
-    backbone = NarrowResNet() if name == "narrow" else getattr(torchvision.models, name)(weights=None)
+    backbone = (
+        NarrowResNet() if name == "narrow" else getattr(torchvision.models, name)(weights=None)
+    )
     if cifar_stem:
         width = backbone.conv1.out_channels
         backbone.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
@@ -73,7 +77,11 @@ def build_projector(features: int, hidden: Sequence[int], dim: int) -> nn.Sequen
     widths = (features, *hidden)
     layers: list[nn.Module] = []
     for before, after in zip(widths, hidden):
-        layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
+        layers += [
+            nn.Linear(before, after, bias=False),
+            nn.BatchNorm1d(after),
+            nn.ReLU(inplace=True),
+        ]
     return nn.Sequential(*layers, nn.Linear(widths[-1], dim, bias=False))
 
 
@@ -99,14 +107,18 @@ class TwinNetwork(nn.Module):
 
 
 @torch.no_grad()
-def represent(backbone: nn.Module, batches, device: torch.device | str, precision: torch.dtype | None = None) -> Tensor:
+def represent(
+    backbone: nn.Module, batches, device: torch.device | str, precision: torch.dtype | None = None
+) -> Tensor:
     """Representations (N, features) in float32 of an iterable of image batches, batch-norm frozen, order kept."""
     was_training = backbone.training
     backbone.eval()
     try:
         rows = []
         for x in batches:
-            with torch.autocast(torch.device(device).type, dtype=precision, enabled=precision is not None):
+            with torch.autocast(
+                torch.device(device).type, dtype=precision, enabled=precision is not None
+            ):
                 rows.append(backbone(x.to(device, memory_format=torch.channels_last)).float())
         return torch.cat(rows)
     finally:

@@ -34,14 +34,17 @@ class OptimConfig:
             if not (getattr(self, field) >= 0 and math.isfinite(getattr(self, field))):
                 raise ValueError(f"{field}={getattr(self, field)} must be a finite number ≥ 0")
         if self.momentum >= 1:
-            raise ValueError(f"momentum={self.momentum} must be below 1, or steps would grow for ever")
+            raise ValueError(
+                f"momentum={self.momentum} must be below 1, or steps would grow for ever"
+            )
         if self.name == "lars" and self.weight_decay == 0:
-            raise ValueError("weight_decay=0 would switch lars's adaptation off with the decay: "
-                             "give a small one (the paper's is 1e-6)")
+            raise ValueError(
+                "weight_decay=0 would switch lars's adaptation off with the decay: "
+                "give a small one (the paper's is 1e-6)"
+            )
 
 
-def learning_rate(config: OptimConfig, step: int, total_steps: int,
-                  steps_per_epoch: int) -> float:
+def learning_rate(config: OptimConfig, step: int, total_steps: int, steps_per_epoch: int) -> float:
     """The rate of `step` (from 0): a straight rise, then a cosine to the final fraction.
 
     Any warm-up fits any number of epochs: it is cut to `total_steps`, and the cosine
@@ -67,8 +70,10 @@ def build_optimizer(config: OptimConfig, modules: Iterable[nn.Module]) -> torch.
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("modules hold no trainable parameter: nothing to optimize")
-    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-              {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
     groups = [group for group in groups if group["params"]]
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)

@@ -46,12 +46,20 @@ class Theme:
 
     def rc(self) -> dict[str, Any]:
         """Return matplotlib's settings for this theme."""
-        labels = ("axes.labelcolor", "axes.titlecolor", "hatch.color", "legend.labelcolor", "text.color")
+        labels = (
+            "axes.labelcolor",
+            "axes.titlecolor",
+            "hatch.color",
+            "legend.labelcolor",
+            "text.color",
+        )
         ticks = ("xtick.labelcolor", "ytick.labelcolor")
         return {
             **_HOUSE,
             **dict.fromkeys(labels + ticks, self.ink),
-            **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), self.muted),
+            **dict.fromkeys(
+                ("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), self.muted
+            ),
             "axes.prop_cycle": matplotlib.cycler(color=list(self.colors)),
             "patch.edgecolor": self.paper,
         }
@@ -80,7 +88,18 @@ LIGHT = Theme(
     muted="#6b7280",
     colors=("#0072b2", "#d55e00", "#008a64", "#b5548a", "#a67200", "#2e8bc0"),
     sequential=LinearSegmentedColormap.from_list(
-        "light", "#f7fbfd #bfe1fb #8dc6f6 #64a7eb #4888d8 #396abc #2f4e99 #263472 #1a1e4a".split()
+        "light",
+        [
+            "#f7fbfd",
+            "#bfe1fb",
+            "#8dc6f6",
+            "#64a7eb",
+            "#4888d8",
+            "#396abc",
+            "#2f4e99",
+            "#263472",
+            "#1a1e4a",
+        ],
     ),
 )
 DARK = Theme(
@@ -90,7 +109,18 @@ DARK = Theme(
     muted="#8b95a1",
     colors=("#4ba3e3", "#ff8a3d", "#2cc295", "#e49ac4", "#f0c24a", "#9ad2f5"),
     sequential=LinearSegmentedColormap.from_list(
-        "dark", "#181a24 #19334f #005273 #007586 #009789 #3eb383 #92ca86 #d1dea0 #fff6d0".split()
+        "dark",
+        [
+            "#181a24",
+            "#19334f",
+            "#005273",
+            "#007586",
+            "#009789",
+            "#3eb383",
+            "#92ca86",
+            "#d1dea0",
+            "#fff6d0",
+        ],
     ),
 )
 THEMES = (LIGHT, DARK)
@@ -164,16 +194,26 @@ def animate(
     """
     _check_alt(alt)
     items = list(range(frames)) if isinstance(frames, int) else list(frames)
-    names = [f"{i + 1} of {len(items)}" for i in range(len(items))] if labels is None else [str(n) for n in labels]
+    names = (
+        [f"{i + 1} of {len(items)}" for i in range(len(items))]
+        if labels is None
+        else [str(n) for n in labels]
+    )
     if not items:
         raise ValueError("frames is empty: an animation needs at least one frame")
     if len(names) != len(items):
-        raise ValueError(f"labels has {len(names)} entries for {len(items)} frames: give one label to each frame")
+        raise ValueError(
+            f"labels has {len(names)} entries for {len(items)} frames: give one label to each frame"
+        )
     if interval < 1:
         raise ValueError(f"interval={interval} must be at least 1 millisecond")
-    drawn = [[_render(partial(draw_frame, item), theme, "webp") for theme in THEMES] for item in items]
+    drawn = [
+        [_render(partial(draw_frame, item), theme, "webp") for theme in THEMES] for item in items
+    ]
     uris = [[uri for uri, _ in pair] for pair in drawn]
-    last = "".join(_img(theme, alt, *picture) for theme, picture in zip(THEMES, drawn[-1], strict=True))
+    last = "".join(
+        _img(theme, alt, *picture) for theme, picture in zip(THEMES, drawn[-1], strict=True)
+    )
     name = "imsvd-" + hashlib.sha256("".join(map("".join, uris)).encode()).hexdigest()[:12]
     player = files("imsvd_core").joinpath("animation.js").read_text(encoding="utf-8")
     page = (
@@ -211,8 +251,12 @@ def draw_joint(
     sizes = [units] * (dim // units if units else 0) if isinstance(units, int) else list(units)
     if not sizes or min(sizes) < 1 or sum(sizes) != dim:
         raise ValueError(f"units={units} does not divide the {dim} rows of joint into variables")
-    norm = norm if norm is not None else PowerNorm(0.5, vmin=0.0, vmax=max(float(table.max()), 1e-12))
-    image = ax.imshow(table, cmap=theme.sequential, norm=norm, interpolation="none" if dim <= 256 else "auto")
+    norm = (
+        norm if norm is not None else PowerNorm(0.5, vmin=0.0, vmax=max(float(table.max()), 1e-12))
+    )
+    image = ax.imshow(
+        table, cmap=theme.sequential, norm=norm, interpolation="none" if dim <= 256 else "auto"
+    )
     edges = np.concatenate([[0], np.cumsum(sizes)]) - 0.5
     if len(sizes) <= 40:
         lines = {"color": theme.muted, "linewidth": 0.5 if len(sizes) <= 16 else 0.25, "alpha": 0.7}
@@ -262,7 +306,9 @@ def contact_sheet(images: Any, *, columns: int = 8, gap: int = 2, scale: int = 1
             f"images has shape {stack.shape} and type {stack.dtype}; uint8 of shape (N, 3, H, W), N >= 1, is needed"
         )
     if columns < 1 or scale < 1 or gap < 0:
-        raise ValueError(f"columns={columns} and scale={scale} must be at least 1, gap={gap} at least 0")
+        raise ValueError(
+            f"columns={columns} and scale={scale} must be at least 1, gap={gap} at least 0"
+        )
     stack = stack.transpose(0, 2, 3, 1).repeat(scale, axis=1).repeat(scale, axis=2)
     count, height, width = stack.shape[:3]
     columns = min(columns, count)
@@ -270,7 +316,9 @@ def contact_sheet(images: Any, *, columns: int = 8, gap: int = 2, scale: int = 1
     sheet = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, 4), np.uint8)
     for i, image in enumerate(stack):
         top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
-        sheet[top : top + height, left : left + width] = np.dstack([image, np.full((height, width), 255, np.uint8)])
+        sheet[top : top + height, left : left + width] = np.dstack(
+            [image, np.full((height, width), 255, np.uint8)]
+        )
     return sheet
 
 
@@ -298,16 +346,23 @@ def _img(theme: Theme, alt: str, uri: str, width: float) -> str:
 def _render(draw: Callable[[Theme], Figure], theme: Theme, kind: str) -> tuple[str, float]:
     """Return a drawing as a data URI, and its width on a page, where an inch has 96 pixels."""
     options = {
-        "svg": {"dpi": 200, "metadata": dict.fromkeys(("Date", "Creator", "Format", "Type"))},  # a date differs daily
+        "svg": {
+            "dpi": 200,
+            "metadata": dict.fromkeys(("Date", "Creator", "Format", "Type")),
+        },  # a date differs daily
         "webp": {"dpi": 2 * 96, "pil_kwargs": {"lossless": True, "method": 4}},
     }[kind]
     stream = io.BytesIO()
     with matplotlib.rc_context(theme.rc()):
         drawing = draw(theme)
         if not isinstance(drawing, Figure):
-            raise ValueError(f"draw returned {type(drawing).__name__}: it must return the Figure that it drew")
+            raise ValueError(
+                f"draw returned {type(drawing).__name__}: it must return the Figure that it drew"
+            )
         drawing.savefig(stream, format=kind, transparent=True, **options)
-    return _uri("image/svg+xml" if kind == "svg" else "image/webp", stream.getvalue()), 96 * drawing.get_figwidth()
+    return _uri(
+        "image/svg+xml" if kind == "svg" else "image/webp", stream.getvalue()
+    ), 96 * drawing.get_figwidth()
 
 
 def _array_uri(pixels: np.ndarray) -> str:

@@ -91,8 +91,11 @@ class Report:
         """Note a number, and where it is not the expected one a fault."""
         self.found[what] = found
         if found != expected:
-            self.add("wrong count", f"{what}: {found:,}, expected {expected:,}",
-                     f"{UNPACK}; of a subset say what it holds (--classes, --counts)")
+            self.add(
+                "wrong count",
+                f"{what}: {found:,}, expected {expected:,}",
+                f"{UNPACK}; of a subset say what it holds (--classes, --counts)",
+            )
 
     def __str__(self) -> str:
         found = ", ".join(f"{what} {number:,}" for what, number in self.found.items())
@@ -100,12 +103,22 @@ class Report:
         for problem in self.problems:
             rest = f"\n    and {problem.count - SHOWN:,} more" if problem.count > SHOWN else ""
             examples = "\n    ".join(problem.first) + rest
-            lines.append(f"  {problem.what} ({problem.count:,}):\n    {examples}\n    → {problem.remedy}")
-        looked = {"none": "files not opened", "header": "both ends of every file read", "full": "every file decoded"}
-        return "\n".join([*lines, f"  {'all is well' if self.ok else 'not ready'} ({looked[self.decode]})"])
+            lines.append(
+                f"  {problem.what} ({problem.count:,}):\n    {examples}\n    → {problem.remedy}"
+            )
+        looked = {
+            "none": "files not opened",
+            "header": "both ends of every file read",
+            "full": "every file decoded",
+        }
+        return "\n".join(
+            [*lines, f"  {'all is well' if self.ok else 'not ready'} ({looked[self.decode]})"]
+        )
 
 
-Track = Callable[..., Iterable]  # (items, description=...): the items, with a bar that shows how many are done
+Track = Callable[
+    ..., Iterable
+]  # (items, description=...): the items, with a bar that shows how many are done
 
 
 @dataclass(frozen=True)
@@ -129,37 +142,62 @@ def _inspect_tree(root: Path, spec: Spec, report: Report, track: Track) -> list[
         if not home.is_dir():
             report.add("missing folder", str(home), PREPARE)
             continue
-        if loose := [entry.name for entry in os.scandir(home) if entry.name.lower().endswith(datasets.SUFFIXES)]:
-            report.add("images outside class folders", f"{len(loose):,} in {home}, first {min(loose)}",
-                       f"move each into {home}/<class>/, as told below")
+        if loose := [
+            entry.name
+            for entry in os.scandir(home)
+            if entry.name.lower().endswith(datasets.SUFFIXES)
+        ]:
+            report.add(
+                "images outside class folders",
+                f"{len(loose):,} in {home}, first {min(loose)}",
+                f"move each into {home}/<class>/, as told below",
+            )
         classes[split] = []
         for name in datasets.class_names(home):
             good = re.fullmatch(spec.class_name, name)
             classes[split] += [name] if good else []
             if not good:
-                report.add("folder that is no class", str(home / name), "move it out of the data root")
-        members = {name: [f"{home}/{name}/{file}" for file, _ in datasets.scan(home / name)]
-                   for name in track(classes[split], description=f"listing {split}")}
+                report.add(
+                    "folder that is no class", str(home / name), "move it out of the data root"
+                )
+        members = {
+            name: [f"{home}/{name}/{file}" for file, _ in datasets.scan(home / name)]
+            for name in track(classes[split], description=f"listing {split}")
+        }
         report.expect(f"{split} classes", len(members), spec.classes)
         report.expect(f"{split} images", sum(map(len, members.values())), expected)
         for name, some in members.items():
             share = expected // spec.classes
-            if not some or split in spec.balanced and len(some) != share:
+            if not some or (split in spec.balanced and len(some) != share):
                 wanted = f"{share:,}" if split in spec.balanced else "some"
-                report.add("class of the wrong size", f"{home / name}: {len(some):,} images, expected {wanted}",
-                           UNPACK)
+                report.add(
+                    "class of the wrong size",
+                    f"{home / name}: {len(some):,} images, expected {wanted}",
+                    UNPACK,
+                )
             files += some
     for split, names in classes.items():
         for name in sorted(set().union(*classes.values()) - set(names)):
-            report.add("missing class", str(root / split / name), f"{UNPACK}: every split needs every class")
+            report.add(
+                "missing class",
+                str(root / split / name),
+                f"{UNPACK}: every split needs every class",
+            )
     return files
 
 
 def _inspect_voc(root: Path, spec: Spec, report: Report, track: Track) -> list[str]:
     """JPEGImages, Annotations and ImageSets/Main, the lists of each split and of each class in it."""
-    base = next((root / place for place in ("VOCdevkit/VOC2007", "VOC2007") if (root / place).is_dir()), root)
+    base = next(
+        (root / place for place in ("VOCdevkit/VOC2007", "VOC2007") if (root / place).is_dir()),
+        root,
+    )
     stems = {}
-    for folder, suffix in (("JPEGImages", ".jpg"), ("Annotations", ".xml"), ("ImageSets/Main", ".txt")):
+    for folder, suffix in (
+        ("JPEGImages", ".jpg"),
+        ("Annotations", ".xml"),
+        ("ImageSets/Main", ".txt"),
+    ):
         if not (base / folder).is_dir():
             report.add("missing folder", str(base / folder), PREPARE)
         stems[folder] = {path.stem for path in (base / folder).glob("*" + suffix)}
@@ -168,7 +206,11 @@ def _inspect_voc(root: Path, spec: Spec, report: Report, track: Track) -> list[s
     report.expect("classes", len(classes), spec.classes)
     splits: dict[str, set[str]] = {}
     for split, expected in spec.counts.items():
-        members = [stem for stem, *_ in _lines(base / f"ImageSets/Main/{split}.txt", report)] if split in lists else []
+        members = (
+            [stem for stem, *_ in _lines(base / f"ImageSets/Main/{split}.txt", report)]
+            if split in lists
+            else []
+        )
         report.expect(f"{split} images", len(members), expected)
         for name in sorted(classes):
             file = base / f"ImageSets/Main/{name}_{split}.txt"
@@ -179,8 +221,11 @@ def _inspect_voc(root: Path, spec: Spec, report: Report, track: Track) -> list[s
             if [stem for stem, *_ in lines] != members:
                 report.add("list of other images", str(file), UNPACK)
             if odd := [line for line in lines if line[1:] not in (["-1"], ["0"], ["1"])]:
-                report.add("list without labels", f"{file} says {' '.join(odd[0])!r}: a stem and -1, 0 or 1 belong there",
-                           UNPACK)
+                report.add(
+                    "list without labels",
+                    f"{file} says {' '.join(odd[0])!r}: a stem and -1, 0 or 1 belong there",
+                    UNPACK,
+                )
         splits[split] = set(members)
         for stem in members:
             if stem not in images:
@@ -188,14 +233,23 @@ def _inspect_voc(root: Path, spec: Spec, report: Report, track: Track) -> list[s
             if stem not in annotations:
                 report.add("missing annotation", str(base / f"Annotations/{stem}.xml"), UNPACK)
     for stem in sorted(splits.get("trainval", set()) & splits.get("test", set())):
-        report.add("image of both splits", f"{stem}, in {base}/ImageSets/Main/trainval.txt and test.txt", UNPACK)
+        report.add(
+            "image of both splits",
+            f"{stem}, in {base}/ImageSets/Main/trainval.txt and test.txt",
+            UNPACK,
+        )
     for stem in sorted(annotations - images):
         report.add("annotation without image", str(base / f"Annotations/{stem}.xml"), UNPACK)
     for stem in track(sorted(annotations), description="annotations"):
         file = base / f"Annotations/{stem}.xml"
         try:
             odd = {name.text for name in ElementTree.parse(file).iterfind("object/name")} - classes
-        except (OSError, ValueError, LookupError, ElementTree.ParseError) as error:  # a folder, an odd encoding, no XML
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            ElementTree.ParseError,
+        ) as error:  # a folder, an odd encoding, no XML
             report.add("unreadable annotation", f"{file} ({type(error).__name__}: {error})", UNPACK)
         else:
             for name in sorted(map(str, odd)):
@@ -231,32 +285,59 @@ def _inspect_coco(root: Path, spec: Spec, report: Report, track: Track) -> list[
             named = {image["file_name"] for image in told["images"]}
             ids = Counter(image["id"] for image in told["images"])
             categories = {category["id"] for category in told["categories"]}
-            orphans = [box["id"] for box in told["annotations"]
-                       if box["image_id"] not in listed or box["category_id"] not in categories]
+            orphans = [
+                box["id"]
+                for box in told["annotations"]
+                if box["image_id"] not in listed or box["category_id"] not in categories
+            ]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            report.add("unreadable annotation", f"{listing} ({type(error).__name__}: {error})", UNPACK)
+            report.add(
+                "unreadable annotation", f"{listing} ({type(error).__name__}: {error})", UNPACK
+            )
             continue
         report.found[f"{split} objects"] = len(told["annotations"])
         report.expect(f"{split} categories", len(categories), spec.classes)
         for number, times in ids.items():
             if times > 1:
-                report.add("image listed twice", f"{number} is the id of {times} images in {listing}", UNPACK)
+                report.add(
+                    "image listed twice",
+                    f"{number} is the id of {times} images in {listing}",
+                    UNPACK,
+                )
         for name in sorted(named - names, key=str):
             report.add("missing image", f"{home / name}, which {listing.name} lists", UNPACK)
         for name in sorted(names - named):
-            report.add("image without annotation", f"{home / name}, which {listing.name} does not list",
-                       f"if it was added, move it out of the data root; else {UNPACK}")
+            report.add(
+                "image without annotation",
+                f"{home / name}, which {listing.name} does not list",
+                f"if it was added, move it out of the data root; else {UNPACK}",
+            )
         for number in orphans:
             report.add("annotation of nothing known", f"{number} in {listing}", UNPACK)
     return files
 
 
 SPECS = {
-    "imagenet": Spec("ImageNet (ILSVRC 2012)", {"train": 1_281_167, "val": 50_000}, 1000, IMAGENET_HELP,
-                     _inspect_tree, class_name=r"n\d{8}", balanced=("val",)),
-    "places205": Spec("Places205", {"train": 2_448_873, "val": 20_500}, 205, PLACES_HELP, _inspect_tree,
-                      balanced=("val",)),
-    "voc07": Spec("PASCAL VOC 2007", {"trainval": 5_011, "test": 4_952}, 20, VOC_HELP, _inspect_voc),
+    "imagenet": Spec(
+        "ImageNet (ILSVRC 2012)",
+        {"train": 1_281_167, "val": 50_000},
+        1000,
+        IMAGENET_HELP,
+        _inspect_tree,
+        class_name=r"n\d{8}",
+        balanced=("val",),
+    ),
+    "places205": Spec(
+        "Places205",
+        {"train": 2_448_873, "val": 20_500},
+        205,
+        PLACES_HELP,
+        _inspect_tree,
+        balanced=("val",),
+    ),
+    "voc07": Spec(
+        "PASCAL VOC 2007", {"trainval": 5_011, "test": 4_952}, 20, VOC_HELP, _inspect_voc
+    ),
     "coco": Spec("COCO 2017", {"train": 118_287, "val": 5_000}, 80, COCO_HELP, _inspect_coco),
 }
 
@@ -272,8 +353,15 @@ def how_to(spec: Spec, root: Path | str) -> str:
     return f"How to prepare {spec.title}:\n" + spec.help.format(root=root)
 
 
-def check(name: str, root: Path | str, *, decode: Decode = "header", workers: int | None = None,
-          spec: Spec | None = None, progress: bool = False) -> Report:
+def check(
+    name: str,
+    root: Path | str,
+    *,
+    decode: Decode = "header",
+    workers: int | None = None,
+    spec: Spec | None = None,
+    progress: bool = False,
+) -> Report:
     """Verify a data root and leave the report in it as a stamp, if it can be written there.
 
     Args:
@@ -288,7 +376,9 @@ def check(name: str, root: Path | str, *, decode: Decode = "header", workers: in
     """
     spec = spec or find_spec(name)
     if decode not in ("none", "header", "full") or (workers is not None and workers < 1):
-        raise ValueError(f"decode is {decode!r} and workers {workers}: choose none, header or full, and 1 or more")
+        raise ValueError(
+            f"decode is {decode!r} and workers {workers}: choose none, header or full, and 1 or more"
+        )
     root = Path(root).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder.\n{how_to(spec, root)}")
@@ -296,10 +386,12 @@ def check(name: str, root: Path | str, *, decode: Decode = "header", workers: in
     with Progress(disable=not progress, transient=True) as bars:
         files = spec.inspect(root, spec, report, bars.track)
         if decode != "none":
-            parts = [files[start:start + 64] for start in range(0, len(files), 64)]
+            parts = [files[start : start + 64] for start in range(0, len(files), 64)]
             with ThreadPoolExecutor(workers or folders.share_of_cores()) as pool:
                 examined = pool.map(lambda part: list(_examine(part, decode)), parts)
-                for faults in bars.track(examined, total=len(parts), description="images, 64 at a time"):
+                for faults in bars.track(
+                    examined, total=len(parts), description="images, 64 at a time"
+                ):
                     for fault in faults:
                         report.add("unreadable image", fault, UNPACK)
     try:
@@ -314,7 +406,9 @@ def checked(name: str, root: Path | str) -> Report | None:
     """The report that the last `check` of this data set left in the root; None where there is none."""
     try:
         stamp = json.loads((Path(root).expanduser() / STAMP).read_text())
-        report = Report(**stamp | {"problems": [Problem(**problem) for problem in stamp["problems"]]})
+        report = Report(
+            **stamp | {"problems": [Problem(**problem) for problem in stamp["problems"]]}
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return report if report.name == name else None

@@ -20,8 +20,16 @@ from imsvd_core.loop import LoopConfig
 from imsvd_core.methods import IMSVD, BarlowTwins, Method, VICReg
 from imsvd_core.networks import NetworkConfig
 from imsvd_core.optim import OptimConfig
-from imsvd_core.views import (CIFAR_MEAN, CIFAR_STD, IMAGENET_MEAN, IMAGENET_STD, TwoViewConfig, ViewConfig, cifar_views,
-                              imagenet_views)
+from imsvd_core.views import (
+    CIFAR_MEAN,
+    CIFAR_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    TwoViewConfig,
+    ViewConfig,
+    cifar_views,
+    imagenet_views,
+)
 
 Scale = Literal["smoke", "laptop", "full"]
 EvaluationConfig = KNNConfig | LinearConfig | SVMConfig | DetectionConfig
@@ -48,7 +56,9 @@ class Recipe:
     loop: LoopConfig = field(default_factory=LoopConfig)
     eval_view: EvalViewConfig = field(default_factory=EvalViewConfig)
     knn: KNNConfig = field(default_factory=KNNConfig)
-    watch: KNNConfig = field(default_factory=lambda: KNNConfig(neighbors=(20,), gallery=10_000, queries=2_000))
+    watch: KNNConfig = field(
+        default_factory=lambda: KNNConfig(neighbors=(20,), gallery=10_000, queries=2_000)
+    )
     """The smaller kNN that accompanies training, before it and after every epoch."""
     look: int = 2048
     """Test images whose codes and joint matrix accompany training."""
@@ -61,7 +71,9 @@ class Recipe:
     """Training images to use, class-balanced; all of them by default."""
 
     def __post_init__(self) -> None:
-        self.method.build(self.network.dim)  # refuses units that do not divide the dimension, at once
+        self.method.build(
+            self.network.dim
+        )  # refuses units that do not divide the dimension, at once
 
 
 def current_scale() -> Scale:
@@ -84,7 +96,9 @@ def recipe(name: str, scale: Scale | None = None) -> Recipe:
 
 def _cifar10(scale: Scale) -> Recipe:
     """IMSVD on CIFAR-10."""
-    if scale == "full":  # ResNet-18 and SGD as in the authors' CIFAR code; bf16 where they used fp16
+    if (
+        scale == "full"
+    ):  # ResNet-18 and SGD as in the authors' CIFAR code; bf16 where they used fp16
         probe = ViewConfig(size=32, scale=(0.8, 1.0), mean=CIFAR_MEAN, std=CIFAR_STD)
         return Recipe(
             method=IMSVD(units=32),
@@ -92,22 +106,38 @@ def _cifar10(scale: Scale) -> Recipe:
             optim=OptimConfig(name="sgd", lr=0.2, weight_decay=5e-4, warmup_epochs=10),
             loop=LoopConfig(epochs=800, batch_size=512),
             eval_view=EvalViewConfig(resize=36, size=32),
-            linear=LinearConfig(OptimConfig(name="sgd", lr=30.0, weight_decay=0.0, warmup_epochs=0, milestones=(60, 80)),
-                                LoopConfig(epochs=100, batch_size=256), view=probe, augment=True))
+            linear=LinearConfig(
+                OptimConfig(
+                    name="sgd", lr=30.0, weight_decay=0.0, warmup_epochs=0, milestones=(60, 80)
+                ),
+                LoopConfig(epochs=100, batch_size=256),
+                view=probe,
+                augment=True,
+            ),
+        )
     laptop = Recipe(
         method=IMSVD(units=32, temperature=0.25),
         network=NetworkConfig(backbone="narrow", hidden=(1024, 1024), dim=1024),
         optim=OptimConfig(name="adamw", lr=2e-3, weight_decay=1e-4, warmup_epochs=0.5),
         loop=LoopConfig(epochs=2, batch_size=512),
-        linear=LinearConfig(OptimConfig(name="sgd", lr=0.1, weight_decay=1e-6, warmup_epochs=0),
-                            LoopConfig(epochs=20, batch_size=256), normalize=True))
+        linear=LinearConfig(
+            OptimConfig(name="sgd", lr=0.1, weight_decay=1e-6, warmup_epochs=0),
+            LoopConfig(epochs=20, batch_size=256),
+            normalize=True,
+        ),
+    )
     if scale == "laptop":
         return laptop
     return replace(
-        laptop, method=replace(laptop.method, units=8), network=NetworkConfig(backbone="narrow", hidden=(64,), dim=64),
-        loop=LoopConfig(epochs=2, batch_size=64, log_every=1), samples=256, knn=KNNConfig(gallery=400, queries=200),
+        laptop,
+        method=replace(laptop.method, units=8),
+        network=NetworkConfig(backbone="narrow", hidden=(64,), dim=64),
+        loop=LoopConfig(epochs=2, batch_size=64, log_every=1),
+        samples=256,
+        knn=KNNConfig(gallery=400, queries=200),
         watch=KNNConfig(neighbors=(20,), gallery=200, queries=100),
-        linear=replace(laptop.linear, loop=LoopConfig(epochs=2, batch_size=64)))
+        linear=replace(laptop.linear, loop=LoopConfig(epochs=2, batch_size=64)),
+    )
 
 
 def _vicreg(scale: Scale) -> Recipe:
@@ -125,7 +155,9 @@ def _units(scale: Scale) -> Recipe:
     base = _cifar10(scale)
     shorter = replace(base, loop=replace(base.loop, epochs=100 if scale == "full" else 1))
     if scale == "laptop":
-        return replace(shorter, samples=25_600, knn=KNNConfig(neighbors=(20,), gallery=10_000, queries=5_000))
+        return replace(
+            shorter, samples=25_600, knn=KNNConfig(neighbors=(20,), gallery=10_000, queries=5_000)
+        )
     return shorter
 
 
@@ -133,15 +165,26 @@ def _two_views(scale: Scale) -> Recipe:
     """The short runs that show collapse and what prevents it; an embedding of fewer dimensions than the batch has samples."""
     base = replace(_cifar10(scale), method=VICReg())
     if scale == "full":
-        return replace(base, network=replace(base.network, dim=256), loop=replace(base.loop, epochs=100))
+        return replace(
+            base, network=replace(base.network, dim=256), loop=replace(base.loop, epochs=100)
+        )
     laptop = replace(
-        base, network=NetworkConfig(backbone="narrow", cifar_stem=False, hidden=(512,), dim=128),
-        optim=replace(base.optim, warmup_epochs=1), loop=LoopConfig(epochs=6, batch_size=256), samples=4_096,
-        watch=KNNConfig(neighbors=(20,), gallery=4_000, queries=1_000))
+        base,
+        network=NetworkConfig(backbone="narrow", cifar_stem=False, hidden=(512,), dim=128),
+        optim=replace(base.optim, warmup_epochs=1),
+        loop=LoopConfig(epochs=6, batch_size=256),
+        samples=4_096,
+        watch=KNNConfig(neighbors=(20,), gallery=4_000, queries=1_000),
+    )
     if scale == "laptop":
         return laptop
-    return replace(laptop, network=replace(laptop.network, hidden=(128,), dim=32),
-                   loop=LoopConfig(epochs=6, batch_size=64, log_every=1), samples=256, watch=base.watch)
+    return replace(
+        laptop,
+        network=replace(laptop.network, hidden=(128,), dim=32),
+        loop=LoopConfig(epochs=6, batch_size=64, log_every=1),
+        samples=256,
+        watch=base.watch,
+    )
 
 
 def _imagenet(scale: Scale, epochs: int = 100) -> Recipe:
@@ -151,29 +194,60 @@ def _imagenet(scale: Scale, epochs: int = 100) -> Recipe:
     smoke: a few steps at these widths, of 8 images; laptop: a narrow network on 40 classes of 64-pixel images.
     """
     full = Recipe(
-        method=IMSVD(units=80), network=NetworkConfig(backbone="resnet50", cifar_stem=False, hidden=(8192,), dim=8160),
-        views=imagenet_views(), data="tree:imagenet",
-        optim=OptimConfig(name="lars", lr=0.6 * 2048 / 256, weight_decay=1e-6, warmup_epochs=10, final_lr_fraction=0.002 / 4.8),
+        method=IMSVD(units=80),
+        network=NetworkConfig(backbone="resnet50", cifar_stem=False, hidden=(8192,), dim=8160),
+        views=imagenet_views(),
+        data="tree:imagenet",
+        optim=OptimConfig(
+            name="lars",
+            lr=0.6 * 2048 / 256,
+            weight_decay=1e-6,
+            warmup_epochs=10,
+            final_lr_fraction=0.002 / 4.8,
+        ),
         loop=LoopConfig(epochs=epochs, batch_size=2048),
         eval_view=EvalViewConfig(256, 224, IMAGENET_MEAN, IMAGENET_STD),
         watch=KNNConfig(neighbors=(20,), gallery=20_000, queries=5_000),
-        linear=LinearConfig(OptimConfig(name="sgd", lr=0.02, weight_decay=1e-6, warmup_epochs=0, final_lr_fraction=0.0),
-                            LoopConfig(epochs=100, batch_size=256), view=ViewConfig(size=224, scale=(0.2, 1.0)), augment=True))
+        linear=LinearConfig(
+            OptimConfig(
+                name="sgd", lr=0.02, weight_decay=1e-6, warmup_epochs=0, final_lr_fraction=0.0
+            ),
+            LoopConfig(epochs=100, batch_size=256),
+            view=ViewConfig(size=224, scale=(0.2, 1.0)),
+            augment=True,
+        ),
+    )
     if scale == "full":
         return full
     if scale == "smoke":
         few = KNNConfig(neighbors=(5,), gallery=16, queries=8)
         step = LoopConfig(epochs=1, batch_size=8, keep=1, log_every=1)
-        return replace(full, loop=step, samples=16, knn=few, watch=few, look=16,
-                       linear=replace(full.linear, loop=step, train_images=16, test_images=8))
+        return replace(
+            full,
+            loop=step,
+            samples=16,
+            knn=few,
+            watch=few,
+            look=16,
+            linear=replace(full.linear, loop=step, train_images=16, test_images=8),
+        )
     return replace(
-        full, method=IMSVD(units=16), views=imagenet_views(64), data="tree:tiny-imagenet-40",
+        full,
+        method=IMSVD(units=16),
+        views=imagenet_views(64),
+        data="tree:tiny-imagenet-40",
         network=NetworkConfig(backbone="narrow", cifar_stem=False, hidden=(1024,), dim=1024),
         optim=OptimConfig(name="adamw", lr=2e-3, weight_decay=1e-4, warmup_epochs=0.5),
-        loop=LoopConfig(epochs=epochs // 50, batch_size=256), eval_view=EvalViewConfig(64, 64, IMAGENET_MEAN, IMAGENET_STD),
+        loop=LoopConfig(epochs=epochs // 50, batch_size=256),
+        eval_view=EvalViewConfig(64, 64, IMAGENET_MEAN, IMAGENET_STD),
         watch=KNNConfig(neighbors=(20,), gallery=4_000, queries=1_000),
-        linear=LinearConfig(OptimConfig(name="sgd", lr=0.3, weight_decay=1e-6, warmup_epochs=0),
-                            LoopConfig(epochs=5, batch_size=256), view=ViewConfig(size=64, scale=(0.2, 1.0)), augment=True))
+        linear=LinearConfig(
+            OptimConfig(name="sgd", lr=0.3, weight_decay=1e-6, warmup_epochs=0),
+            LoopConfig(epochs=5, batch_size=256),
+            view=ViewConfig(size=64, scale=(0.2, 1.0)),
+            augment=True,
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -187,7 +261,9 @@ class EvaluationRecipe:
     """What kNN and the linear probe see of a test image."""
 
 
-def evaluation(name: str, scale: Scale | None = None, trained: Recipe | None = None) -> EvaluationRecipe:
+def evaluation(
+    name: str, scale: Scale | None = None, trained: Recipe | None = None
+) -> EvaluationRecipe:
     """The evaluation `name` at a scale, of a backbone that was `trained` so: knn and linear as its recipe has them (by default
     ImageNet's), the others as the paper does, all with the normalisation that the backbone knows.
 
@@ -213,7 +289,9 @@ def evaluation(name: str, scale: Scale | None = None, trained: Recipe | None = N
 def _imagenet_knn(scale: Scale) -> EvaluationRecipe:
     """kNN on ImageNet (Table II)."""
     own = _imagenet(scale)
-    return EvaluationRecipe(own.knn, own.data if scale == "full" else "tree:tiny-imagenet-40", own.eval_view)
+    return EvaluationRecipe(
+        own.knn, own.data if scale == "full" else "tree:tiny-imagenet-40", own.eval_view
+    )
 
 
 def _imagenet_linear(scale: Scale) -> EvaluationRecipe:
@@ -225,7 +303,9 @@ def _places205_linear(scale: Scale) -> EvaluationRecipe:
     """Linear probe on Places205 (Table III). The weight decay is VISSL's."""
     like = _imagenet_linear(scale)
     data = "tree:places205" if like.data == "tree:imagenet" else like.data
-    optim = OptimConfig(name="sgd", lr=0.01, weight_decay=5e-4, momentum=0.9, warmup_epochs=0, milestones=(5, 10))
+    optim = OptimConfig(
+        name="sgd", lr=0.01, weight_decay=5e-4, momentum=0.9, warmup_epochs=0, milestones=(5, 10)
+    )
     loop = replace(like.config.loop, epochs=1 if scale == "smoke" else 14)
     view = replace(like.config.view, scale=(0.08, 1.0))
     return replace(like, config=replace(like.config, optim=optim, view=view, loop=loop), data=data)
@@ -235,7 +315,9 @@ def _voc07_svm(scale: Scale) -> EvaluationRecipe:
     """Support vector machines on VOC07 (Table III)."""
     if scale == "full":
         return EvaluationRecipe(SVMConfig(), "voc:voc07")
-    small = SVMConfig(pool="mean", resize=128, size=128, jobs=1)  # the last map has 7×7 places at 224 pixels only
+    small = SVMConfig(
+        pool="mean", resize=128, size=128, jobs=1
+    )  # the last map has 7×7 places at 224 pixels only
     if scale == "smoke":
         small = replace(small, costs=(0.1, 1.0), train_images=48, test_images=16)
     return EvaluationRecipe(small, "voc:voc-mini")
@@ -246,29 +328,65 @@ def _coco_detection(scale: Scale) -> EvaluationRecipe:
     full = DetectionConfig()
     if scale == "full":
         return EvaluationRecipe(full, "coco:coco")
-    small = DetectorConfig(min_sizes=(192, 224, 256), test_size=224, max_size=384, anchors=(16, 32, 64, 128, 256),
-                           train_proposals=(1000, 200), test_proposals=(500, 100), rois=32, roi_size=8, mask_channels=64)
-    laptop = replace(full, detector=small, iterations=300, lr=0.02, drops=(200, 270), precise_bn=20,
-                     loop=replace(full.loop, batch_size=4, precision="bf16"))
+    small = DetectorConfig(
+        min_sizes=(192, 224, 256),
+        test_size=224,
+        max_size=384,
+        anchors=(16, 32, 64, 128, 256),
+        train_proposals=(1000, 200),
+        test_proposals=(500, 100),
+        rois=32,
+        roi_size=8,
+        mask_channels=64,
+    )
+    laptop = replace(
+        full,
+        detector=small,
+        iterations=300,
+        lr=0.02,
+        drops=(200, 270),
+        precise_bn=20,
+        loop=replace(full.loop, batch_size=4, precision="bf16"),
+    )
     if scale == "laptop":
         return EvaluationRecipe(laptop, "coco:coco-mini")
     small = replace(small, min_sizes=(96,), test_size=96, max_size=160, rois=8)
-    smoke = replace(laptop, detector=small, iterations=2, warmup=1, drops=(), precise_bn=1, train_images=4, test_images=2,
-                    loop=replace(full.loop, batch_size=2, log_every=1))
+    smoke = replace(
+        laptop,
+        detector=small,
+        iterations=2,
+        warmup=1,
+        drops=(),
+        precise_bn=1,
+        train_images=4,
+        test_images=2,
+        loop=replace(full.loop, batch_size=2, log_every=1),
+    )
     return EvaluationRecipe(smoke, "coco:coco-mini")
 
 
 IMAGENET_EPOCHS = (100, 200, 400, 800, 1000)  #: of Table I
 
 RECIPES: dict[str, Callable[[Scale], Recipe]] = {
-    "cifar10": _cifar10, "cifar10-vicreg": _vicreg, "cifar10-barlow-twins": _barlow_twins,
-    "cifar10-units": _units, "two-views": _two_views,
-    **{f"imagenet-{epochs}": update_wrapper(partial(_imagenet, epochs=epochs), _imagenet) for epochs in IMAGENET_EPOCHS}}
+    "cifar10": _cifar10,
+    "cifar10-vicreg": _vicreg,
+    "cifar10-barlow-twins": _barlow_twins,
+    "cifar10-units": _units,
+    "two-views": _two_views,
+    **{
+        f"imagenet-{epochs}": update_wrapper(partial(_imagenet, epochs=epochs), _imagenet)
+        for epochs in IMAGENET_EPOCHS
+    },
+}
 
 OWN = ("knn", "linear")  #: evaluations that a run brings its own settings for
 EVALUATIONS: dict[str, Callable[[Scale], EvaluationRecipe]] = {
-    "imagenet-knn": _imagenet_knn, "imagenet-linear": _imagenet_linear, "places205-linear": _places205_linear,
-    "voc07-svm": _voc07_svm, "coco-detection": _coco_detection}
+    "imagenet-knn": _imagenet_knn,
+    "imagenet-linear": _imagenet_linear,
+    "places205-linear": _places205_linear,
+    "voc07-svm": _voc07_svm,
+    "coco-detection": _coco_detection,
+}
 
 
 def from_plain(kind: Any, value: Any) -> Any:
@@ -276,14 +394,22 @@ def from_plain(kind: Any, value: Any) -> Any:
 
     Raises ValueError for a field that `kind` does not have.
     """
-    if get_origin(kind) is types.UnionType and isinstance(value, Mapping):  # of methods, or a view that may be None
-        named = [one for one in get_args(kind) if is_dataclass(one) and value.get("name") == getattr(one, "name", None)]
+    if get_origin(kind) is types.UnionType and isinstance(
+        value, Mapping
+    ):  # of methods, or a view that may be None
+        named = [
+            one
+            for one in get_args(kind)
+            if is_dataclass(one) and value.get("name") == getattr(one, "name", None)
+        ]
         if not named:
             raise ValueError(f"name={value.get('name')!r} is none of {kind}")
         kind = named[0]
     if is_dataclass(kind) and isinstance(value, Mapping):
         hints = get_type_hints(kind)
         if unknown := sorted(set(value) - set(hints)):
-            raise ValueError(f"{kind.__name__} has no field {', '.join(unknown)}; it has: {', '.join(hints)}")
+            raise ValueError(
+                f"{kind.__name__} has no field {', '.join(unknown)}; it has: {', '.join(hints)}"
+            )
         return kind(**{name: from_plain(hints[name], item) for name, item in value.items()})
     return tuple(value) if isinstance(value, list) else value

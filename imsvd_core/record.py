@@ -23,7 +23,9 @@ class Metrics:
 
     def append(self, step: int, epoch: float, figures: Mapping[str, float]) -> None:
         line = {"step": step, "epoch": epoch}
-        line |= {name: value if math.isfinite(value) else None for name, value in figures.items()}  # JSON has no NaN
+        line |= {
+            name: value if math.isfinite(value) else None for name, value in figures.items()
+        }  # JSON has no NaN
         check_hold(self.path)
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
@@ -37,15 +39,24 @@ class Metrics:
         """Drop what was written after `step`, and a last line that was cut short."""
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
         with atomic_write(self.path) as file:
-            file.writelines(line.encode() for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
+            file.writelines(
+                line.encode()
+                for line in lines
+                if line.endswith("\n") and json.loads(line)["step"] <= step
+            )
 
 
 class Display:
     """A progress bar, and curves for TensorBoard in `board`, if it is given. Use it as a context."""
 
     def __init__(self, done: int, steps: int, progress: bool, board: Path | None):
-        self.bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                            disable=not progress)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            disable=not progress,
+        )
         self.task = self.bar.add_task("training", total=steps, completed=done)
         self.writer: Any = None
         if board:

@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, is_dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from imsvd_core.files import atomic_write
-
 
 STORE = Path(__file__).parent.parent / "book" / "results"  #: of the book's own results
 
@@ -38,14 +37,30 @@ class Provenance:
     world_size: int = 1  #: processes that ran it together
 
 
-def provenance(*, config: Any, seed: int, device: torch.device | str, dataset: str, seconds: float,
-               command: str | None = None, world_size: int = 1) -> Provenance:
+def provenance(
+    *,
+    config: Any,
+    seed: int,
+    device: torch.device | str,
+    dataset: str,
+    seconds: float,
+    command: str | None = None,
+    world_size: int = 1,
+) -> Provenance:
     """Provenance of a run of this process, now. `config` is a dataclass or anything JSON can hold."""
-    return Provenance(command=command or _command(), commit=code_version(), config_hash=config_hash(config), seed=seed,
-                      device=device_name(device), dataset=dataset, seconds=round(seconds, 1),
-                      date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                      versions={name: metadata.version(name) for name in ("torch", "torchvision", "numpy")}
-                      | {"python": platform.python_version()}, world_size=world_size)
+    return Provenance(
+        command=command or _command(),
+        commit=code_version(),
+        config_hash=config_hash(config),
+        seed=seed,
+        device=device_name(device),
+        dataset=dataset,
+        seconds=round(seconds, 1),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions={name: metadata.version(name) for name in ("torch", "torchvision", "numpy")}
+        | {"python": platform.python_version()},
+        world_size=world_size,
+    )
 
 
 def config_hash(config: Any) -> str:
@@ -63,7 +78,9 @@ def plain(value: Any) -> Any:
 def _path(value: Any) -> str:
     if isinstance(value, Path):
         return str(value)
-    raise TypeError(f"{value!r} ({type(value).__name__}) has no place in a result: give numbers, strings, lists, dicts")
+    raise TypeError(
+        f"{value!r} ({type(value).__name__}) has no place in a result: give numbers, strings, lists, dicts"
+    )
 
 
 def write_json(path: Path | str, value: Any) -> None:
@@ -73,15 +90,23 @@ def write_json(path: Path | str, value: Any) -> None:
         file.write(text.encode() + b"\n")
 
 
-def write_result(path: Path | str, name: str, figures: dict[str, Any], provenance: Provenance, *,
-                 overwrite: bool = False) -> Path:
+def write_result(
+    path: Path | str,
+    name: str,
+    figures: dict[str, Any],
+    provenance: Provenance,
+    *,
+    overwrite: bool = False,
+) -> Path:
     """Store `figures` under `name` with their provenance.
 
     Raises FileExistsError if other figures stand there already, unless `overwrite`; ValueError for NaN or infinity.
     """
     path = Path(path)
     if path.exists() and not overwrite and read_result(path)["figures"] != plain(figures):
-        raise FileExistsError(f"{path} holds other figures; remove it or pass overwrite=True to replace them")
+        raise FileExistsError(
+            f"{path} holds other figures; remove it or pass overwrite=True to replace them"
+        )
     write_json(path, {"name": name, "figures": figures, "provenance": asdict(provenance)})
     return path
 
@@ -92,7 +117,9 @@ def read_result(path: Path | str) -> dict[str, Any]:
         result = json.loads(Path(path).read_text())
         result["name"], result["figures"], result["provenance"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a stored result: it needs name, figures and provenance") from error
+        raise ValueError(
+            f"{path} is not a stored result: it needs name, figures and provenance"
+        ) from error
     return result
 
 
@@ -123,7 +150,9 @@ def device_name(device: torch.device | str) -> str:
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
@@ -140,10 +169,16 @@ def code_version() -> str:
         return (here / "COMMIT").read_text().strip()
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", str(Path(__file__)))  # in a repository, but is it this package's?
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
+        git(
+            "ls-files", "--error-unmatch", str(Path(__file__))
+        )  # in a repository, but is it this package's?
+        return git("rev-parse", "HEAD") + (
+            "+changes" if git("status", "--porcelain", "--", ".") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

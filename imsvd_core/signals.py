@@ -5,7 +5,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-
 STOPPED = 143  #: exit status of what was told to stop: 128 + SIGTERM, as shells have it
 
 
@@ -15,7 +14,9 @@ class Stopped(RuntimeError):
 
 _told = 0  # the last notice's number
 _interruptible = False
-_NOTICES = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(signal, name)]  # Windows has one
+_NOTICES = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(signal, name)
+]  # Windows has one
 
 
 @contextmanager
@@ -29,8 +30,11 @@ def heed(*, override: bool = False) -> Iterator[None]:
     before = {}
     if threading.current_thread() is threading.main_thread():
         answers = {number: signal.getsignal(number) for number in _NOTICES}
-        before = {number: answer for number, answer in answers.items()
-                  if answer == signal.SIG_DFL or override and answer not in (_hear, None)}
+        before = {
+            number: answer
+            for number, answer in answers.items()
+            if answer == signal.SIG_DFL or (override and answer not in (_hear, None))
+        }
         for number in before:
             signal.signal(number, _hear)
         if override and hasattr(signal, "pthread_sigmask"):

@@ -71,8 +71,14 @@ class StreamedLoss(torch.autograd.Function):
         p1 = ranks.to_columns(p1 if columns is None else p1[:, columns])
         p2 = ranks.gather(p2)
         off_diagonal, g1, g2 = _off_diagonal_sweep(
-            p1, p2, counts, ranks.own, drawn,
-            wants_gradient and s.off_diagonal_weight != 0, information)
+            p1,
+            p2,
+            counts,
+            ranks.own,
+            drawn,
+            wants_gradient and s.off_diagonal_weight != 0,
+            information,
+        )
         del p1, p2
         ranks.sum(off_diagonal)
 
@@ -82,16 +88,22 @@ class StreamedLoss(torch.autograd.Function):
             g1 = g1 if columns is None else _among_all(g1, columns, g2)
             slope = s.diagonal_weight * (1 + log_occupancy)
             pairs = max(len(counts) - 1, 1) * (len(drawn) / len(counts) if drawn else 1)
-            scales = (s.off_diagonal_weight / pairs,
-                      ranks.size / (len(counts) * ranks.samples * s.temperature))
+            scales = (
+                s.off_diagonal_weight / pairs,
+                ranks.size / (len(counts) * ranks.samples * s.temperature),
+            )
             for chunk in chunks:
                 g1[chunk], g2[chunk] = gradient(
-                    z1[chunk], z2[chunk], g1[chunk], g2[chunk], slope, scales, s)
+                    z1[chunk], z2[chunk], g1[chunk], g2[chunk], slope, scales, s
+                )
             ctx.save_for_backward(_within(g1, z1.dtype), _within(g2, z1.dtype))
             ctx.dtype = z1.dtype
 
-        total = (s.diagonal_weight * diagonal + s.off_diagonal_weight * off_diagonal
-                 + s.invariance_weight * disagreement)
+        total = (
+            s.diagonal_weight * diagonal
+            + s.off_diagonal_weight * off_diagonal
+            + s.invariance_weight * disagreement
+        )
         ctx.mark_non_differentiable(diagonal, off_diagonal, disagreement)
         return total, diagonal, off_diagonal, disagreement
 
@@ -103,10 +115,15 @@ class StreamedLoss(torch.autograd.Function):
         return *((g * grad_total).to(ctx.dtype) for g in ctx.saved_tensors), None
 
 
-def _off_diagonal_sweep(p1: Tensor, p2: Tensor, counts: tuple[int, ...], own: range,
-                        drawn: list[int] | None = None, wants_gradient: bool = True,
-                        information: "Information | None" = None,
-                        ) -> tuple[Tensor, Tensor, Tensor]:
+def _off_diagonal_sweep(
+    p1: Tensor,
+    p2: Tensor,
+    counts: tuple[int, ...],
+    own: range,
+    drawn: list[int] | None = None,
+    wants_gradient: bool = True,
+    information: "Information | None" = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The `own` rows of the matrix: their part of OE, and N·∂(V(V−1)·OE)/∂p for both
     views, zeros where not wanted.
 
@@ -135,10 +152,11 @@ def _off_diagonal_sweep(p1: Tensor, p2: Tensor, counts: tuple[int, ...], own: ra
             codes = p1[:, mine]
             rows = last - first
             cells = _product(codes.T, p2, out=room.narrow(0, 0, rows)).div_(samples)
-            diagonal = [(slice(max(top - first, 0), top + right - left - first),
-                         slice(left, right))
-                        for top, left, right in blocks
-                        if top < last and first < top + right - left]
+            diagonal = [
+                (slice(max(top - first, 0), top + right - left - first), slice(left, right))
+                for top, left, right in blocks
+                if top < last and first < top + right - left
+            ]
             for block in diagonal:  # what the slab has of these counts for nothing
                 cells[block] = 0
             logs, part = information(cells, uniform, p1.dtype, spare.narrow(0, 0, rows))
@@ -147,18 +165,21 @@ def _off_diagonal_sweep(p1: Tensor, p2: Tensor, counts: tuple[int, ...], own: ra
                 for block in diagonal:
                     logs[block] = 0
                 _product(p2, logs.T, out=g1[:, mine])
-                g2 = (_product(codes, logs) if g2 is None else
-                      _add_product(g2, codes, logs))
+                g2 = _product(codes, logs) if g2 is None else _add_product(g2, codes, logs)
     g2 = p2.new_zeros(p2.shape, dtype=wide) if g2 is None else g2
     return value / (len(variables) * max(len(counts) - 1, 1)), g1, g2
 
 
-def _draw(counts: tuple[int, ...], s: Settings, device: torch.device) -> tuple[list[int] | None, Tensor | None]:
+def _draw(
+    counts: tuple[int, ...], s: Settings, device: torch.device
+) -> tuple[list[int] | None, Tensor | None]:
     """The variables whose block rows are swept, the same on all ranks, and their columns; None for all."""
     if s.sampled_variables is None:
         return None, None
     order = torch.randperm(len(counts)).to(device)
-    drawn = sorted((of_first_rank(order) if s.gather_distributed else order)[:s.sampled_variables].tolist())
+    drawn = sorted(
+        (of_first_rank(order) if s.gather_distributed else order)[: s.sampled_variables].tolist()
+    )
     variable = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     return drawn, torch.isin(variable, torch.tensor(drawn)).nonzero()[:, 0].to(device)
 
@@ -206,34 +227,54 @@ def _codes(z1: Tensor, z2: Tensor, s: Settings) -> tuple[Tensor, Tensor, Tensor,
     return p1, p2, value.sum(), (p1 * p2).sum(0)
 
 
-def _gradient(z1: Tensor, z2: Tensor, g1: Tensor, g2: Tensor, slope: Tensor, scales: tuple[float, float],
-              s: Settings) -> tuple[Tensor, Tensor]:
+def _gradient(
+    z1: Tensor,
+    z2: Tensor,
+    g1: Tensor,
+    g2: Tensor,
+    slope: Tensor,
+    scales: tuple[float, float],
+    s: Settings,
+) -> tuple[Tensor, Tensor]:
     """∂(total)/∂z of some samples, from what the sweep found (g1, g2) and the slope of DE in its cells (D,)."""
     log_p1, log_p2 = (_log_codes(z, s.units, s.temperature) for z in (z1, z2))
     p1, p2 = log_p1.exp(), log_p2.exp()
     _, d1, d2 = INVARIANCES[s.invariance](log_p1, log_p2, p1, p2, s.units)
     of_pairs, of_all = scales
-    return tuple((_through_softmax(p, (g * of_pairs).addcmul_(other, slope), s.units) + s.invariance_weight * d).mul_(of_all)
-                 for p, other, g, d in ((p1, p2, g1, d1), (p2, p1, g2, d2)))
+    return tuple(
+        (
+            _through_softmax(p, (g * of_pairs).addcmul_(other, slope), s.units)
+            + s.invariance_weight * d
+        ).mul_(of_all)
+        for p, other, g, d in ((p1, p2, g1, d1), (p2, p1, g2, d2))
+    )
 
 
-def _information(cells: Tensor, uniform: float, dtype: torch.dtype, spare: Tensor) -> tuple[Tensor, Tensor]:
+def _information(
+    cells: Tensor, uniform: float, dtype: torch.dtype, spare: Tensor
+) -> tuple[Tensor, Tensor]:
     """log P less `uniform`, in `dtype`, and Σ P log P, with 0 log 0 = 0."""
     logs = cells.clamp_min(torch.finfo(cells.dtype).tiny).log()
     return (logs - uniform).to(dtype), (cells * logs).sum()
 
 
-def _information_in_place(cells: Tensor, uniform: float, dtype: torch.dtype, spare: Tensor) -> tuple[Tensor, Tensor]:
+def _information_in_place(
+    cells: Tensor, uniform: float, dtype: torch.dtype, spare: Tensor
+) -> tuple[Tensor, Tensor]:
     """`_information`, which spoils `cells` and writes into `spare`: no slab is made."""
     logs = torch.clamp(cells, min=torch.finfo(cells.dtype).tiny, out=spare).log_()
     value = cells.mul_(logs).sum()
     return logs if dtype is logs.dtype else logs.sub_(uniform).to(dtype), value
 
 
-Agreement = tuple[Tensor, Tensor | None, Tensor | None]  # per sample and variable (N, V); gradients in both logits (N, D)
+Agreement = tuple[
+    Tensor, Tensor | None, Tensor | None
+]  # per sample and variable (N, V); gradients in both logits (N, D)
 
 
-def _inner_product(log_p1: Tensor, log_p2: Tensor, p1: Tensor, p2: Tensor, units: Units, gradient: bool = True) -> Agreement:
+def _inner_product(
+    log_p1: Tensor, log_p2: Tensor, p1: Tensor, p2: Tensor, units: Units, gradient: bool = True
+) -> Agreement:
     """−log⟨p¹, p²⟩, in logarithms throughout."""
     both = split_variables(log_p1 + log_p2, units, fill=-torch.inf)
     log_inner = both.logsumexp(-1, keepdim=True)
@@ -244,7 +285,9 @@ def _inner_product(log_p1: Tensor, log_p2: Tensor, p1: Tensor, p2: Tensor, units
     return value, p1 - shared, p2 - shared
 
 
-def _cross_entropy(log_p1: Tensor, log_p2: Tensor, p1: Tensor, p2: Tensor, units: Units, gradient: bool = True) -> Agreement:
+def _cross_entropy(
+    log_p1: Tensor, log_p2: Tensor, p1: Tensor, p2: Tensor, units: Units, gradient: bool = True
+) -> Agreement:
     """−Σ p¹ log p²."""
     value = split_variables(-p1 * log_p2, units).sum(-1)
     if not gradient:
@@ -287,7 +330,10 @@ def _start(z1: Tensor, z2: Tensor) -> Tensor:
 
 LARGEST_LOGIT = 1e30
 # A CPU is fast on what its caches hold; a GPU on much at once.
-SLAB_CELLS, GPU_SLAB_CELLS = 4_000_000, 32_000_000  # cells of the matrix held at once, at most: 16 and 128 MB in float32
+SLAB_CELLS, GPU_SLAB_CELLS = (
+    4_000_000,
+    32_000_000,
+)  # cells of the matrix held at once, at most: 16 and 128 MB in float32
 CHUNK_ENTRIES, GPU_CHUNK_ENTRIES = 250_000, 16_000_000  # entries of an N×D table worked on at once
 
 

@@ -23,8 +23,12 @@ class _Objective(nn.Module):
         check_logits(z1, z2, self.units)
         wide = torch.promote_types(z1.dtype, torch.float32)
         with torch.autocast(z1.device.type, enabled=False):
-            terms = self.terms(*(soft_discretize(z.to(wide), self.units, self.temperature) for z in (z1, z2)))
-            return LossTerms(sum(weight * term for weight, term in zip(self.weights, terms)), *terms)
+            terms = self.terms(
+                *(soft_discretize(z.to(wide), self.units, self.temperature) for z in (z1, z2))
+            )
+            return LossTerms(
+                sum(weight * term for weight, term in zip(self.weights, terms)), *terms
+            )
 
 
 class CollisionLoss(_Objective):
@@ -38,10 +42,22 @@ class CollisionLoss(_Objective):
     it is 0. Needs logits whose softmax does not underflow. Raises ValueError for shapes or units that do not fit.
     """
 
-    def __init__(self, units: Units, *, diagonal_weight: float = 1.0, off_diagonal_weight: float = 1.0,
-                 invariance_weight: float = 1.0, temperature: float = 1.0):
-        super().__init__(units, temperature, diagonal_weight=diagonal_weight, off_diagonal_weight=off_diagonal_weight,
-                         invariance_weight=invariance_weight)
+    def __init__(
+        self,
+        units: Units,
+        *,
+        diagonal_weight: float = 1.0,
+        off_diagonal_weight: float = 1.0,
+        invariance_weight: float = 1.0,
+        temperature: float = 1.0,
+    ):
+        super().__init__(
+            units,
+            temperature,
+            diagonal_weight=diagonal_weight,
+            off_diagonal_weight=off_diagonal_weight,
+            invariance_weight=invariance_weight,
+        )
 
     def terms(self, p1: Tensor, p2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         diagonal, disagreement = _diagonal_terms(p1, p2, self.units)
@@ -78,12 +94,28 @@ class SubsetEntropyLoss(_Objective):
     `information.MAX_CELLS` cells.
     """
 
-    def __init__(self, units: Units, *, order: int = 3, subsets: int | None = None, entropy_weight: float = 1.0,
-                 subset_weight: float = 1.0, invariance_weight: float = 1.0, temperature: float = 1.0):
-        super().__init__(units, temperature, entropy_weight=entropy_weight, subset_weight=subset_weight,
-                         invariance_weight=invariance_weight)
+    def __init__(
+        self,
+        units: Units,
+        *,
+        order: int = 3,
+        subsets: int | None = None,
+        entropy_weight: float = 1.0,
+        subset_weight: float = 1.0,
+        invariance_weight: float = 1.0,
+        temperature: float = 1.0,
+    ):
+        super().__init__(
+            units,
+            temperature,
+            entropy_weight=entropy_weight,
+            subset_weight=subset_weight,
+            invariance_weight=invariance_weight,
+        )
         if type(order) is not int or order < 2:
-            raise ValueError(f"order={order!r} must be a whole number ≥ 2: subsets of one variable are H̄_1")
+            raise ValueError(
+                f"order={order!r} must be a whole number ≥ 2: subsets of one variable are H̄_1"
+            )
         if subsets is not None and (type(subsets) is not int or subsets < 1):
             raise ValueError(f"subsets={subsets!r} must be a whole number ≥ 1, or None for all")
         self.order, self.subsets = order, subsets
@@ -96,8 +128,10 @@ class SubsetEntropyLoss(_Objective):
         if self.subsets is None:
             several = sum(mean_subset_entropy(p, self.units, self.order) for p in views) / 2
         else:
-            drawn = [torch.randperm(variables)[:self.order].tolist() for _ in range(self.subsets)]
-            several = sum(joint_entropy(p, self.units, subset) for p in views for subset in drawn) / (2 * len(drawn))
+            drawn = [torch.randperm(variables)[: self.order].tolist() for _ in range(self.subsets)]
+            several = sum(
+                joint_entropy(p, self.units, subset) for p in views for subset in drawn
+            ) / (2 * len(drawn))
         return -single, -several, _diagonal_terms(p1, p2, self.units)[1]
 
 
@@ -105,4 +139,6 @@ def _diagonal_terms(p1: Tensor, p2: Tensor, units: Units) -> tuple[Tensor, Tenso
     """DE and TI of Eq. 11, from codes."""
     both = split_variables(p1 * p2, units)
     occupancy = both.mean(0)
-    return torch.special.xlogy(occupancy, occupancy).sum() / len(occupancy), -both.sum(-1).log().mean()
+    return torch.special.xlogy(occupancy, occupancy).sum() / len(occupancy), -both.sum(
+        -1
+    ).log().mean()

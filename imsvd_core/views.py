@@ -34,7 +34,9 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as in PIL and torchvision
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the numbers in ViewParameters.order, as in ColorJitter
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(
+    4
+)  # the numbers in ViewParameters.order, as in ColorJitter
 CROP_TRIES = 10
 CROP_DRAWS = 2 * CROP_TRIES + 2  # uniform numbers that decide an image's crop
 CPU_CACHE_PIXELS = 2**17  # output pixels that a CPU works on at a time: some 1.5 MB
@@ -74,22 +76,38 @@ class ViewConfig:
         _check_output(self.size, self.interpolation, self.mean, self.std)
         for name, highest in (("scale", 1.0), ("ratio", math.inf), ("blur_sigma", math.inf)):
             value = getattr(self, name)
-            ordered = len(value) == 2 and 0 < value[0] <= value[1] <= highest and value[1] < math.inf
+            ordered = (
+                len(value) == 2 and 0 < value[0] <= value[1] <= highest and value[1] < math.inf
+            )
             _require(ordered, name, value, f"give (low, high) with 0 < low <= high <= {highest}")
-        for name in ("flip", "jitter_probability", "gray_probability", "blur_probability",
-                     "solarize_probability", "solarize_threshold"):
+        for name in (
+            "flip",
+            "jitter_probability",
+            "gray_probability",
+            "blur_probability",
+            "solarize_probability",
+            "solarize_threshold",
+        ):
             value = getattr(self, name)
             _require(0 <= value <= 1, name, value, "give a number from 0 to 1")
-        for name, highest in (("brightness", math.inf), ("contrast", math.inf), ("saturation", math.inf),
-                              ("hue", 0.5)):
+        for name, highest in (
+            ("brightness", math.inf),
+            ("contrast", math.inf),
+            ("saturation", math.inf),
+            ("hue", 0.5),
+        ):
             value = getattr(self, name)
             good = 0 <= value <= highest and value < math.inf
             _require(good, name, value, f"give a strength from 0 to {highest}")
         odd = self.blur_kernel >= 1 and self.blur_kernel % 2 == 1
         _require(odd, "blur_kernel", self.blur_kernel, "give an odd number of pixels")
-        if self.blur_probability:  # the border is reflected, and a reflection is as long as the image at most
+        if (
+            self.blur_probability
+        ):  # the border is reflected, and a reflection is as long as the image at most
             fits = self.blur_kernel // 2 < self.size
-            _require(fits, "blur_kernel", self.blur_kernel, f"give less than twice the size, {self.size}")
+            _require(
+                fits, "blur_kernel", self.blur_kernel, f"give less than twice the size, {self.size}"
+            )
 
 
 @dataclass(frozen=True)
@@ -106,16 +124,35 @@ class TwoViewConfig:
 
 def imagenet_views(size: int = 224) -> TwoViewConfig:
     """The paper's ImageNet views, VICReg's: always blurred in the first, at times solarised in the second."""
-    first = ViewConfig(size=size, scale=(0.08, 1.0), interpolation="bicubic", brightness=0.4, contrast=0.4,
-                       saturation=0.2, hue=0.1, jitter_probability=0.8, gray_probability=0.2,
-                       blur_probability=1.0)
+    first = ViewConfig(
+        size=size,
+        scale=(0.08, 1.0),
+        interpolation="bicubic",
+        brightness=0.4,
+        contrast=0.4,
+        saturation=0.2,
+        hue=0.1,
+        jitter_probability=0.8,
+        gray_probability=0.2,
+        blur_probability=1.0,
+    )
     return TwoViewConfig(first, replace(first, blur_probability=0.1, solarize_probability=0.2))
 
 
 def cifar_views(size: int = 32) -> TwoViewConfig:
     """The authors' views for CIFAR-10, both alike: no blur and no solarisation."""
-    view = ViewConfig(size=size, scale=(0.2, 1.0), brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1,
-                      jitter_probability=0.8, gray_probability=0.2, mean=CIFAR_MEAN, std=CIFAR_STD)
+    view = ViewConfig(
+        size=size,
+        scale=(0.2, 1.0),
+        brightness=0.4,
+        contrast=0.4,
+        saturation=0.4,
+        hue=0.1,
+        jitter_probability=0.8,
+        gray_probability=0.2,
+        mean=CIFAR_MEAN,
+        std=CIFAR_STD,
+    )
     return TwoViewConfig(first=view, second=view)
 
 
@@ -138,7 +175,9 @@ class ViewParameters:
 
     def to(self, device: torch.device | str) -> ViewParameters:
         """The same parameters on another device."""
-        return ViewParameters(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        return ViewParameters(
+            *(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self))
+        )
 
     def __getitem__(self, images: slice) -> ViewParameters:
         """The parameters of some of the images."""
@@ -162,8 +201,14 @@ class View:
         return self.apply(images, self.draw(n, height, width, generator, images.device))
 
     @torch.no_grad()
-    def draw(self, n: int, height: int, width: int, generator: torch.Generator,
-             device: torch.device | str = "cpu") -> ViewParameters:
+    def draw(
+        self,
+        n: int,
+        height: int,
+        width: int,
+        generator: torch.Generator,
+        device: torch.device | str = "cpu",
+    ) -> ViewParameters:
         """Parameters for n images of height x width, drawn on the generator's device, moved to ``device``."""
         c = self.config
         # One row of uniform numbers an image, each column used once.
@@ -175,7 +220,10 @@ class View:
         ranges.append((-c.hue, c.hue))
         factors = [_between(low, high, strengths[:, i]) for i, (low, high) in enumerate(ranges)]
         return ViewParameters(
-            top=top, left=left, height=crop_height, width=crop_width,
+            top=top,
+            left=left,
+            height=crop_height,
+            width=crop_width,
             flip=flip < c.flip,
             jitter=jitter < c.jitter_probability,
             order=ranks.argsort(dim=1),
@@ -200,7 +248,7 @@ class View:
     def crop(self, image: Tensor, box: Sequence[int]) -> Tensor:
         """One of ``draw_crops``' crops of an image: uint8 (3, H, W) -> uint8 (3, size, size), antialiased."""
         top, left, height, width = box
-        part = image[None, :, top:top + height, left:left + width]
+        part = image[None, :, top : top + height, left : left + width]
         # A decoder's rows of pixels stay rows of pixels: the resizing of bytes is fastest so.
         part = part.contiguous(memory_format=torch.channels_last)
         side = self.config.size
@@ -218,15 +266,23 @@ class View:
         return self._in_parts(crops, self.draw(n, size, size, generator, crops.device), _flipped)
 
     @torch.no_grad()
-    def _in_parts(self, images: Tensor, parameters: ViewParameters,
-                  geometry: Callable[[Tensor, ViewParameters, ViewConfig], Tensor]) -> Tensor:
+    def _in_parts(
+        self,
+        images: Tensor,
+        parameters: ViewParameters,
+        geometry: Callable[[Tensor, ViewParameters, ViewConfig], Tensor],
+    ) -> Tensor:
         _check_images(images)
         p, n, size = parameters, len(images), self.config.size
-        _require(len(p.top) == n, "rows of parameters", len(p.top), f"give one for each of {n} images")
+        _require(
+            len(p.top) == n, "rows of parameters", len(p.top), f"give one for each of {n} images"
+        )
         out = torch.empty(n, 3, size, size, device=images.device)
         # A CPU is fastest on what its cache holds; an accelerator takes the whole batch at once.
         part = max(1, CPU_CACHE_PIXELS // size**2) if images.device.type == "cpu" else max(1, n)
-        with torch.autocast(images.device.type, enabled=False):  # half precision would show in the picture
+        with torch.autocast(
+            images.device.type, enabled=False
+        ):  # half precision would show in the picture
             for start in range(0, n, part):
                 some = slice(start, start + part)
                 self._colour(geometry(images[some], p[some], self.config), p[some], out[some])
@@ -256,7 +312,9 @@ class TwoViews:
     def __call__(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return self.first(images, generator), self.second(images, generator)
 
-    def finish(self, crops1: Tensor, crops2: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def finish(
+        self, crops1: Tensor, crops2: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         """Two views (x1, x2) from crops that are made already, uint8 (N, 3, size, size) each."""
         return self.first.finish(crops1, generator), self.second.finish(crops2, generator)
 
@@ -267,9 +325,14 @@ class EvalView:
     uint8 (N, 3, H, W) -> float32 (N, 3, size, size). Raises ValueError for a ``size`` above ``resize``.
     """
 
-    def __init__(self, resize: int, size: int, mean: tuple[float, float, float] = IMAGENET_MEAN,
-                 std: tuple[float, float, float] = IMAGENET_STD,
-                 interpolation: Interpolation = "bilinear") -> None:
+    def __init__(
+        self,
+        resize: int,
+        size: int,
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+        interpolation: Interpolation = "bilinear",
+    ) -> None:
         _check_output(size, interpolation, mean, std)
         enough = isinstance(resize, int) and resize >= size
         _require(enough, "resize", resize, f"give a whole number, at least the size, {size}")
@@ -283,13 +346,17 @@ class EvalView:
         with torch.autocast(images.device.type, enabled=False):
             x = _to_float(images)
             if images.shape[2:] != (self.resize, self.resize) or self.size != self.resize:
-                rows, columns = (self._axis(side, min(images.shape[2:]), x) for side in images.shape[2:])
+                rows, columns = (
+                    self._axis(side, min(images.shape[2:]), x) for side in images.shape[2:]
+                )
                 x = _separable(x, rows, columns, clamp=self.interpolation == "bicubic")
             return _normalize(x, self.mean, self.std, out)
 
     def crop(self, image: Tensor) -> Tensor:
         """The resized centre of one image: uint8 (3, H, W) -> uint8 (3, size, size), for ``finish``."""
-        resized = TF.resize(image, [self.resize], TF.InterpolationMode(self.interpolation), antialias=True)
+        resized = TF.resize(
+            image, [self.resize], TF.InterpolationMode(self.interpolation), antialias=True
+        )
         return TF.center_crop(resized, [self.size, self.size])
 
     @torch.no_grad()
@@ -312,8 +379,9 @@ def _between(low: float, high: float, uniform: Tensor) -> Tensor:
     return low + (high - low) * uniform
 
 
-def _draw_crop(uniform: Tensor, height: int | Tensor, width: int | Tensor,
-               c: ViewConfig) -> tuple[Tensor, ...]:
+def _draw_crop(
+    uniform: Tensor, height: int | Tensor, width: int | Tensor, c: ViewConfig
+) -> tuple[Tensor, ...]:
     """torchvision's RandomResizedCrop.get_params for every row: top, left, height, width, each (N,) int64.
 
     All tries are made at once. The first that fits in the image counts; else the fallback, a central crop.
@@ -324,7 +392,9 @@ def _draw_crop(uniform: Tensor, height: int | Tensor, width: int | Tensor,
     ratio = _between(math.log(c.ratio[0]), math.log(c.ratio[1]), log_ratio).exp()
     widths, heights = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
     fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
-    earliest = (fits * torch.arange(CROP_TRIES, 0, -1, device=fits.device)).argmax(dim=1, keepdim=True)
+    earliest = (fits * torch.arange(CROP_TRIES, 0, -1, device=fits.device)).argmax(
+        dim=1, keepdim=True
+    )
 
     # The fallback: the whole image, less what makes it too wide or too tall for the ratios.
     none = torch.zeros_like(place[:, :1])
@@ -336,7 +406,9 @@ def _draw_crop(uniform: Tensor, height: int | Tensor, width: int | Tensor,
     crop_height = torch.where(found, heights.gather(1, earliest), fallback_height)
     free_rows, free_columns = height - crop_height, width - crop_width
     top = torch.where(found, (place[:, :1] * (free_rows + 1)).floor(), (free_rows / 2).floor())
-    left = torch.where(found, (place[:, 1:] * (free_columns + 1)).floor(), (free_columns / 2).floor())
+    left = torch.where(
+        found, (place[:, 1:] * (free_columns + 1)).floor(), (free_columns / 2).floor()
+    )
     return tuple(side.squeeze(1).long() for side in (top, left, crop_height, crop_width))
 
 
@@ -372,8 +444,14 @@ def _flipped(crops: Tensor, p: ViewParameters, c: ViewConfig) -> Tensor:
     return _to_float(torch.where(p.flip.view(-1, 1, 1, 1), crops.flip(3), crops))
 
 
-def _resampling_matrix(start: Tensor, length: Tensor, position: Tensor, resized: int, side: int,
-                       interpolation: Interpolation) -> Tensor:
+def _resampling_matrix(
+    start: Tensor,
+    length: Tensor,
+    position: Tensor,
+    resized: int,
+    side: int,
+    interpolation: Interpolation,
+) -> Tensor:
     """Weights (N, positions, side) of the pixels along one side, where a crop of it becomes ``resized`` long.
 
     PIL's antialiased resampling: a triangle or a Keys cubic (a = -1/2), which widens with the output's pixels
@@ -386,7 +464,9 @@ def _resampling_matrix(start: Tensor, length: Tensor, position: Tensor, resized:
     center = (start + scale * (position + 0.5)) / stretch
     pixel = torch.arange(side, device=start.device) + 0.5
     inside = (pixel > start) & (pixel < start + length)
-    pixel = torch.where(inside, pixel / stretch, math.inf)  # far from everything, so its weight is zero
+    pixel = torch.where(
+        inside, pixel / stretch, math.inf
+    )  # far from everything, so its weight is zero
     distance = (pixel[:, None, :] - center[:, :, None]).abs_()
     if interpolation == "bilinear":
         weight = (1 - distance).clamp_min_(0)
@@ -401,7 +481,9 @@ def _blur_matrix(p: ViewParameters, size: int, kernel: int) -> Tensor:
     taps = torch.arange(kernel // 2 + 1, device=p.sigma.device)
     weight = (-0.5 * (taps / p.sigma[:, None]).square()).exp()
     weight = torch.where(p.blur[:, None], weight, (taps == 0).float())
-    weight = weight / (2 * weight.sum(dim=1, keepdim=True) - weight[:, :1])  # all but the middle count twice
+    weight = weight / (
+        2 * weight.sum(dim=1, keepdim=True) - weight[:, :1]
+    )  # all but the middle count twice
     return (weight @ _reflected_taps(size, kernel, p.sigma.device)).unflatten(1, (size, size))
 
 
@@ -455,7 +537,9 @@ def _shift_hue_(x: Tensor, turns: Tensor) -> None:
     lowest = torch.minimum(red, green).clamp_max_(blue)
     chroma = highest - lowest
     # How far a hue is from cyan is one formula in all six sectors; green > blue says on which side of it.
-    from_cyan = (red - green).sub_(blue).sub_(lowest).add_(highest, alpha=2).div_(chroma.clamp_min(1e-6))
+    from_cyan = (
+        (red - green).sub_(blue).sub_(lowest).add_(highest, alpha=2).div_(chroma.clamp_min(1e-6))
+    )
     hue = from_cyan.copysign_(blue - green).div_(6).add_(turns.view(-1, 1, 1) + 0.5)
 
     center = torch.arange(3, device=x.device).view(3, 1, 1) / 3
@@ -500,8 +584,15 @@ def _require(good: bool, name: str, value: object, remedy: str) -> None:
         raise ValueError(f"{name} = {value!r}: {remedy}")
 
 
-def _check_output(size: int, interpolation: str, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-    _require(isinstance(size, int) and size >= 1, "size", size, "give a whole number of pixels, 1 or more")
+def _check_output(
+    size: int, interpolation: str, mean: tuple[float, ...], std: tuple[float, ...]
+) -> None:
+    _require(
+        isinstance(size, int) and size >= 1,
+        "size",
+        size,
+        "give a whole number of pixels, 1 or more",
+    )
     known = interpolation in ("bilinear", "bicubic")
     _require(known, "interpolation", interpolation, "give 'bilinear' or 'bicubic'")
     _require(len(mean) == 3, "mean", mean, "give one number a channel, 3")
@@ -510,5 +601,10 @@ def _check_output(size: int, interpolation: str, mean: tuple[float, ...], std: t
 
 def _check_images(images: Tensor) -> None:
     shape, kind = tuple(images.shape), images.dtype
-    good = images.ndim == 4 and images.shape[1] == 3 and kind == torch.uint8 and min(images.shape[2:]) > 0
+    good = (
+        images.ndim == 4
+        and images.shape[1] == 3
+        and kind == torch.uint8
+        and min(images.shape[2:]) > 0
+    )
     _require(good, "images", (kind, shape), "give a uint8 tensor of shape (N, 3, H, W)")

@@ -12,7 +12,12 @@ import torch.multiprocessing as mp
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--record", metavar="FILE", type=Path, help="with -m slurm: write what was observed as a result, for the book")
+    parser.addoption(
+        "--record",
+        metavar="FILE",
+        type=Path,
+        help="with -m slurm: write what was observed as a result, for the book",
+    )
 
 
 def _run(rank: int, size: int, port: int, work: Callable, folder: str, backend: str) -> None:
@@ -30,6 +35,7 @@ def _run(rank: int, size: int, port: int, work: Callable, folder: str, backend: 
 @pytest.fixture
 def ranks(tmp_path: Path, free_port: Callable[[], int]) -> Callable:
     """Call work(rank, size) on `size` processes; its results, in their order."""
+
     def call(work: Callable, size: int, backend: str = "gloo") -> list:
         mp.spawn(_run, (size, free_port(), work, str(tmp_path), backend), nprocs=size)
         return [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]

@@ -33,7 +33,9 @@ def test_a_seed_gives_the_same_bytes_on_any_number_of_threads(factors):
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*pictures)
-    assert not torch.equal(pictures[0], attributes.draw(attributes.sample(300, seeded(4)), noise=seeded(6)))
+    assert not torch.equal(
+        pictures[0], attributes.draw(attributes.sample(300, seeded(4)), noise=seeded(6))
+    )
 
 
 def test_factors_alone_draw_the_picture_again_but_for_its_noise(factors, images):
@@ -57,8 +59,10 @@ def test_factors_are_uniform_and_independent():
     names = list(attributes.FACTORS)
     for i, name in enumerate(names):
         k = len(attributes.FACTORS[name])
-        assert factors[name].dtype == torch.int64 and factors[name].unique().tolist() == list(range(k))
-        for other in names[i + 1:]:
+        assert factors[name].dtype == torch.int64 and factors[name].unique().tolist() == list(
+            range(k)
+        )
+        for other in names[i + 1 :]:
             cells = k * len(attributes.FACTORS[other])
             counts = torch.bincount(factors[name] * (cells // k) + factors[other], minlength=cells)
             expected = 40_000 / cells
@@ -69,12 +73,16 @@ def test_factors_are_uniform_and_independent():
 def test_place_and_size_are_where_the_continuous_factors_say(factors):
     assert torch.equal((factors["x"] / 0.31).round().long() + 1, factors["place"] % 3)
     assert torch.equal((factors["y"] / 0.31).round().long() + 1, factors["place"] // 3)
-    assert torch.equal(torch.bucketize(factors["radius"], torch.tensor([0.46, 0.59])), factors["size"])
+    assert torch.equal(
+        torch.bucketize(factors["radius"], torch.tensor([0.46, 0.59])), factors["size"]
+    )
 
 
 def test_colour_place_and_size_can_be_read_from_the_pixels(factors, images):
     rgb = images.float() / 255
-    vivid = ((rgb.amax(1) - rgb.amin(1)) / rgb.amax(1).clamp(min=0.05) > 0.55).float()  # the ground is muted
+    vivid = (
+        (rgb.amax(1) - rgb.amin(1)) / rgb.amax(1).clamp(min=0.05) > 0.55
+    ).float()  # the ground is muted
     seen = vivid.sum((1, 2)) > 15
     plain = seen & (factors["texture"] == 0) & (factors["shape"] < 6)  # all about their own centre
     mean = (rgb * vivid[:, None]).sum((2, 3)) / vivid.sum((1, 2))[:, None]
@@ -87,7 +95,10 @@ def test_colour_place_and_size_can_be_read_from_the_pixels(factors, images):
     for name, centre in (("x", (vivid.sum(1) * axis).sum(1)), ("y", (vivid.sum(2) * axis).sum(1))):
         error = (centre / vivid.sum((1, 2)) - factors[name])[plain]
         assert error.abs().median() < 0.06, name
-    assert torch.corrcoef(torch.stack([vivid.sum((1, 2)).sqrt(), factors["radius"]])[:, plain])[0, 1] > 0.8
+    assert (
+        torch.corrcoef(torch.stack([vivid.sum((1, 2)).sqrt(), factors["radius"]])[:, plain])[0, 1]
+        > 0.8
+    )
 
 
 def test_edges_are_anti_aliased_so_that_a_small_picture_is_a_large_one_averaged(factors):
@@ -101,7 +112,9 @@ def test_edges_are_anti_aliased_so_that_a_small_picture_is_a_large_one_averaged(
 
 def test_the_label_is_shape_and_texture(factors):
     for i in range(20):
-        shape, texture = (attributes.FACTORS[name][factors[name][i]] for name in ("shape", "texture"))
+        shape, texture = (
+            attributes.FACTORS[name][factors[name][i]] for name in ("shape", "texture")
+        )
         assert attributes.CLASSES[attributes.label(factors)[i]] == f"{texture} {shape}"
 
 

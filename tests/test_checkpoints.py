@@ -18,7 +18,10 @@ STATE = {"weights": torch.arange(3.0), "step": 7, "nested": {"list": [1, "two"]}
 def test_state_comes_back_and_old_files_go(tmp_path):
     for step in (1, 2, 10):
         checkpoints.save(tmp_path, step, STATE, keep=2)
-    assert [path.name for path in checkpoints.paths(tmp_path)] == ["step-000000010.pt", "step-000000002.pt"]
+    assert [path.name for path in checkpoints.paths(tmp_path)] == [
+        "step-000000010.pt",
+        "step-000000002.pt",
+    ]
     state, path = checkpoints.load_latest(tmp_path)
     assert path.name == "step-000000010.pt"
     assert torch.equal(state["weights"], STATE["weights"]) and state["nested"] == STATE["nested"]
@@ -32,7 +35,9 @@ def test_a_bad_file_is_named_and_the_one_before_it_taken(tmp_path, caplog, damag
     if damage == "foreign":
         torch.save({"model": torch.zeros(2)}, newest)
     else:
-        newest.write_bytes({"truncate": content[:len(content) // 2], "empty": b"", "text": b"hello"}[damage])
+        newest.write_bytes(
+            {"truncate": content[: len(content) // 2], "empty": b"", "text": b"hello"}[damage]
+        )
     with pytest.raises(checkpoints.CheckpointError, match="step-000000002.pt"):
         checkpoints.load(newest)
     state, path = checkpoints.load_latest(tmp_path)
@@ -70,8 +75,10 @@ def test_an_error_while_writing_leaves_the_old_file_and_no_litter(tmp_path):
 def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
     target = tmp_path / "file"
     target.write_bytes(b"old")
-    code = ("import os, signal, sys\nfrom imsvd_core.files import atomic_write\n"
-            "with atomic_write(sys.argv[1]) as file:\n file.write(b'new'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)")
+    code = (
+        "import os, signal, sys\nfrom imsvd_core.files import atomic_write\n"
+        "with atomic_write(sys.argv[1]) as file:\n file.write(b'new'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
     assert subprocess.run([sys.executable, "-c", code, str(target)]).returncode == -signal.SIGKILL
     assert target.read_bytes() == b"old"
 
@@ -83,14 +90,19 @@ def test_what_a_killed_save_left_and_what_a_resumption_undid_goes_with_the_next_
     (tmp_path / ".step-000000012.pt.abc.part").write_bytes(b"half")
     for step in (12, 14):
         checkpoints.save(tmp_path, step, STATE, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000012.pt", "step-000000014.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-000000012.pt",
+        "step-000000014.pt",
+    ]
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     calls = []
     for name in ("fsync", "replace"):
         original = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *a, name=name, original=original: (calls.append(name), original(*a))[1])
+        monkeypatch.setattr(
+            os, name, lambda *a, name=name, original=original: (calls.append(name), original(*a))[1]
+        )
     checkpoints.save(tmp_path, 1, STATE)
     assert calls == ["fsync", "replace", "fsync"]
 

@@ -88,11 +88,19 @@ def published(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     def batch(name: str, split: int, classes: range) -> list[str]:
         images = np.concatenate([pixels(2, seed=10 * split + c) for c in classes])
-        return write(name, {"data": images.transpose(0, 3, 1, 2).reshape(-1, 3072),
-                            "labels": [c for c in classes for _ in range(2)]})
+        return write(
+            name,
+            {
+                "data": images.transpose(0, 3, 1, 2).reshape(-1, 3072),
+                "labels": [c for c in classes for _ in range(2)],
+            },
+        )
 
-    monkeypatch.setattr(CIFAR10, "train_list", [batch("data_batch_1", 0, range(5)),
-                                                batch("data_batch_2", 0, range(5, 10))])
+    monkeypatch.setattr(
+        CIFAR10,
+        "train_list",
+        [batch("data_batch_1", 0, range(5)), batch("data_batch_2", 0, range(5, 10))],
+    )
     monkeypatch.setattr(CIFAR10, "test_list", [batch("test_batch", 1, range(10))])
     name, md5 = write("batches.meta", {"label_names": list(CLASSES)})
     monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
@@ -107,21 +115,31 @@ def test_a_tree_and_torchvisions_layout_give_the_same_tensors(tmp_path, monkeypa
     published(tmp_path / "below" / "cifar10", monkeypatch)
     tree(tmp_path / "tree")
     for split in ("train", "test"):
-        one, other, below = (datasets.load("cifar10", split, root=tmp_path / place)
-                             for place in ("tree", "layout", "below"))
+        one, other, below = (
+            datasets.load("cifar10", split, root=tmp_path / place)
+            for place in ("tree", "layout", "below")
+        )
         assert one.images.shape == (20, 3, 32, 32) and one.images.dtype == torch.uint8
-        assert torch.equal(one.images, torch.from_numpy(np.concatenate(
-            [pixels(2, seed=c + 10 * (split == "test")) for c in range(10)])).permute(0, 3, 1, 2))
+        assert torch.equal(
+            one.images,
+            torch.from_numpy(
+                np.concatenate([pixels(2, seed=c + 10 * (split == "test")) for c in range(10)])
+            ).permute(0, 3, 1, 2),
+        )
         for layout in (other, below):
             assert torch.equal(one.images, layout.images) and torch.equal(one.labels, layout.labels)
-            assert one.classes == layout.classes == CLASSES and one.title == layout.title == "CIFAR-10"
+            assert (
+                one.classes == layout.classes == CLASSES and one.title == layout.title == "CIFAR-10"
+            )
             assert one.images.is_contiguous() and layout.images.is_contiguous()
 
 
 def test_a_jpeg_tree_is_called_one_and_has_the_pixels_of_pillow(tmp_path):
     tree(tmp_path, "jpg")
     data = datasets.load("auto", "test", root=tmp_path)
-    assert data.name == "cifar10" and data.title == "CIFAR-10 (JPEG)" == datasets.title(root=tmp_path)
+    assert data.name == "cifar10" and data.title == "CIFAR-10 (JPEG)" == datasets.title(
+        root=tmp_path
+    )
     with Image.open(tmp_path / "cifar10/test/bird/0001.jpg") as picture:
         assert np.array_equal(data.images[5].permute(1, 2, 0), np.asarray(picture))
 
@@ -132,11 +150,15 @@ def test_fashion_mnist_is_padded_and_repeated_in_three_channels(tmp_path):
     grey = pixels(7)[:, :28, :28, 0]
     for stem, _ in FashionMNIST.resources:
         content = grey if "images" in stem else np.arange(7, dtype=np.uint8)
-        magic = bytes([0, 0, 8, content.ndim]) + b"".join(n.to_bytes(4, "big") for n in content.shape)
+        magic = bytes([0, 0, 8, content.ndim]) + b"".join(
+            n.to_bytes(4, "big") for n in content.shape
+        )
         (raw / stem.removesuffix(".gz")).write_bytes(magic + content.tobytes())
     data = datasets.load("fashion-mnist", root=tmp_path)
     assert data.images.shape == (7, 3, 32, 32) and data.labels.tolist() == list(range(7))
-    assert np.array_equal(data.images[3, 1, 2:30, 2:30], grey[3]) and data.images[3, :, :2].max() == 0
+    assert (
+        np.array_equal(data.images[3, 1, 2:30, 2:30], grey[3]) and data.images[3, :, :2].max() == 0
+    )
 
 
 def test_a_folder_of_unequal_images_needs_a_size_and_is_cropped_to_the_middle(tmp_path):
@@ -150,8 +172,14 @@ def test_a_folder_of_unequal_images_needs_a_size_and_is_cropped_to_the_middle(tm
         datasets.load("folder:mine", root=tmp_path)
     for name in ("folder:mine", f"folder:{tmp_path / 'mine'}"):
         data = datasets.load(name, root=tmp_path, size=20)
-        assert data.images.shape == (2, 3, 20, 20) and data.title == "mine" and data.classes == ("a", "b")
-        assert (data.images[0, :, :, 2:-2] == 200).all()  # all but the two blurred edges of the crop
+        assert (
+            data.images.shape == (2, 3, 20, 20)
+            and data.title == "mine"
+            and data.classes == ("a", "b")
+        )
+        assert (
+            data.images[0, :, :, 2:-2] == 200
+        ).all()  # all but the two blurred edges of the crop
     assert datasets.load("folder:mine", "test", root=tmp_path).images.shape == (2, 3, 40, 80)
 
 
@@ -163,8 +191,14 @@ def test_a_broken_image_is_named_or_skipped_and_counted(tmp_path, suffix, kind, 
             save(tmp_path / "mine" / split / name, pixels(5), suffix)
     broken = tmp_path / f"mine/train/a/0003.{suffix}"
     content = broken.read_bytes()
-    broken.write_bytes({"truncated": content[:len(content) // 2], "empty": b"", "no image": b"<html>404</html>",
-                        "a tenth short": content[:-len(content) // 10]}[kind])
+    broken.write_bytes(
+        {
+            "truncated": content[: len(content) // 2],
+            "empty": b"",
+            "no image": b"<html>404</html>",
+            "a tenth short": content[: -len(content) // 10],
+        }[kind]
+    )
     with pytest.raises(ValueError, match=f"a/0003.{suffix} cannot be read.*on_corrupt='skip'"):
         datasets.load("folder:mine", root=tmp_path)
     data = datasets.load("folder:mine", root=tmp_path, on_corrupt="skip")
@@ -173,10 +207,10 @@ def test_a_broken_image_is_named_or_skipped_and_counted(tmp_path, suffix, kind, 
 
 
 def test_a_changed_byte_of_a_png_never_passes_for_other_pixels(tmp_path):
-    file, = save(tmp_path, pixels(1))
+    (file,) = save(tmp_path, pixels(1))
     content, whole = file.read_bytes(), datasets.decode(str(file))
     for place in range(0, len(content), 13):
-        file.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1:])
+        file.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
         try:
             assert torch.equal(datasets.decode(str(file)), whole), place
         except ValueError as error:
@@ -184,7 +218,9 @@ def test_a_changed_byte_of_a_png_never_passes_for_other_pixels(tmp_path):
 
 
 def test_a_tree_that_cannot_be_used_is_refused_with_its_path(tmp_path):
-    def attempt(match: str, split: str = "train", error: type[Exception] = ValueError, **settings) -> None:
+    def attempt(
+        match: str, split: str = "train", error: type[Exception] = ValueError, **settings
+    ) -> None:
         with pytest.raises(error, match=match):
             datasets.load("folder:mine", split, root=tmp_path, **settings)
 
@@ -231,10 +267,26 @@ def test_attributes_are_the_same_at_every_load_and_differ_by_split_and_seed(monk
     assert datasets.ATTRIBUTES_SIZES == {"train": 20_000, "test": 4_000}
     monkeypatch.setattr(datasets, "ATTRIBUTES_SIZES", {"train": 600, "test": 600})
     one = datasets.load("attributes", "train")
-    assert one.images.shape == (600, 3, 32, 32) and one.factors.keys() > one.factor_values.keys() == {
-        "shape", "texture", "colour", "size", "place", "background", "ground"}
+    assert one.images.shape == (
+        600,
+        3,
+        32,
+        32,
+    ) and one.factors.keys() > one.factor_values.keys() == {
+        "shape",
+        "texture",
+        "colour",
+        "size",
+        "place",
+        "background",
+        "ground",
+    }
     assert torch.equal(one.images, datasets.load("attributes", "train").images)
-    all_four = [datasets.load("attributes", split, seed=seed) for split in ("train", "test") for seed in (0, 1)]
+    all_four = [
+        datasets.load("attributes", split, seed=seed)
+        for split in ("train", "test")
+        for seed in (0, 1)
+    ]
     for i, data in enumerate(all_four):
         for other in all_four[:i]:
             assert (data.images != other.images).flatten(1).any(1).all()
@@ -244,7 +296,9 @@ def test_attributes_are_the_same_at_every_load_and_differ_by_split_and_seed(monk
 def test_a_subset_is_balanced_deterministic_and_takes_its_factors_along():
     labels = torch.tensor([0] * 50 + [1] * 50 + [2] * 4)
     images = torch.arange(104, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2)
-    data = ImageData("x", "x", "train", images, labels, ("a", "b", "c"), {"place": torch.arange(104)})
+    data = ImageData(
+        "x", "x", "train", images, labels, ("a", "b", "c"), {"place": torch.arange(104)}
+    )
     part = data.subset(31)
     assert sorted(part.labels.bincount().tolist()) == [4, 13, 14]
     assert torch.equal(part.factors["place"], part.images[:, 0, 0, 0].long())
@@ -263,7 +317,9 @@ def test_image_data_refuses_tensors_that_do_not_fit():
         ImageData("x", "x", "train", images.float(), labels, ("a",))
     with pytest.raises(ValueError, match=r"labels are torch.int64 \(3,\): give torch.int64 \(4,\)"):
         ImageData("x", "x", "train", images, labels[:3], ("a",))
-    assert ImageData("x", "x", "train", images, labels, ("a",)).to("meta").images.device.type == "meta"
+    assert (
+        ImageData("x", "x", "train", images, labels, ("a",)).to("meta").images.device.type == "meta"
+    )
 
 
 # --- no network ---------------------------------------------------------------------------------------------
@@ -273,15 +329,19 @@ def test_auto_falls_back_with_one_line_and_asks_the_network_once(tmp_path, offli
     assert [datasets.resolve("auto", tmp_path) for _ in range(3)] == ["attributes"] * 3
     out, err = capfd.readouterr()
     assert out.count("\n") == 1 and not err
-    assert "attributes (drawn)" in out and str(tmp_path) in out and "Name or service not known" in out
+    assert (
+        "attributes (drawn)" in out and str(tmp_path) in out and "Name or service not known" in out
+    )
     assert len(offline) == 1
 
 
-def test_another_process_does_not_try_again_until_ten_minutes_have_passed(tmp_path, offline, monkeypatch):
+def test_another_process_does_not_try_again_until_ten_minutes_have_passed(
+    tmp_path, offline, monkeypatch
+):
     datasets.resolve("auto", tmp_path)
     monkeypatch.setattr(datasets, "_failed", {})  # as a new process has it
     assert datasets.resolve("auto", tmp_path) == "attributes" and len(offline) == 1
-    stamp, = tmp_path.iterdir()
+    (stamp,) = tmp_path.iterdir()
     os.utime(stamp, (time.time() - 601,) * 2)
     assert datasets.resolve("auto", tmp_path) == "attributes" and len(offline) == 2
     tree(tmp_path)  # data that have come in the meantime are taken at once
@@ -290,7 +350,9 @@ def test_another_process_does_not_try_again_until_ten_minutes_have_passed(tmp_pa
 
 def test_an_explicit_cifar10_that_cannot_be_had_says_what_to_put_where(tmp_path, offline):
     datasets.resolve("auto", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"Put .*cifar-10-batches-py.*cifar10/\{train,test\}/<class>"):
+    with pytest.raises(
+        FileNotFoundError, match=r"Put .*cifar-10-batches-py.*cifar10/\{train,test\}/<class>"
+    ):
         datasets.load("cifar10", root=tmp_path)
     assert len(offline) == 2  # who asks by name is tried for at once
 
@@ -318,7 +380,9 @@ def test_a_name_server_that_never_answers_is_given_up(tmp_path, monkeypatch, cap
     assert "no answer from https://www.cs.toronto.edu" in capfd.readouterr().out
 
 
-def test_a_download_that_stalls_or_is_cut_short_is_given_up_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_download_that_stalls_or_is_cut_short_is_given_up_and_leaves_nothing(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(datasets, "STALL_SECONDS", 0.5)
     held: list[socket.socket] = []
 
@@ -363,7 +427,9 @@ def test_a_whole_download_is_taken_and_a_wrong_one_is_not(tmp_path, monkeypatch)
         assert len(datasets.load("cifar10", root=tmp_path / "root")) == 20
         server.shutdown()
     assert datasets.resolve("auto", tmp_path / "root") == "cifar10"
-    assert [path.name for path in (tmp_path / "root").iterdir()] == [CIFAR10.base_folder]  # and no archive
+    assert [path.name for path in (tmp_path / "root").iterdir()] == [
+        CIFAR10.base_folder
+    ]  # and no archive
 
 
 def test_half_a_torchvision_layout_is_never_taken_for_the_data_set(tmp_path, monkeypatch, offline):
@@ -387,7 +453,9 @@ def test_the_manifest_follows_names_and_sizes_and_needs_no_network(tmp_path, off
     assert datasets.manifest("cifar10", tmp_path) == "cifar10 absent"
     seen = [datasets.manifest("auto", tree(tmp_path))]
     assert seen[0].startswith("cifar10 40 files ")
-    assert datasets.manifest("auto", tree(tmp_path / "elsewhere")) == seen[0]  # the place does not matter
+    assert (
+        datasets.manifest("auto", tree(tmp_path / "elsewhere")) == seen[0]
+    )  # the place does not matter
     file = tmp_path / "cifar10/train/cat/0001.png"
     file.write_bytes(file.read_bytes() + b"\0")
     seen.append(datasets.manifest("auto", tmp_path))

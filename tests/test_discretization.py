@@ -7,8 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from imsvd_core.discretization import (Units, hard_codes, hardness, joint, marginals, merge_variables,
-                                       soft_discretize, split_variables, unit_counts)
+from imsvd_core.discretization import (
+    Units,
+    hard_codes,
+    hardness,
+    joint,
+    marginals,
+    merge_variables,
+    soft_discretize,
+    split_variables,
+    unit_counts,
+)
 
 UNITS = [(3, 3), (2, 3, 4), (1, 5), (4,)]
 
@@ -20,7 +29,7 @@ def logits(units: tuple[int, ...], samples: int = 5, seed: int = 0) -> Tensor:
 
 def columns(units: tuple[int, ...]) -> list[range]:
     """The columns that each variable owns."""
-    return [range(sum(units[:v]), sum(units[:v + 1])) for v in range(len(units))]
+    return [range(sum(units[:v]), sum(units[: v + 1])) for v in range(len(units))]
 
 
 @pytest.mark.parametrize("units", UNITS)
@@ -32,7 +41,9 @@ def test_soft_codes_are_equation_1(units: tuple[int, ...], temperature: float) -
         for own in columns(units):
             total = sum(math.exp(row[c] / temperature) for c in own)
             for c in own:
-                assert p[n, c].item() == pytest.approx(math.exp(row[c] / temperature) / total, abs=1e-14)
+                assert p[n, c].item() == pytest.approx(
+                    math.exp(row[c] / temperature) / total, abs=1e-14
+                )
 
 
 @pytest.mark.parametrize("units", UNITS)
@@ -43,7 +54,9 @@ def test_marginals_are_equation_2(units: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("units", UNITS)
-def test_the_cross_joint_is_equation_10_and_the_self_joint_equation_3(units: tuple[int, ...]) -> None:
+def test_the_cross_joint_is_equation_10_and_the_self_joint_equation_3(
+    units: tuple[int, ...],
+) -> None:
     p1, p2 = (soft_discretize(logits(units, seed=seed), units) for seed in (1, 2))
     for found, other in ((joint(p1, p2), p2), (joint(p1), p1)):
         for a, b in product(range(sum(units)), repeat=2):
@@ -56,9 +69,9 @@ def test_every_block_sums_to_one_and_its_margins_are_the_marginals(units: tuple[
     p1, p2 = (soft_discretize(logits(units, seed=seed), units) for seed in (1, 2))
     found = joint(p1, p2)
     for i, j in product(columns(units), repeat=2):
-        block = found[i.start:i.stop, j.start:j.stop]
-        assert torch.allclose(block.sum(1), marginals(p1)[i.start:i.stop])
-        assert torch.allclose(block.sum(0), marginals(p2)[j.start:j.stop])
+        block = found[i.start : i.stop, j.start : j.stop]
+        assert torch.allclose(block.sum(1), marginals(p1)[i.start : i.stop])
+        assert torch.allclose(block.sum(0), marginals(p2)[j.start : j.stop])
         assert block.sum().item() == pytest.approx(1)
 
 
@@ -113,7 +126,9 @@ def test_unequal_units_pass_gradcheck() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_half_precision_codes_are_accumulated_in_float32(dtype: torch.dtype, autocast: bool) -> None:
+def test_half_precision_codes_are_accumulated_in_float32(
+    dtype: torch.dtype, autocast: bool
+) -> None:
     # 4096 samples put 2⁻¹² into each cell of a 64 × 64 block, in steps of 2⁻²⁶ that float16 cannot hold.
     p = torch.full((4096, 64), 1 / 64, dtype=dtype)
     with torch.autocast("cpu", dtype=dtype, enabled=autocast):
@@ -144,11 +159,18 @@ def test_hardness_counts_variables_whose_top_probability_passes_a_threshold() ->
     assert found.mean_top == pytest.approx((0.95 + 1.0 + 0.5 + 0.85) / 4)
 
 
-@pytest.mark.parametrize("units, message", [
-    (4, "units=4 does not divide the embedding dimension 6: take a divisor"),
-    ((2, 3), r"units=\(2, 3\) sum to 5, but the embedding has 6"),
-    (0, "units=0: need an integer ≥ 1"), ((6, 0), "need an integer ≥ 1"), ((3.0, 3.0), "need an integer ≥ 1"),
-    (True, "need an integer ≥ 1"), ((), "non-empty sequence")])
+@pytest.mark.parametrize(
+    "units, message",
+    [
+        (4, "units=4 does not divide the embedding dimension 6: take a divisor"),
+        ((2, 3), r"units=\(2, 3\) sum to 5, but the embedding has 6"),
+        (0, "units=0: need an integer ≥ 1"),
+        ((6, 0), "need an integer ≥ 1"),
+        ((3.0, 3.0), "need an integer ≥ 1"),
+        (True, "need an integer ≥ 1"),
+        ((), "non-empty sequence"),
+    ],
+)
 def test_impossible_units_are_named(units: Units, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         soft_discretize(torch.zeros(2, 6), units)

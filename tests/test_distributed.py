@@ -9,7 +9,14 @@ import torch
 import torch.distributed as dist
 
 from imsvd_core import distributed
-from imsvd_core.distributed import first_to_say, mean_over_ranks, on_rank_0, process_group, rank_0_first, world
+from imsvd_core.distributed import (
+    first_to_say,
+    mean_over_ranks,
+    on_rank_0,
+    process_group,
+    rank_0_first,
+    world,
+)
 from imsvd_core.loss import CrossJointEntropyLoss
 
 
@@ -17,7 +24,13 @@ def logits(samples=24, dim=21, scale=2.0):
     return scale * torch.randn(2, samples, dim, generator=torch.Generator().manual_seed(0))
 
 
-SETTINGS = dict(units=(5, 3, 4, 2, 7), diagonal_weight=0.7, off_diagonal_weight=1.3, invariance_weight=0.4, temperature=0.8)
+SETTINGS = dict(
+    units=(5, 3, 4, 2, 7),
+    diagonal_weight=0.7,
+    off_diagonal_weight=1.3,
+    invariance_weight=0.4,
+    temperature=0.8,
+)
 
 
 def share(rank, size):
@@ -36,7 +49,9 @@ def test_value_and_gradient_are_those_of_the_joined_batch(ranks, size):
     for values, _, _ in results:
         assert torch.allclose(values, torch.stack(terms), rtol=1e-6, atol=1e-6)
     for view, z in enumerate((z1, z2), start=1):
-        averaged = torch.cat([result[view] for result in results]) / size  # what DDP's mean makes of it
+        averaged = (
+            torch.cat([result[view] for result in results]) / size
+        )  # what DDP's mean makes of it
         assert (averaged - z.grad).norm() < 1e-6 * z.grad.norm()
 
 
@@ -49,7 +64,11 @@ def test_terms_need_no_gradient(ranks):
 
 def value_alone(rank, size):
     with torch.no_grad():
-        return torch.stack(CrossJointEntropyLoss(**SETTINGS, gather_distributed=True)(*(z.chunk(size)[rank] for z in logits())))
+        return torch.stack(
+            CrossJointEntropyLoss(**SETTINGS, gather_distributed=True)(
+                *(z.chunk(size)[rank] for z in logits())
+            )
+        )
 
 
 def under_ddp(rank, size):
@@ -83,8 +102,13 @@ def unlike(rank, size):
     whole = torch.randn(4, 6, requires_grad=True)
     wide, detached = whole.detach().double().requires_grad_(), whole.detach()
     said = []
-    for other in (torch.randn(3, 6, requires_grad=True), torch.randn(0, 6, requires_grad=True),
-                  torch.randn(4, 9, requires_grad=True), wide, detached):
+    for other in (
+        torch.randn(3, 6, requires_grad=True),
+        torch.randn(0, 6, requires_grad=True),
+        torch.randn(4, 9, requires_grad=True),
+        wide,
+        detached,
+    ):
         z = other if rank else whole
         try:
             CrossJointEntropyLoss(3, gather_distributed=True)(z, z)
@@ -96,8 +120,17 @@ def unlike(rank, size):
 def test_tables_that_differ_among_ranks_are_refused_on_every_rank(ranks):
     first, second = ranks(unlike, 2)
     assert first == second and len(first) == 5
-    for message, fact in zip(first, ("samples of z1, [4, 3]", "samples of z1, [4, 0]", "entries of z1, [24, 36]",
-                                     "bytes an entry of z1, [4, 8]", "gradient wanted, [1, 0]"), strict=True):
+    for message, fact in zip(
+        first,
+        (
+            "samples of z1, [4, 3]",
+            "samples of z1, [4, 0]",
+            "entries of z1, [24, 36]",
+            "bytes an entry of z1, [4, 8]",
+            "gradient wanted, [1, 0]",
+        ),
+        strict=True,
+    ):
         assert f"the ranks differ in {fact}" in message
 
 
@@ -117,18 +150,28 @@ def test_an_infinite_logit_of_one_rank_is_seen_by_all(ranks):
 
 def test_outside_a_process_group_gathering_changes_nothing():
     z1, z2 = logits()
-    plain, gathered = (CrossJointEntropyLoss(**SETTINGS, gather_distributed=flag)(z1, z2).total for flag in (False, True))
+    plain, gathered = (
+        CrossJointEntropyLoss(**SETTINGS, gather_distributed=flag)(z1, z2).total
+        for flag in (False, True)
+    )
     assert plain == gathered
 
 
-@pytest.mark.parametrize("settings", [dict(sampled_variables=3), dict(products="bf16"), dict(sampled_variables=2, products="bf16")])
+@pytest.mark.parametrize(
+    "settings",
+    [dict(sampled_variables=3), dict(products="bf16"), dict(sampled_variables=2, products="bf16")],
+)
 def test_drawn_rows_and_bf16_products_are_shared_alike(ranks, settings):
     torch.manual_seed(5)
     terms, alone = some_share(0, 1, settings)
     results = ranks(functools.partial(some_share, settings=settings), 2)
     joined = torch.cat([gradient for _, gradient in results], dim=1) / 2
-    tolerance = 2e-2 if settings.get("products") else 1e-5  # gradients' tables are rounded in other places
-    assert torch.allclose(results[0][0], terms, rtol=1e-4) and torch.equal(results[0][0], results[1][0])
+    tolerance = (
+        2e-2 if settings.get("products") else 1e-5
+    )  # gradients' tables are rounded in other places
+    assert torch.allclose(results[0][0], terms, rtol=1e-4) and torch.equal(
+        results[0][0], results[1][0]
+    )
     assert (joined - alone).norm() < tolerance * alone.norm()
 
 
@@ -154,7 +197,13 @@ def by_rank_0(rank, size):
         work(-1)
     except KeyError as error:
         told.append(str(error))
-    return told, done, first_to_say("the same"), first_to_say(f"from rank {rank}"), mean_over_ranks(torch.tensor([1.0 + rank])).item()
+    return (
+        told,
+        done,
+        first_to_say("the same"),
+        first_to_say(f"from rank {rank}"),
+        mean_over_ranks(torch.tensor([1.0 + rank])).item(),
+    )
 
 
 def test_what_rank_0_returns_or_raises_comes_to_all_and_one_reports(ranks):
@@ -178,10 +227,18 @@ def test_rank_0_goes_first(ranks):
     assert first < second
 
 
-def test_a_process_alone_joins_no_group_and_torchrun_with_one_a_group_of_one(monkeypatch, free_port):
+def test_a_process_alone_joins_no_group_and_torchrun_with_one_a_group_of_one(
+    monkeypatch, free_port
+):
     with process_group():
         assert not dist.is_initialized()
-    for name, value in {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
+    for name, value in {
+        "WORLD_SIZE": 1,
+        "RANK": 0,
+        "LOCAL_RANK": 0,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+    }.items():
         monkeypatch.setenv(name, str(value))
     with process_group("cpu"):
         assert dist.is_initialized() and dist.get_backend() == "gloo" and world() == (0, 1)
@@ -192,9 +249,17 @@ def test_a_process_alone_joins_no_group_and_torchrun_with_one_a_group_of_one(mon
 def slurm(monkeypatch):
     """The environment of the second of two tasks, one on each node of Slurm's job 7."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    settings = {"SLURM_JOB_ID": 7, "SLURM_STEP_ID": 0, "SLURM_JOB_NODELIST": "localhost,elsewhere",
-                "SLURM_STEP_NUM_TASKS": 2, "SLURM_NTASKS": 2, "SLURM_JOB_NUM_NODES": 2, "SLURM_PROCID": 1, "SLURM_LOCALID": 0,
-                "SLURM_NODEID": 1}
+    settings = {
+        "SLURM_JOB_ID": 7,
+        "SLURM_STEP_ID": 0,
+        "SLURM_JOB_NODELIST": "localhost,elsewhere",
+        "SLURM_STEP_NUM_TASKS": 2,
+        "SLURM_NTASKS": 2,
+        "SLURM_JOB_NUM_NODES": 2,
+        "SLURM_PROCID": 1,
+        "SLURM_LOCALID": 0,
+        "SLURM_NODEID": 1,
+    }
     with monkeypatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name, str(value))
@@ -203,7 +268,15 @@ def slurm(monkeypatch):
 
 def meeting_point(patch, **environment):
     """Where the job's ranks would meet."""
-    names = ("SUBMITIT_EXECUTOR", "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    names = (
+        "SUBMITIT_EXECUTOR",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+    )
     with patch.context() as inner:
         for name, value in environment.items():
             inner.setenv(name, value)
@@ -216,15 +289,23 @@ def meeting_point(patch, **environment):
 
 def test_the_ranks_of_a_job_meet_where_no_other_attempt_does(slurm):
     first = meeting_point(slurm)
-    assert first[:1] + first[2:] == ["localhost", "1", "2", "0", "1"] and meeting_point(slurm) == first
-    others = [meeting_point(slurm, SLURM_RESTART_COUNT="1"), meeting_point(slurm, SLURM_STEP_ID="1"), meeting_point(slurm, SLURM_JOB_ID="8")]
+    assert (
+        first[:1] + first[2:] == ["localhost", "1", "2", "0", "1"] and meeting_point(slurm) == first
+    )
+    others = [
+        meeting_point(slurm, SLURM_RESTART_COUNT="1"),
+        meeting_point(slurm, SLURM_STEP_ID="1"),
+        meeting_point(slurm, SLURM_JOB_ID="8"),
+    ]
     ports = {int(point[1]) for point in (first, *others)}
     assert len(ports) == 4 and all(15_000 <= port < 30_000 for port in ports)
     assert meeting_point(slurm, SLURM_RESTART_COUNT="1")[1] == others[0][1]
 
 
 def test_a_first_node_that_has_no_address_here_is_named_at_once(slurm):
-    with pytest.raises(ValueError, match="MASTER_ADDR='nowhere.invalid', the job's first node, has no address on"):
+    with pytest.raises(
+        ValueError, match="MASTER_ADDR='nowhere.invalid', the job's first node, has no address on"
+    ):
         meeting_point(slurm, SLURM_JOB_NODELIST="nowhere.invalid,localhost")
 
 
@@ -233,14 +314,19 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(ValueError, match="LOCAL_RANK=1 has no GPU of its own among 1"), process_group():
+    with (
+        pytest.raises(ValueError, match="LOCAL_RANK=1 has no GPU of its own among 1"),
+        process_group(),
+    ):
         pass
 
 
 def over_nccl(rank, size):
     z = [z.chunk(size)[rank].cuda().requires_grad_() for z in logits()]
     terms = CrossJointEntropyLoss(**SETTINGS, gather_distributed=True)(*z)
-    return torch.stack(terms).detach().cpu(), *(g.cpu() for g in torch.autograd.grad(terms.total, z))
+    return torch.stack(terms).detach().cpu(), *(
+        g.cpu() for g in torch.autograd.grad(terms.total, z)
+    )
 
 
 @pytest.mark.gpu

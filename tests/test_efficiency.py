@@ -17,8 +17,14 @@ from imsvd_core.training import Pretraining
 
 def images(split: str, n: int) -> ImageData:
     generator = torch.Generator().manual_seed(0)
-    return ImageData("drawn", "drawn", split, torch.randint(256, (n, 3, 32, 32), generator=generator, dtype=torch.uint8),
-                     torch.arange(n) % 2, ("a", "b"))
+    return ImageData(
+        "drawn",
+        "drawn",
+        split,
+        torch.randint(256, (n, 3, 32, 32), generator=generator, dtype=torch.uint8),
+        torch.arange(n) % 2,
+        ("a", "b"),
+    )
 
 
 def small() -> tuple[Recipe, dict]:
@@ -27,24 +33,42 @@ def small() -> tuple[Recipe, dict]:
     knn = replace(smoke.knn, neighbors=(5,), gallery=None, queries=None)
     loop = replace(smoke.loop, epochs=1, batch_size=8, precision="fp32", device="cpu")
     network = replace(smoke.network, cifar_stem=False)
-    return (replace(smoke, samples=None, network=network, knn=knn, watch=knn, loop=loop),
-            {"data": (images("train", 30), images("test", 10)), "progress": False})
+    return (
+        replace(smoke, samples=None, network=network, knn=knn, watch=knn, loop=loop),
+        {"data": (images("train", 30), images("test", 10)), "progress": False},
+    )
 
 
 def clock(monkeypatch, *marks: float) -> None:
     told = iter(marks)
-    monkeypatch.setattr(efficiency, "_clock", lambda device: (lambda: next(told), lambda before, after: after - before))
+    monkeypatch.setattr(
+        efficiency,
+        "_clock",
+        lambda device: (lambda: next(told), lambda before, after: after - before),
+    )
 
 
 def test_the_figures_are_those_of_the_counted_steps(monkeypatch):
     clock(monkeypatch, 10, 11, 12, 14, 20)  # steps of 1, 1, 2 and 6 seconds
     one, rest = small()
     found = bench_step(one, steps=4, warmup=3, **rest)
-    assert (found["step_seconds"], found["step_seconds_quartiles"], found["step_seconds_mean"]) == (1.5, [1, 3], 2.5)
+    assert (found["step_seconds"], found["step_seconds_quartiles"], found["step_seconds_mean"]) == (
+        1.5,
+        [1, 3],
+        2.5,
+    )
     assert found["images_per_second"] == 8 / 2.5
-    assert found["hours_per_100_epochs"] == pytest.approx(100 * 3 * 2.5 / 3600, rel=1e-3) and found["steps_per_epoch"] == 3
+    assert (
+        found["hours_per_100_epochs"] == pytest.approx(100 * 3 * 2.5 / 3600, rel=1e-3)
+        and found["steps_per_epoch"] == 3
+    )
     assert (found["steps"], found["warmup"], found["ranks"], found["train_images"]) == (4, 3, 1, 30)
-    assert (found["method"], found["backbone"], found["data"], found["streamed"]) == ("imsvd", "narrow", "drawn", False)
+    assert (found["method"], found["backbone"], found["data"], found["streamed"]) == (
+        "imsvd",
+        "narrow",
+        "drawn",
+        False,
+    )
 
 
 def test_a_step_is_whole_with_its_wait_for_the_input(monkeypatch):
@@ -61,7 +85,9 @@ def test_a_step_is_whole_with_its_wait_for_the_input(monkeypatch):
         return waiting, two_views
 
     monkeypatch.setattr(Pretraining, "_source", slow)
-    monkeypatch.setattr(efficiency, "_clock", lambda device: (lambda: now[0], lambda before, after: after - before))
+    monkeypatch.setattr(
+        efficiency, "_clock", lambda device: (lambda: now[0], lambda before, after: after - before)
+    )
     one, rest = small()
     found = bench_step(one, steps=3, warmup=1, **rest)
     assert found["step_seconds_quartiles"] == [2, 2] and found["step_seconds_mean"] == 2
@@ -85,7 +111,11 @@ def test_nothing_is_saved_and_nothing_left(monkeypatch, tmp_path):
 def test_the_process_tells_its_own_peak_of_memory():
     one, rest = small()
     found = bench_step(one, steps=2, warmup=1, **rest)
-    peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024 / 1e9
+    peak = (
+        next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+        * 1024
+        / 1e9
+    )
     assert found["peak_resident_GB"] == pytest.approx(peak, abs=0.02)
 
 
@@ -100,7 +130,9 @@ def on_a_rank(rank: int, size: int) -> dict:
 def test_ranks_tell_their_mean_time_and_their_greatest_memory(ranks):
     first, second = ranks(on_a_rank, 2)
     assert first == second and first["ranks"] == 2
-    assert first["step_seconds"] == first["step_seconds_mean"] == 2 and first["images_per_second"] == 4
+    assert (
+        first["step_seconds"] == first["step_seconds_mean"] == 2 and first["images_per_second"] == 4
+    )
     assert first["peak_resident_GB"] == 2
 
 

@@ -30,7 +30,11 @@ def trained(name: str, cifar_stem: bool = False) -> ResNet:
         torch.manual_seed(1)
         backbone = build_backbone(name, cifar_stem)
         for tensor in backbone.state_dict().values():
-            tensor.copy_({4: tensor, 1: tensor + 0.1 * torch.rand(tensor.shape), 0: torch.tensor(7)}[tensor.ndim])
+            tensor.copy_(
+                {4: tensor, 1: tensor + 0.1 * torch.rand(tensor.shape), 0: torch.tensor(7)}[
+                    tensor.ndim
+                ]
+            )
     return backbone.eval()
 
 
@@ -47,8 +51,16 @@ def features(network: nn.Module) -> Tensor:
 
 
 def test_a_classifier_stays_behind(tmp_path):
-    path = export(torchvision.models.resnet18(num_classes=7), "resnet18", False, "torchvision", tmp_path / "r18.pth")
-    assert torch.load(path, weights_only=True).keys() == build_backbone("resnet18").state_dict().keys()
+    path = export(
+        torchvision.models.resnet18(num_classes=7),
+        "resnet18",
+        False,
+        "torchvision",
+        tmp_path / "r18.pth",
+    )
+    assert (
+        torch.load(path, weights_only=True).keys() == build_backbone("resnet18").state_dict().keys()
+    )
 
 
 def test_torchvision_lacks_the_classifier_alone(resnet50, tmp_path):
@@ -64,7 +76,10 @@ def test_torchvision_lacks_the_classifier_alone(resnet50, tmp_path):
 def test_timm_gives_identical_features(resnet50, tmp_path, suffix):
     path = str(export(resnet50, "resnet50", False, "timm", tmp_path / f"r50.{suffix}"))
     overlay = {"file": path}
-    for settings in ({"checkpoint_path": path}, {"pretrained": True, "pretrained_cfg_overlay": overlay}):
+    for settings in (
+        {"checkpoint_path": path},
+        {"pretrained": True, "pretrained_cfg_overlay": overlay},
+    ):
         theirs = timm.create_model("resnet50", num_classes=0, **settings)
         assert torch.equal(features(theirs), features(resnet50))
 
@@ -75,13 +90,22 @@ def detectron2_r50() -> dict[str, tuple[int, ...]]:
 
     def convolution(name: str, out: int, into: int, size: int) -> None:
         found[f"{name}.weight"] = (out, into, size, size)
-        found.update({f"{name}.norm.{one}": (out,) for one in ("weight", "bias", "running_mean", "running_var")})
+        found.update(
+            {
+                f"{name}.norm.{one}": (out,)
+                for one in ("weight", "bias", "running_mean", "running_var")
+            }
+        )
         found[f"{name}.norm.num_batches_tracked"] = ()
 
     convolution("stem.conv1", 64, 3, 7)
     into = 64
-    for stage, (blocks, inside, out) in {"res2": (3, 64, 256), "res3": (4, 128, 512), "res4": (6, 256, 1024),
-                                         "res5": (3, 512, 2048)}.items():
+    for stage, (blocks, inside, out) in {
+        "res2": (3, 64, 256),
+        "res3": (4, 128, 512),
+        "res4": (6, 256, 1024),
+        "res5": (3, 512, 2048),
+    }.items():
         for block in range(blocks):
             if block == 0:
                 convolution(f"{stage}.0.shortcut", out, into, 1)
@@ -99,18 +123,33 @@ def detectron2_features(model: Mapping[str, np.ndarray], x: Tensor) -> Tensor:
     def convolution(name: str, x: Tensor, stride: int = 1) -> Tensor:
         weight = tensors[f"{name}.weight"]
         x = F.conv2d(x, weight, None, stride, weight.shape[-1] // 2)
-        return F.batch_norm(x, *(tensors[f"{name}.norm.{one}"] for one in ("running_mean", "running_var", "weight", "bias")))
+        return F.batch_norm(
+            x,
+            *(
+                tensors[f"{name}.norm.{one}"]
+                for one in ("running_mean", "running_var", "weight", "bias")
+            ),
+        )
 
     x = F.max_pool2d(F.relu(convolution("stem.conv1", x, 2)), 3, 2, 1)
     for stage in range(2, 6):
         for block in range(sum(f"res{stage}.{k}.conv1.weight" in tensors for k in range(9))):
             at, stride = f"res{stage}.{block}", 2 if block == 0 and stage > 2 else 1
             if f"{at}.conv3.weight" in tensors:
-                y = F.relu(convolution(f"{at}.conv2", F.relu(convolution(f"{at}.conv1", x)), stride))
+                y = F.relu(
+                    convolution(f"{at}.conv2", F.relu(convolution(f"{at}.conv1", x)), stride)
+                )
                 y = convolution(f"{at}.conv3", y)
             else:
                 y = convolution(f"{at}.conv2", F.relu(convolution(f"{at}.conv1", x, stride)))
-            x = F.relu(y + (convolution(f"{at}.shortcut", x, stride) if f"{at}.shortcut.weight" in tensors else x))
+            x = F.relu(
+                y
+                + (
+                    convolution(f"{at}.shortcut", x, stride)
+                    if f"{at}.shortcut.weight" in tensors
+                    else x
+                )
+            )
     return x.mean((2, 3))
 
 
@@ -119,15 +158,28 @@ def test_detectron2_finds_each_tensor_under_its_own_name(resnet50, tmp_path):
     content = pickle.loads(path.read_bytes())
     assert content["matching_heuristics"] is True and content["__author__"] == "imsvd_core"
     assert {name: value.shape for name, value in content["model"].items()} == detectron2_r50()
-    assert {"stem.conv1.norm.bias", "res2.0.shortcut.norm.weight", "res4.5.conv3.norm.running_var"} <= content["model"].keys()
+    assert {
+        "stem.conv1.norm.bias",
+        "res2.0.shortcut.norm.weight",
+        "res4.5.conv3.norm.running_var",
+    } <= content["model"].keys()
     assert all(type(value) is np.ndarray for value in content["model"].values())
-    assert torch.allclose(detectron2_features(content["model"], IMAGES), features(resnet50), rtol=1e-4)
+    assert torch.allclose(
+        detectron2_features(content["model"], IMAGES), features(resnet50), rtol=1e-4
+    )
 
 
 def test_detectron2_gets_a_resnet18_too(tmp_path):
     backbone = trained("resnet18")
-    model = pickle.loads(export(backbone, "resnet18", False, "detectron2", tmp_path / "r18.pkl").read_bytes())["model"]
-    assert len(model) == len(backbone.state_dict()) and model["res3.0.shortcut.weight"].shape == (128, 64, 1, 1)
+    model = pickle.loads(
+        export(backbone, "resnet18", False, "detectron2", tmp_path / "r18.pkl").read_bytes()
+    )["model"]
+    assert len(model) == len(backbone.state_dict()) and model["res3.0.shortcut.weight"].shape == (
+        128,
+        64,
+        1,
+        1,
+    )
     assert torch.allclose(detectron2_features(model, IMAGES), features(backbone), rtol=1e-4)
 
 
@@ -135,7 +187,12 @@ def test_safetensors_says_what_it_holds(tmp_path):
     backbone = trained("resnet18", cifar_stem=True)
     path = export(backbone, "resnet18", True, "safetensors", tmp_path / "r18.safetensors")
     with safetensors.safe_open(path, "pt") as file:
-        assert file.metadata() == {"format": "pt", "names": "torchvision", "backbone": "resnet18", "cifar_stem": "True"}
+        assert file.metadata() == {
+            "format": "pt",
+            "names": "torchvision",
+            "backbone": "resnet18",
+            "cifar_stem": "True",
+        }
     assert torch.equal(features(load_backbone(path)), features(backbone))
 
 
@@ -144,7 +201,13 @@ def test_safetensors_says_what_it_holds(tmp_path):
 @pytest.mark.parametrize("to", ["torchvision", "safetensors"])
 def test_what_was_exported_is_read_back(tmp_path, name, cifar_stem, to):
     backbone = trained(name, cifar_stem)
-    path = export(backbone, name, cifar_stem, to, tmp_path / {"torchvision": "b.pt", "safetensors": "b.safetensors"}[to])
+    path = export(
+        backbone,
+        name,
+        cifar_stem,
+        to,
+        tmp_path / {"torchvision": "b.pt", "safetensors": "b.safetensors"}[to],
+    )
     found = read_state_dict(path)
     assert found[:2] == (name, cifar_stem)
     assert all(torch.equal(value, found[2][key]) for key, value in backbone.state_dict().items())
@@ -157,17 +220,41 @@ def wrapped(kind: str, state: dict[str, Tensor]) -> dict:
     trailing = {key: value + 1 for key, value in state.items()}
     return {
         "classifier": {**state, "fc.weight": torch.ones(5, 512), "fc.bias": torch.ones(5)},
-        "old": {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")},
-        "half": {key: value.half() if value.is_floating_point() else value for key, value in state.items()},
-        "barlow twins": {"epoch": 3, "model": under("module.backbone.") | {"module.projector.0.weight": torch.ones(8, 512)}},
-        "moco": {"arch": "resnet18", "state_dict": under("module.encoder_q.") | under("module.encoder_k.", trailing) | {
-            "module.encoder_q.fc.0.weight": torch.ones(8, 512), "module.queue": torch.ones(128, 4)}},
-        "swav": under("module.") | {"module.projection_head.0.weight": torch.ones(8, 512), "module.prototypes.weight": torch.ones(3, 8)},
-        "lightning": {"hyper_parameters": {"lr": 0.1}, "state_dict": under("backbone.") | under("momentum_backbone.", trailing)},
+        "old": {
+            key: value for key, value in state.items() if not key.endswith("num_batches_tracked")
+        },
+        "half": {
+            key: value.half() if value.is_floating_point() else value
+            for key, value in state.items()
+        },
+        "barlow twins": {
+            "epoch": 3,
+            "model": under("module.backbone.") | {"module.projector.0.weight": torch.ones(8, 512)},
+        },
+        "moco": {
+            "arch": "resnet18",
+            "state_dict": under("module.encoder_q.")
+            | under("module.encoder_k.", trailing)
+            | {
+                "module.encoder_q.fc.0.weight": torch.ones(8, 512),
+                "module.queue": torch.ones(128, 4),
+            },
+        },
+        "swav": under("module.")
+        | {
+            "module.projection_head.0.weight": torch.ones(8, 512),
+            "module.prototypes.weight": torch.ones(3, 8),
+        },
+        "lightning": {
+            "hyper_parameters": {"lr": 0.1},
+            "state_dict": under("backbone.") | under("momentum_backbone.", trailing),
+        },
     }[kind]
 
 
-@pytest.mark.parametrize("kind", ["classifier", "old", "half", "barlow twins", "moco", "swav", "lightning"])
+@pytest.mark.parametrize(
+    "kind", ["classifier", "old", "half", "barlow twins", "moco", "swav", "lightning"]
+)
 def test_a_backbone_is_found_in_the_files_of_others(tmp_path, kind):
     state = trained("resnet18").state_dict()
     torch.save(wrapped(kind, state), tmp_path / "theirs.pth")
@@ -175,7 +262,9 @@ def test_a_backbone_is_found_in_the_files_of_others(tmp_path, kind):
     assert (name, cifar_stem) == ("resnet18", False) and found.keys() == state.keys()
     for key, value in state.items():
         if value.is_floating_point():
-            assert found[key].dtype == torch.float32 and torch.equal(found[key], value.half().float() if kind == "half" else value), key
+            assert found[key].dtype == torch.float32 and torch.equal(
+                found[key], value.half().float() if kind == "half" else value
+            ), key
         else:
             assert found[key].dtype == torch.int64 and found[key] == (0 if kind == "old" else 7)
     build_backbone(name, cifar_stem).load_state_dict(found)
@@ -183,10 +272,16 @@ def test_a_backbone_is_found_in_the_files_of_others(tmp_path, kind):
 
 def test_a_backbone_is_found_in_our_own_checkpoint(tmp_path):
     state = trained("narrow").state_dict()
-    network = {f"backbone.{key}": value for key, value in state.items()} | {"projector.0.weight": torch.ones(8, 256)}
-    path = checkpoints.save(tmp_path, 3, {"step": 3, "modules": {"network": network}, "seconds": 1.0})
+    network = {f"backbone.{key}": value for key, value in state.items()} | {
+        "projector.0.weight": torch.ones(8, 256)
+    }
+    path = checkpoints.save(
+        tmp_path, 3, {"step": 3, "modules": {"network": network}, "seconds": 1.0}
+    )
     name, cifar_stem, found = read_state_dict(path)
-    assert (name, cifar_stem) == ("narrow", False) and all(torch.equal(found[key], value) for key, value in state.items())
+    assert (name, cifar_stem) == ("narrow", False) and all(
+        torch.equal(found[key], value) for key, value in state.items()
+    )
 
 
 def test_a_file_without_one_of_our_backbones_says_what_it_holds(tmp_path):
@@ -196,19 +291,45 @@ def test_a_file_without_one_of_our_backbones_says_what_it_holds(tmp_path):
             read_state_dict(tmp_path / file)
 
     with torch.device("meta"):
-        shapes = {name: getattr(torchvision.models, name)().state_dict() for name in ("resnet18", "resnet34", "wide_resnet50_2", "resnet101")}
-    zeros = {name: {key: torch.zeros(()).expand(value.shape) for key, value in state.items()} for name, state in shapes.items()}
-    lacking = {key: value for key, value in zeros["resnet18"].items() if key != "layer2.0.conv1.weight"}
-    attempt(r"of resnet18's, the nearest, 1 tensors are missing, too many or of another shape: layer2\.0\.conv1\.weight", lacking)
-    attempt(r"\(64, 3, 7, 7\), with 3-4-6-3 blocks of two convolutions.*none of narrow, resnet18, resnet50", zeros["resnet34"])
+        shapes = {
+            name: getattr(torchvision.models, name)().state_dict()
+            for name in ("resnet18", "resnet34", "wide_resnet50_2", "resnet101")
+        }
+    zeros = {
+        name: {key: torch.zeros(()).expand(value.shape) for key, value in state.items()}
+        for name, state in shapes.items()
+    }
+    lacking = {
+        key: value for key, value in zeros["resnet18"].items() if key != "layer2.0.conv1.weight"
+    }
+    attempt(
+        r"of resnet18's, the nearest, 1 tensors are missing, too many or of another shape: layer2\.0\.conv1\.weight",
+        lacking,
+    )
+    attempt(
+        r"\(64, 3, 7, 7\), with 3-4-6-3 blocks of two convolutions.*none of narrow, resnet18, resnet50",
+        zeros["resnet34"],
+    )
     attempt("3-4-23-3 blocks of three convolutions", zeros["resnet101"])
     attempt("blocks of three convolutions, 1024 channels", zeros["wide_resnet50_2"])
-    attempt("holds 0 ResNets with torchvision's names .dict of epoch, blocks.0.weight", {"epoch": 1, "blocks.0.weight": torch.ones(1)})
+    attempt(
+        "holds 0 ResNets with torchvision's names .dict of epoch, blocks.0.weight",
+        {"epoch": 1, "blocks.0.weight": torch.ones(1)},
+    )
     attempt("0 ResNets .* .int of no names", 3)
     state = trained("narrow").state_dict()
-    attempt("holds 2 ResNets .*'a.', 'b.' in state_dict",
-            {"state_dict": {f"{prefix}.{key}": value for prefix in "ab" for key, value in state.items()}})
-    attempt("conv1|first convolution is missing", {key: value for key, value in state.items() if key != "conv1.weight"})
+    attempt(
+        "holds 2 ResNets .*'a.', 'b.' in state_dict",
+        {
+            "state_dict": {
+                f"{prefix}.{key}": value for prefix in "ab" for key, value in state.items()
+            }
+        },
+    )
+    attempt(
+        "conv1|first convolution is missing",
+        {key: value for key, value in state.items() if key != "conv1.weight"},
+    )
     attempt("cannot be read as tensors .*holds more than tensors", Path("/"))  # would run code
     for name in ("torn.pth", "torn.safetensors"):
         (tmp_path / name).write_bytes(b"torn")
@@ -218,12 +339,30 @@ def test_a_file_without_one_of_our_backbones_says_what_it_holds(tmp_path):
         read_state_dict(tmp_path / "nowhere.pth")
 
 
-@pytest.mark.parametrize(("name", "cifar_stem", "to", "file", "match"), [
-    ("resnet18", True, "detectron2", "a.pkl", "to='detectron2' cannot hold .*cifar_stem=True.*3×3 first convolution.*export to safetensors"),
-    ("resnet18", True, "timm", "a.pth", "to='timm' cannot hold"), ("narrow", False, "timm", "a.pth", "a first convolution of 32 channels"),
-    ("narrow", False, "detectron2", "a.pkl", "to='detectron2' cannot hold"), ("narrow", False, "onnx", "a.onnx", "to='onnx' must be one of"),
-    ("narrow", False, "torchvision", "a.pkl", "must end in .pth or .pt"),
-    ("resnet18", False, "torchvision", "a.pth", "backbone=.*1-1-1-1 blocks.* is not what name='resnet18'")])
+@pytest.mark.parametrize(
+    ("name", "cifar_stem", "to", "file", "match"),
+    [
+        (
+            "resnet18",
+            True,
+            "detectron2",
+            "a.pkl",
+            "to='detectron2' cannot hold .*cifar_stem=True.*3×3 first convolution.*export to safetensors",
+        ),
+        ("resnet18", True, "timm", "a.pth", "to='timm' cannot hold"),
+        ("narrow", False, "timm", "a.pth", "a first convolution of 32 channels"),
+        ("narrow", False, "detectron2", "a.pkl", "to='detectron2' cannot hold"),
+        ("narrow", False, "onnx", "a.onnx", "to='onnx' must be one of"),
+        ("narrow", False, "torchvision", "a.pkl", "must end in .pth or .pt"),
+        (
+            "resnet18",
+            False,
+            "torchvision",
+            "a.pth",
+            "backbone=.*1-1-1-1 blocks.* is not what name='resnet18'",
+        ),
+    ],
+)
 def test_what_a_format_cannot_hold_is_refused(tmp_path, name, cifar_stem, to, file, match):
     with pytest.raises(ValueError, match=match):
         export(build_backbone("narrow"), name, cifar_stem, to, tmp_path / file)

@@ -31,8 +31,13 @@ class Writer:
 
     def __init__(self, folder, attempt):
         environment = {key: value for key, value in os.environ.items() if key != ATTEMPT}
-        self.process = subprocess.Popen([sys.executable, "-c", WRITER, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        text=True, env=environment | ({ATTEMPT: attempt} if attempt else {}))
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment | ({ATTEMPT: attempt} if attempt else {}),
+        )
         assert self.process.stdout.readline() == "held\n"
 
     def write(self, text):
@@ -56,7 +61,9 @@ def writer(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no fcntl")
-def test_a_later_attempt_takes_a_folder_over_and_the_earlier_one_cannot_write_any_more(writer, tmp_path, monkeypatch):
+def test_a_later_attempt_takes_a_folder_over_and_the_earlier_one_cannot_write_any_more(
+    writer, tmp_path, monkeypatch
+):
     monkeypatch.setattr(files, "PATIENCE", 0.2)
     earlier = writer("2026-01-01T00:00:00#000000")
     assert earlier.write("earlier") == "written"
@@ -71,11 +78,25 @@ def test_a_later_attempt_takes_a_folder_over_and_the_earlier_one_cannot_write_an
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no fcntl")
-@pytest.mark.parametrize(("mine", "theirs", "error", "words"), [
-    ("2026-01-01T00:00:00#000000", "2026-01-01T00:00:00#000001", Superseded, "belongs to a later attempt"),
-    ("2026-01-01T00:00:00#000001", "2026-01-01T00:00:00#000001", ValueError, "is in use by process"),
-    ("2026-01-01T00:00:00#000000", None, ValueError, "is in use by process"),
-    (None, "2026-01-01T00:00:00#000000", ValueError, "is in use by process")])
+@pytest.mark.parametrize(
+    ("mine", "theirs", "error", "words"),
+    [
+        (
+            "2026-01-01T00:00:00#000000",
+            "2026-01-01T00:00:00#000001",
+            Superseded,
+            "belongs to a later attempt",
+        ),
+        (
+            "2026-01-01T00:00:00#000001",
+            "2026-01-01T00:00:00#000001",
+            ValueError,
+            "is in use by process",
+        ),
+        ("2026-01-01T00:00:00#000000", None, ValueError, "is in use by process"),
+        (None, "2026-01-01T00:00:00#000000", ValueError, "is in use by process"),
+    ],
+)
 def test_who_may_not_take_a_folder_over(writer, tmp_path, monkeypatch, mine, theirs, error, words):
     other = writer(theirs)
     if mine:
@@ -101,7 +122,9 @@ def test_without_locks_the_token_alone_keeps_two_processes_apart(writer, tmp_pat
     held.check()
 
 
-def test_an_earlier_attempt_that_falls_asleep_while_it_takes_a_folder_does_not_keep_it(tmp_path, monkeypatch):
+def test_an_earlier_attempt_that_falls_asleep_while_it_takes_a_folder_does_not_keep_it(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv(ATTEMPT, "2026-01-01T00:00:00#000000")
     leave, later = files.Hold._leave_token, []
 
@@ -145,7 +168,9 @@ def test_a_file_system_that_stumbles_is_asked_again(tmp_path, monkeypatch):
     monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
     held.check()
     assert not failures
-    monkeypatch.setattr(Path, "read_text", lambda path: (_ for _ in ()).throw(OSError("gone for good")))
+    monkeypatch.setattr(
+        Path, "read_text", lambda path: (_ for _ in ()).throw(OSError("gone for good"))
+    )
     with pytest.raises(OSError, match="gone for good"):
         held.check()
 
@@ -153,6 +178,9 @@ def test_a_file_system_that_stumbles_is_asked_again(tmp_path, monkeypatch):
 def test_a_folder_that_was_removed_is_not_made_again(tmp_path):
     held = hold(tmp_path)
     (tmp_path / files.TOKEN).unlink()
-    with pytest.raises(Superseded, match="has been removed"), atomic_write(tmp_path / "result.json") as file:
+    with (
+        pytest.raises(Superseded, match="has been removed"),
+        atomic_write(tmp_path / "result.json") as file,
+    ):
         file.write(b"{}")
     assert held and not (tmp_path / "result.json").exists()

@@ -21,7 +21,9 @@ SAMPLES = 32
 def train(run_dir, method, accumulate=1, config=CONFIG, norm=False, noise=0.1, draws=None):
     """A small twin network on two noisy views, all noise the sample's own: trained parameters, and the losses."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12) if norm else nn.Tanh(), nn.Linear(12, 8))
+    model = nn.Sequential(
+        nn.Linear(6, 12), nn.BatchNorm1d(12) if norm else nn.Tanh(), nn.Linear(12, 8)
+    )
     x = torch.randn(SAMPLES, 6)
     views = x + noise * torch.randn(2, SAMPLES, 6)
 
@@ -30,8 +32,16 @@ def train(run_dir, method, accumulate=1, config=CONFIG, norm=False, noise=0.1, d
             draws.append((torch.rand(1, generator=generator).item(), torch.rand(1).item()))
         return model(views[0, indices]), model(views[1, indices])
 
-    loop = Loop(step, {"model": model}, SAMPLES, replace(config, accumulate=accumulate), OptimConfig(name="sgd", lr=0.05, warmup_epochs=0),
-                run_dir, objective=method.build(8), progress=False)
+    loop = Loop(
+        step,
+        {"model": model},
+        SAMPLES,
+        replace(config, accumulate=accumulate),
+        OptimConfig(name="sgd", lr=0.05, warmup_epochs=0),
+        run_dir,
+        objective=method.build(8),
+        progress=False,
+    )
     losses = torch.stack([progressed.metrics["loss"] for progressed in loop])
     return model.state_dict(), losses
 
@@ -59,16 +69,29 @@ def test_running_statistics_forget_as_much_over_pieces_as_over_the_whole_batch(j
     norms = []
     for accumulate in (1, 4):
         torch.manual_seed(0)
-        model, piece = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Linear(12, 8)), torch.randn(8, 6)
+        model, piece = (
+            nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Linear(12, 8)),
+            torch.randn(8, 6),
+        )
         model[1].running_mean.fill_(1000)
-        gradients = Gradients(lambda x, g: (model(x), model(-x)) if joint else {"loss": model(x).square().mean()},
-                              METHODS[0].build(8) if joint else None, [model], torch.device("cpu"),
-                              torch.amp.GradScaler("cpu", enabled=False), None, accumulate)
-        gradients(piece.repeat(4, 1).chunk(accumulate), 0)  # every piece has the statistics of the whole
+        gradients = Gradients(
+            lambda x, g: (model(x), model(-x)) if joint else {"loss": model(x).square().mean()},
+            METHODS[0].build(8) if joint else None,
+            [model],
+            torch.device("cpu"),
+            torch.amp.GradScaler("cpu", enabled=False),
+            None,
+            accumulate,
+        )
+        gradients(
+            piece.repeat(4, 1).chunk(accumulate), 0
+        )  # every piece has the statistics of the whole
         norms.append(model[1])
     whole, pieces = norms
     assert whole.running_mean.mean() < 910 and pieces.momentum == whole.momentum == 0.1
-    torch.testing.assert_close(pieces.running_mean, whole.running_mean, rtol=1e-6, atol=0.3 if joint else 1e-3)  # views take turns
+    torch.testing.assert_close(
+        pieces.running_mean, whole.running_mean, rtol=1e-6, atol=0.3 if joint else 1e-3
+    )  # views take turns
     assert pieces.num_batches_tracked == whole.num_batches_tracked
 
 
@@ -76,16 +99,26 @@ def test_both_passes_draw_alike(tmp_path):
     draws = []
     train(tmp_path, METHODS[0], accumulate=4, draws=draws)
     for step in range(6):
-        first, again = draws[8 * step:8 * step + 4], draws[8 * step + 4:8 * step + 8]
+        first, again = draws[8 * step : 8 * step + 4], draws[8 * step + 4 : 8 * step + 8]
         assert first == again and len(set(first)) == 4
 
 
 def test_fp16_scales_the_loss_of_the_whole(tmp_path):
     """The embeddings' gradients are float16: unscaled, they would lose what lies under 6e-8."""
-    ends = [train(tmp_path / str(accumulate), VICReg(1e-4, 1e-4, 1e-4), accumulate, replace(CONFIG, precision="fp16"))[0]
-            for accumulate in (1, 4)]
+    ends = [
+        train(
+            tmp_path / str(accumulate),
+            VICReg(1e-4, 1e-4, 1e-4),
+            accumulate,
+            replace(CONFIG, precision="fp16"),
+        )[0]
+        for accumulate in (1, 4)
+    ]
     start, _ = train(tmp_path / "start", VICReg(0, 0, 0))
-    moved, alike = (ends[0]["0.weight"] - start["0.weight"]).norm(), (ends[0]["0.weight"] - ends[1]["0.weight"]).norm()
+    moved, alike = (
+        (ends[0]["0.weight"] - start["0.weight"]).norm(),
+        (ends[0]["0.weight"] - ends[1]["0.weight"]).norm(),
+    )
     assert alike < 0.02 * moved
 
 
@@ -116,13 +149,17 @@ def test_every_method_takes_the_batch_of_all_ranks(ranks):
 
 def trained(rank, size):
     with tempfile.TemporaryDirectory() as folder:  # only rank 0 writes to its own
-        return [train(f"{folder}/{method.name}-{accumulate}", method, accumulate)
-                for method, accumulate in itertools.product(METHODS, (1, 2))]
+        return [
+            train(f"{folder}/{method.name}-{accumulate}", method, accumulate)
+            for method, accumulate in itertools.product(METHODS, (1, 2))
+        ]
 
 
 def test_ranks_train_as_one_process(ranks):
     alone, (first, second) = trained(0, 1), ranks(trained, 2)
-    for (state, losses), (state_1, losses_1), (state_2, _) in zip(alone, first, second, strict=True):
+    for (state, losses), (state_1, losses_1), (state_2, _) in zip(
+        alone, first, second, strict=True
+    ):
         torch.testing.assert_close(losses_1, losses, rtol=1e-5, atol=1e-5)
         for name in state:
             assert torch.equal(state_1[name], state_2[name])

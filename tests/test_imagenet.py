@@ -37,7 +37,11 @@ def test_a_step_at_true_widths_is_taken_saved_resumed_and_exported(tmp_path, pho
     for progressed in first:
         break
     after = first.network.projector[-1].weight[:8, :8].detach().clone()
-    assert progressed.step == 1 and progressed.metrics["loss"].isfinite() and not torch.equal(start, after)
+    assert (
+        progressed.step == 1
+        and progressed.metrics["loss"].isfinite()
+        and not torch.equal(start, after)
+    )
     del first
 
     second = Pretraining(few, tmp_path / "run", progress=False)
@@ -46,5 +50,7 @@ def test_a_step_at_true_widths_is_taken_saved_resumed_and_exported(tmp_path, pho
     second.finish()
     _, backbone = load_run(tmp_path / "run")
     images = torch.randn(2, 3, 224, 224)
-    ours, exported = (represent(network, [images], "cpu") for network in (second.network.backbone, backbone))
+    ours, exported = (
+        represent(network, [images], "cpu") for network in (second.network.backbone, backbone)
+    )
     assert exported.shape == (2, 2048) and torch.equal(ours, exported)

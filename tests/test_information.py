@@ -6,15 +6,22 @@ from itertools import combinations, product
 import dit
 import pytest
 import torch
-from dit.multivariate import coinformation, total_correlation as dit_total_correlation
+from dit.multivariate import coinformation
+from dit.multivariate import total_correlation as dit_total_correlation
 from dit.shannon import entropy as dit_entropy
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 from imsvd_core import information
 from imsvd_core.discretization import soft_discretize
-from imsvd_core.information import (entropy, joint_distribution, joint_entropy, mean_subset_entropy,
-                                    mutual_information, total_correlation)
+from imsvd_core.information import (
+    entropy,
+    joint_distribution,
+    joint_entropy,
+    mean_subset_entropy,
+    mutual_information,
+    total_correlation,
+)
 
 SHAPES = [(2, 2), (3, 3, 3), (2, 3), (4, 1, 2), (2, 3, 4, 2), (2,) * 5]
 LOG2 = math.log(2)
@@ -37,8 +44,11 @@ def full_table(p: Tensor, units: tuple[int, ...]) -> dict[tuple[int, ...], float
     """P(X_1, …, X_V) of Eq. 3 by plain loops, every cell written out."""
     starts = [sum(units[:v]) for v in range(len(units))]
     rows = p.tolist()
-    return {cell: sum(math.prod(row[start + b] for start, b in zip(starts, cell)) for row in rows) / len(rows)
-            for cell in product(*map(range, units))}
+    return {
+        cell: sum(math.prod(row[start + b] for start, b in zip(starts, cell)) for row in rows)
+        / len(rows)
+        for cell in product(*map(range, units))
+    }
 
 
 def oracle(p: Tensor, units: tuple[int, ...]) -> dit.Distribution:
@@ -70,37 +80,52 @@ def test_total_correlation_equals_the_mean_of_dits_over_all_subsets(units: tuple
     p = random_codes(units)
     distribution = oracle(p, units)
     for k in range(2, len(units) + 1):
-        of_subsets = [LOG2 * dit_total_correlation(distribution, [[v] for v in subset])
-                      for subset in combinations(range(len(units)), k)]
+        of_subsets = [
+            LOG2 * dit_total_correlation(distribution, [[v] for v in subset])
+            for subset in combinations(range(len(units)), k)
+        ]
         mean = sum(of_subsets) / len(of_subsets)
         assert total_correlation(p, units, k).item() == pytest.approx(mean, abs=1e-12)
     assert torch.equal(total_correlation(p, units), total_correlation(p, units, len(units)))
 
 
 @pytest.mark.parametrize("units", SHAPES)
-def test_mutual_information_equals_dit_and_its_diagonal_is_the_entropy(units: tuple[int, ...]) -> None:
+def test_mutual_information_equals_dit_and_its_diagonal_is_the_entropy(
+    units: tuple[int, ...],
+) -> None:
     p = random_codes(units)
     distribution = oracle(p, units)
     found = mutual_information(p, units)
     for i, j in product(range(len(units)), repeat=2):
-        expected = dit_entropy(distribution, [i]) if i == j else coinformation(distribution, [[i], [j]])
+        expected = (
+            dit_entropy(distribution, [i]) if i == j else coinformation(distribution, [[i], [j]])
+        )
         assert found[i, j].item() == pytest.approx(LOG2 * expected, abs=1e-12)
 
 
 def test_variables_may_come_in_any_order() -> None:
     p, units = random_codes((2, 3, 4)), (2, 3, 4)
-    assert torch.allclose(joint_distribution(p, units, [2, 0]), joint_distribution(p, units, [0, 2]).T)
+    assert torch.allclose(
+        joint_distribution(p, units, [2, 0]), joint_distribution(p, units, [0, 2]).T
+    )
 
 
 @pytest.mark.parametrize("units", SHAPES)
-def test_mean_total_correlation_is_k_mean_entropies_less_mean_subset_entropy(units: tuple[int, ...]) -> None:
+def test_mean_total_correlation_is_k_mean_entropies_less_mean_subset_entropy(
+    units: tuple[int, ...],
+) -> None:
     p = random_codes(units)
     for k in range(2, len(units) + 1):
-        by_definition = torch.stack([
-            sum(joint_entropy(p, units, [v]) for v in subset) - joint_entropy(p, units, subset)
-            for subset in combinations(range(len(units)), k)])
+        by_definition = torch.stack(
+            [
+                sum(joint_entropy(p, units, [v]) for v in subset) - joint_entropy(p, units, subset)
+                for subset in combinations(range(len(units)), k)
+            ]
+        )
         assert (by_definition >= -1e-12).all()
-        assert total_correlation(p, units, k).item() == pytest.approx(by_definition.mean().item(), abs=1e-12)
+        assert total_correlation(p, units, k).item() == pytest.approx(
+            by_definition.mean().item(), abs=1e-12
+        )
 
 
 def test_xor_has_independent_pairs_and_one_bit_in_the_triple() -> None:
@@ -140,9 +165,15 @@ def test_an_empty_cell_adds_nothing_to_value_or_gradient() -> None:
     assert table.grad[1, 1] == 0 and table.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("measure", [lambda p, u: joint_entropy(p, u, (0, 2)),
-                                     lambda p, u: total_correlation(p, u, 2),
-                                     total_correlation, mutual_information])
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda p, u: joint_entropy(p, u, (0, 2)),
+        lambda p, u: total_correlation(p, u, 2),
+        total_correlation,
+        mutual_information,
+    ],
+)
 def test_gradients_agree_with_finite_differences(measure) -> None:
     units = (2, 3, 2)
     p = random_codes(units, samples=3).requires_grad_()
@@ -152,7 +183,9 @@ def test_gradients_agree_with_finite_differences(measure) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_codes_are_measured_in_float32(dtype: torch.dtype) -> None:
     p = torch.full((8, 12), 1 / 3, dtype=dtype)
-    cell = p[0, 0].double().item() ** 4  # 1/3, rounded to `dtype`, to the fourth power: no further rounding
+    cell = (
+        p[0, 0].double().item() ** 4
+    )  # 1/3, rounded to `dtype`, to the fourth power: no further rounding
     with torch.autocast("cpu", dtype=dtype):
         table = joint_distribution(p, 3, range(4))
     assert table.dtype == torch.float32
@@ -168,7 +201,11 @@ def test_wrong_arguments_are_named_with_their_remedy(monkeypatch: pytest.MonkeyP
     for subset in ([], [0, 0], [3], [-1]):
         with pytest.raises(ValueError, match="different variables, each from 0 to 2"):
             joint_entropy(p, 2, subset)
-    for not_codes in (torch.randn(4, 6), torch.full((4, 6), torch.nan), torch.tensor([[1.5, -0.5] * 3])):
+    for not_codes in (
+        torch.randn(4, 6),
+        torch.full((4, 6), torch.nan),
+        torch.tensor([[1.5, -0.5] * 3]),
+    ):
         with pytest.raises(ValueError, match="soft_discretize first"):
             mutual_information(not_codes, 2)
     with pytest.raises(ValueError, match=r"p has shape \(6,\)"):

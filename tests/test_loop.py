@@ -20,7 +20,9 @@ SAMPLES = 22  # five steps an epoch, two samples left over
 
 def make(run_dir, config=CONFIG, spoil=None, optim=OptimConfig(lr=0.05), settings=None, **schedule):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(0.2), nn.Linear(5, 1))
+    model = nn.Sequential(
+        nn.Linear(3, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(0.2), nn.Linear(5, 1)
+    )
     x = torch.randn(SAMPLES, 3)
     seen = []
 
@@ -30,8 +32,21 @@ def make(run_dir, config=CONFIG, spoil=None, optim=OptimConfig(lr=0.05), setting
         loss = (model(noisy).squeeze(1) - x[indices].sum(1)).square().mean()
         return {"loss": loss * (torch.nan if spoil == len(seen) - 1 else 1.0)}
 
-    return Loop(step, {"model": model}, SAMPLES, config, optim, run_dir, settings=settings, progress=False,
-                **schedule), model, seen
+    return (
+        Loop(
+            step,
+            {"model": model},
+            SAMPLES,
+            config,
+            optim,
+            run_dir,
+            settings=settings,
+            progress=False,
+            **schedule,
+        ),
+        model,
+        seen,
+    )
 
 
 def run(*args, stop_after=None, **kwargs):
@@ -62,7 +77,10 @@ def test_a_run_left_at_any_step_and_resumed_ends_bit_identical(tmp_path, save_ev
     assert identical(weights(whole), weights(resumed))
 
     def record(name):
-        return [(line["step"], line["loss"]) for line in map(json.loads, open(tmp_path / name / "metrics.jsonl"))]
+        return [
+            (line["step"], line["loss"])
+            for line in map(json.loads, open(tmp_path / name / "metrics.jsonl"))
+        ]
 
     assert record("cut") == record("whole")
 
@@ -92,7 +110,9 @@ def test_lower_precisions_train_and_resume_alike(tmp_path, precision):
     run(tmp_path / "cut", config, stop_after=7)
     loop, resumed, _ = run(tmp_path / "cut", config)
     assert identical(weights(whole), weights(resumed))
-    assert loop.scaler.state_dict() == undisturbed.scaler.state_dict()  # its count of good steps, too
+    assert (
+        loop.scaler.state_dict() == undisturbed.scaler.state_dict()
+    )  # its count of good steps, too
     assert all(value.isfinite().all() for value in weights(whole).values())
     assert loop.scaler.is_enabled() == (precision == "fp16")
 
@@ -120,16 +140,28 @@ HOLDER = "import sys; from imsvd_core.files import hold; held = hold(sys.argv[1]
 def test_two_processes_do_not_train_in_one_folder_and_a_killed_one_leaves_it_free(tmp_path):
     loop, _, _ = run(tmp_path)  # its iteration has ended: the folder is free, though the loop lives
     before = (tmp_path / "metrics.jsonl").read_text()
-    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=rf"{tmp_path.name}' is in use by process {other.pid} on "):
+        with pytest.raises(
+            ValueError, match=rf"{tmp_path.name}' is in use by process {other.pid} on "
+        ):
             make(tmp_path)
         assert (tmp_path / "metrics.jsonl").read_text() == before
         other.kill()
     training = make(tmp_path / "new")
     steps = iter(training[0])
     next(steps)
-    refused = subprocess.run([sys.executable, "-c", HOLDER, str(tmp_path / "new")], capture_output=True, text=True, input="")
+    refused = subprocess.run(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "new")],
+        capture_output=True,
+        text=True,
+        input="",
+    )
     assert f"in use by process {os.getpid()} on " in refused.stderr
     assert make(tmp_path)[0].step == loop.step
 
@@ -143,7 +175,15 @@ def test_fp16_records_its_scale_and_the_steps_it_skipped(tmp_path):
             no_slope = (model.weight * 0).abs().sqrt().sum()  # 0, whose gradient is no number
             return {"loss": loss + no_slope if made.step in (0, 3) else loss}
 
-        made = Loop(step, {"model": model}, 8, replace(CONFIG, precision="fp16", log_every=1), OptimConfig(), tmp_path, progress=False)
+        made = Loop(
+            step,
+            {"model": model},
+            8,
+            replace(CONFIG, precision="fp16", log_every=1),
+            OptimConfig(),
+            tmp_path,
+            progress=False,
+        )
         return made
 
     for progressed in (first := loop()):
@@ -156,7 +196,7 @@ def test_fp16_records_its_scale_and_the_steps_it_skipped(tmp_path):
 
 def test_every_epoch_visits_each_sample_once_in_a_new_order(tmp_path):
     _, _, seen = run(tmp_path)
-    epochs = [sum(seen[start:start + 5], []) for start in (0, 5, 10)]
+    epochs = [sum(seen[start : start + 5], []) for start in (0, 5, 10)]
     assert all(len(set(epoch)) == 20 for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
@@ -167,8 +207,11 @@ def test_nan_stops_with_its_step_and_the_last_good_checkpoint(tmp_path, step):
         run(tmp_path, spoil=step)
     saved = checkpoints.paths(tmp_path / "checkpoints")
     assert (saved[0].name in str(error.value)) if step > 5 else "no checkpoint" in str(error.value)
-    assert all(torch.isfinite(value).all() for path in saved
-               for value in checkpoints.load(path)["modules"]["model"].values())
+    assert all(
+        torch.isfinite(value).all()
+        for path in saved
+        for value in checkpoints.load(path)["modules"]["model"].values()
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -176,8 +219,15 @@ def test_a_gradient_that_is_no_number_stops_too(tmp_path, precision):
     """At once in fp32; in fp16 when the scaler has searched in vain. What was logged until then is valid JSON."""
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
-    loop = Loop(lambda i, g: {"loss": model(torch.ones(4, 1)).abs().sqrt().sum()}, {"model": model}, 8,
-                replace(CONFIG, batch_size=4, precision=precision, epochs=50), OptimConfig(), tmp_path, progress=False)
+    loop = Loop(
+        lambda i, g: {"loss": model(torch.ones(4, 1)).abs().sqrt().sum()},
+        {"model": model},
+        8,
+        replace(CONFIG, batch_size=4, precision=precision, epochs=50),
+        OptimConfig(),
+        tmp_path,
+        progress=False,
+    )
     with pytest.raises(NonFiniteError, match=r"step 0 " if precision == "fp32" else r"step 1\d "):
         list(loop)
     for line in open(tmp_path / "metrics.jsonl"):
@@ -191,8 +241,15 @@ def test_accumulated_gradients_are_the_mean_over_the_pieces(tmp_path):
         torch.manual_seed(0)
         model, x = nn.Linear(3, 1), torch.randn(8, 3)
         config = replace(CONFIG, batch_size=8, accumulate=accumulate)
-        loop = Loop(lambda i, g: {"loss": model(x[i]).square().mean()}, {"model": model}, 8, config,
-                    OptimConfig(name="sgd", lr=0.1), tmp_path / str(accumulate), progress=False)
+        loop = Loop(
+            lambda i, g: {"loss": model(x[i]).square().mean()},
+            {"model": model},
+            8,
+            config,
+            OptimConfig(name="sgd", lr=0.1),
+            tmp_path / str(accumulate),
+            progress=False,
+        )
         means.append([progressed.metrics["loss"] for progressed in loop])
         ends.append(weights(model)["weight"])
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-7)
@@ -210,7 +267,9 @@ def test_metrics_hold_step_epoch_rate_and_what_the_caller_records(tmp_path):
     loop.record(knn_20=51.5)
     lines = [json.loads(line) for line in open(tmp_path / "metrics.jsonl")]
     assert [line["step"] for line in lines] == [2, 4, 5, 6, 8, 10, 12, 14, 15, 15]
-    assert {"epoch", "lr", "loss", "grad_norm", "samples_per_second"} <= set(lines[0]) and lines[-1]["knn_20"] == 51.5
+    assert {"epoch", "lr", "loss", "grad_norm", "samples_per_second"} <= set(lines[0]) and lines[
+        -1
+    ]["knn_20"] == 51.5
     assert loop.records()[-1]["step"] == 15 and loop.records("knn_20") == lines[-1:]
 
 
@@ -220,7 +279,9 @@ def test_what_the_caller_recorded_at_a_checkpoint_survives_and_a_torn_line_does_
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')
     loop, _, _ = make(tmp_path)
-    assert [line["step"] for line in loop.records("step")] == [2, 4, 5, 5] and loop.records("knn_20")
+    assert [line["step"] for line in loop.records("step")] == [2, 4, 5, 5] and loop.records(
+        "knn_20"
+    )
 
 
 def test_tensorboard_has_every_point_once_over_a_resumption(tmp_path):
@@ -237,7 +298,10 @@ def test_tensorboard_has_every_point_once_over_a_resumption(tmp_path):
 def test_compiled_and_plain_runs_share_their_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setattr(nn.Module, "compile", lambda self: setattr(self, "compiled", True))
     loop, model, _ = run(tmp_path, replace(CONFIG, epochs=1, compile=True))
-    assert model.compiled and "0.weight" in checkpoints.load_latest(tmp_path / "checkpoints")[0]["modules"]["model"]
+    assert (
+        model.compiled
+        and "0.weight" in checkpoints.load_latest(tmp_path / "checkpoints")[0]["modules"]["model"]
+    )
 
 
 def test_convolutions_are_laid_out_channels_last(tmp_path):
@@ -255,12 +319,28 @@ def test_a_checkpoint_of_one_process_from_before_there_were_ranks_resumes(tmp_pa
 
 
 def test_seeds_of_streams_differ_and_are_fixed():
-    seeds = {stream_seed(seed, stream, number) for seed in range(5) for stream in ("order", "step") for number in range(50)}
+    seeds = {
+        stream_seed(seed, stream, number)
+        for seed in range(5)
+        for stream in ("order", "step")
+        for number in range(50)
+    }
     assert len(seeds) == 500 and stream_seed(0, "step", 1) == stream_seed(0, "step", 1)
 
 
-@pytest.mark.parametrize("wrong", [dict(epochs=0), dict(batch_size=0), dict(batch_size=6, accumulate=4), dict(precision="fp8"),
-                                   dict(keep=0), dict(log_every=0), dict(seed=-1), dict(epochs=2.5)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(epochs=0),
+        dict(batch_size=0),
+        dict(batch_size=6, accumulate=4),
+        dict(precision="fp8"),
+        dict(keep=0),
+        dict(log_every=0),
+        dict(seed=-1),
+        dict(epochs=2.5),
+    ],
+)
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         LoopConfig(**wrong)
@@ -275,7 +355,9 @@ def test_a_batch_larger_than_the_data_and_a_device_that_is_not_there_are_refused
 
 def test_one_gpu_for_all_ranks_is_refused(monkeypatch):
     monkeypatch.setattr("imsvd_core.loop.world", lambda: (1, 2))
-    with pytest.raises(ValueError, match="device='cuda:0' would put 2 ranks on one GPU: use 'cuda'"):
+    with pytest.raises(
+        ValueError, match="device='cuda:0' would put 2 ranks on one GPU: use 'cuda'"
+    ):
         pick_device("cuda:0")
 
 
@@ -283,5 +365,9 @@ def test_steps_and_rate_of_a_schedule_that_counts_no_epochs(tmp_path):
     """12 steps of 5 an epoch: the last epoch is cut short, its end is saved, and the rate is what was asked for."""
     loop, _, _ = make(tmp_path, steps=12, rate=lambda step: 0.5 / (step + 1))
     list(loop)
-    assert loop.step == 12 and [path.name for path in checkpoints.paths(tmp_path / "checkpoints")][0] == "step-000000012.pt"
+    assert (
+        loop.step == 12
+        and [path.name for path in checkpoints.paths(tmp_path / "checkpoints")][0]
+        == "step-000000012.pt"
+    )
     assert loop.records()[-1]["lr"] == pytest.approx(0.5 / 12)

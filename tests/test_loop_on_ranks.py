@@ -28,9 +28,20 @@ def classifier(run_dir, spoil=None, stop=None, rank=0, config=CLASSIFIER, seen=N
         if stop == (rank, count):
             loop.stop()
         loss = (model(x[indices]) - x[indices].sum(1, keepdim=True)).square().mean()
-        return {"loss": loss * (torch.nan if spoil == (rank, count) else 1), "own": x[indices].mean()}
+        return {
+            "loss": loss * (torch.nan if spoil == (rank, count) else 1),
+            "own": x[indices].mean(),
+        }
 
-    loop = Loop(step, {"model": model}, 40, config, OptimConfig(name="sgd", lr=0.1, warmup_epochs=0), run_dir, progress=False)
+    loop = Loop(
+        step,
+        {"model": model},
+        40,
+        config,
+        OptimConfig(name="sgd", lr=0.1, warmup_epochs=0),
+        run_dir,
+        progress=False,
+    )
     return loop, model
 
 
@@ -43,21 +54,34 @@ def shared_folder(rank):
 
 def seen_and_recorded(rank, size):
     seen = []
-    loop, model = classifier(shared_folder(rank) if size > 1 else tempfile.mkdtemp(), rank=rank, seen=seen)
+    loop, model = classifier(
+        shared_folder(rank) if size > 1 else tempfile.mkdtemp(), rank=rank, seen=seen
+    )
     for _ in loop:
         pass
     if size > 1:
         torch.distributed.barrier()
-    return seen, [(line["step"], line["loss"], line["own"]) for line in loop.records()], model.weight.detach()
+    return (
+        seen,
+        [(line["step"], line["loss"], line["own"]) for line in loop.records()],
+        model.weight.detach(),
+    )
 
 
 def test_ranks_share_every_batch_draw_their_own_and_record_their_means(ranks):
-    (alone, record, weight), ((first, record_1, weight_1), (second, record_2, _)) = seen_and_recorded(0, 1), ranks(seen_and_recorded, 2)
+    (alone, record, weight), ((first, record_1, weight_1), (second, record_2, _)) = (
+        seen_and_recorded(0, 1),
+        ranks(seen_and_recorded, 2),
+    )
     assert len(first) == len(second) == len(alone) == 20
-    for (indices, draw), (indices_1, draw_1), (indices_2, draw_2) in zip(alone, first, second, strict=True):
+    for (indices, draw), (indices_1, draw_1), (indices_2, draw_2) in zip(
+        alone, first, second, strict=True
+    ):
         assert indices == indices_1 + indices_2
         assert draw == draw_1 != draw_2
-    assert record_1 == record_2 and torch.allclose(torch.tensor(record_1), torch.tensor(record), atol=1e-5)
+    assert record_1 == record_2 and torch.allclose(
+        torch.tensor(record_1), torch.tensor(record), atol=1e-5
+    )
     assert torch.allclose(weight, weight_1, atol=1e-5)
 
 
@@ -108,7 +132,10 @@ def test_what_is_no_number_on_one_rank_stops_all_at_its_step(ranks):
 
 def refused(rank, size):
     folder, said = shared_folder(rank), []
-    for config in (replace(CLASSIFIER, batch_size=5), replace(CLASSIFIER, batch_size=6, accumulate=2)):
+    for config in (
+        replace(CLASSIFIER, batch_size=5),
+        replace(CLASSIFIER, batch_size=6, accumulate=2),
+    ):
         try:
             classifier(folder, config=config, rank=rank)
         except ValueError as error:
@@ -134,6 +161,7 @@ def test_the_plan_is_cheap_may_be_read_ahead_and_left_early(tmp_path):
     """Read a whole batch ahead by whoever loads, and dropped when the caller leaves: the next loop goes on exactly."""
     ends, plans = [], []
     for name, leave in (("whole", None), ("cut", 7)):
+
         def ahead(plan):
             plans.append([])
             waiting = []
@@ -147,11 +175,21 @@ def test_the_plan_is_cheap_may_be_read_ahead_and_left_early(tmp_path):
         for attempt in range(2 if leave else 1):
             torch.manual_seed(0)
             model, x = nn.Linear(3, 1), torch.randn(40, 3)
-            loop = Loop(lambda i, g: {"loss": model(x[i]).square().mean()}, {"model": model}, 40, replace(CLASSIFIER, accumulate=2),
-                        OptimConfig(), tmp_path / name, batches=ahead, progress=False)
+            loop = Loop(
+                lambda i, g: {"loss": model(x[i]).square().mean()},
+                {"model": model},
+                40,
+                replace(CLASSIFIER, accumulate=2),
+                OptimConfig(),
+                tmp_path / name,
+                batches=ahead,
+                progress=False,
+            )
             for progressed in loop:
                 if progressed.step == leave and attempt == 0:
                     break
         ends.append(model.weight.detach().clone())
     assert torch.equal(*ends)
-    assert plans[0] == sorted([*range(20)] * 2) and plans[2] == sorted([*range(5, 20)] * 2)  # the last checkpoint is of step 5
+    assert plans[0] == sorted([*range(20)] * 2) and plans[2] == sorted(
+        [*range(5, 20)] * 2
+    )  # the last checkpoint is of step 5

@@ -18,8 +18,16 @@ def brute_force(z1, z2, units, invariance="inner_product", temperature=1.0, **we
     n, d = z1.shape
     counts = [units] * (d // units) if isinstance(units, int) else list(units)
     edges = [sum(counts[:v]) for v in range(len(counts) + 1)]
-    codes = [[[torch.exp(z[i, a:b] / temperature) / torch.exp(z[i, a:b] / temperature).sum()
-               for a, b in zip(edges, edges[1:])] for i in range(n)] for z in (z1, z2)]
+    codes = [
+        [
+            [
+                torch.exp(z[i, a:b] / temperature) / torch.exp(z[i, a:b] / temperature).sum()
+                for a, b in zip(edges, edges[1:])
+            ]
+            for i in range(n)
+        ]
+        for z in (z1, z2)
+    ]
     variables = range(len(counts))
     de = oe = ti = torch.zeros((), dtype=z1.dtype)
     for v in variables:
@@ -35,18 +43,27 @@ def brute_force(z1, z2, units, invariance="inner_product", temperature=1.0, **we
                         oe = oe + cell * cell.log()
         for i in range(n):
             p, q = codes[0][i][v], codes[1][i][v]
-            ti = ti - ((p * q).sum().log() if invariance == "inner_product" else (p * q.log()).sum())
+            ti = ti - (
+                (p * q).sum().log() if invariance == "inner_product" else (p * q.log()).sum()
+            )
     de, ti = de / len(counts), ti / (n * len(counts))
     oe = oe / (len(counts) * (len(counts) - 1)) if len(counts) > 1 else oe
-    total = sum(weights.get(f"{name}_weight", 1.0) * term
-                for name, term in (("diagonal", de), ("off_diagonal", oe), ("invariance", ti)))
+    total = sum(
+        weights.get(f"{name}_weight", 1.0) * term
+        for name, term in (("diagonal", de), ("off_diagonal", oe), ("invariance", ti))
+    )
     return total, de, oe, ti
 
 
 def logits(n, units, dtype=torch.float64, seed=0, scale=2.0):
     d = 3 * units if isinstance(units, int) else sum(units)
     generator = torch.Generator().manual_seed(seed)
-    return [(torch.randn(n, d, generator=generator, dtype=torch.float64) * scale).to(dtype).requires_grad_() for _ in "12"]
+    return [
+        (torch.randn(n, d, generator=generator, dtype=torch.float64) * scale)
+        .to(dtype)
+        .requires_grad_()
+        for _ in "12"
+    ]
 
 
 def textbook(z1, z2, units, **settings):
@@ -69,7 +86,9 @@ def test_terms_and_gradients_equal_the_brute_force(version, invariance, n, units
     truth = brute_force(y1, y2, units, **settings)
     for mine, true in zip(ours, truth):
         torch.testing.assert_close(mine.double(), true, rtol=tolerance, atol=tolerance)
-    for mine, true in zip(torch.autograd.grad(ours.total, (z1, z2)), torch.autograd.grad(truth[0], (y1, y2))):
+    for mine, true in zip(
+        torch.autograd.grad(ours.total, (z1, z2)), torch.autograd.grad(truth[0], (y1, y2))
+    ):
         torch.testing.assert_close(mine.double(), true, rtol=tolerance, atol=tolerance)
 
 
@@ -88,7 +107,9 @@ def test_slabs_and_chunks_do_not_change_the_result(monkeypatch):
     monkeypatch.setattr("imsvd_core.streaming.CHUNK_ENTRIES", 25)
     pieces = streaming(z1, z2, 4)
     torch.testing.assert_close(tuple(pieces), tuple(whole), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(torch.autograd.grad(pieces.total, (z1, z2)), gradient, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(pieces.total, (z1, z2)), gradient, rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("units", [2, 5])
@@ -113,8 +134,15 @@ def test_any_finite_logits_give_finite_value_and_gradient(dtype, invariance, uni
     generator = torch.Generator().manual_seed(1)
     largest = torch.finfo(dtype).max
     for magnitude in (0.0, 1e-3, 30.0, 300.0, 6e4, largest):
-        z = [(torch.rand(8, 12, generator=generator, dtype=torch.float64) * 2 - 1).mul(magnitude).to(dtype) for _ in "12"]
-        z[0][:4] = magnitude * torch.randint(0, 2, (4, 12), generator=generator).mul(2).sub(1).to(dtype)
+        z = [
+            (torch.rand(8, 12, generator=generator, dtype=torch.float64) * 2 - 1)
+            .mul(magnitude)
+            .to(dtype)
+            for _ in "12"
+        ]
+        z[0][:4] = magnitude * torch.randint(0, 2, (4, 12), generator=generator).mul(2).sub(1).to(
+            dtype
+        )
         z = [x.clamp(-largest, largest).requires_grad_() for x in z]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32):
             terms = CrossJointEntropyLoss(units, invariance=invariance, temperature=temperature)(*z)
@@ -156,12 +184,14 @@ def test_half_precision_logits_keep_gradients_that_a_scaler_lifts():
 def test_gradient_scales_with_what_comes_from_above_and_can_be_asked_for_twice():
     z1, z2 = logits(5, 3)
     total = streaming(z1, z2, 3).total
-    once, = torch.autograd.grad(total, z1, retain_graph=True)
-    thrice, = torch.autograd.grad(3 * total, z1)
+    (once,) = torch.autograd.grad(total, z1, retain_graph=True)
+    (thrice,) = torch.autograd.grad(3 * total, z1)
     torch.testing.assert_close(thrice, 3 * once)
 
 
-@pytest.mark.parametrize("dim, units", [(1024, 32), (2000, 500), (20_000, 20), (3000, [1000] + [2] * 1000)])
+@pytest.mark.parametrize(
+    "dim, units", [(1024, 32), (2000, 500), (20_000, 20), (3000, [1000] + [2] * 1000)]
+)
 def test_never_holds_the_matrix(dim, units):
     """No allocation may reach a quarter of the matrix, whatever the number and the sizes of the variables."""
     z = torch.randn(4, dim, requires_grad=True)
@@ -184,7 +214,10 @@ def test_never_holds_the_matrix(dim, units):
 def test_sums_over_a_large_matrix_stay_exact_in_float32():
     generator = torch.Generator().manual_seed(0)
     z1, z2 = torch.randn(2, 64, 4080, generator=generator) * 10
-    ours, exact = (CrossJointEntropyLoss(80)(z1.to(dtype), z2.to(dtype)) for dtype in (torch.float32, torch.float64))
+    ours, exact = (
+        CrossJointEntropyLoss(80)(z1.to(dtype), z2.to(dtype))
+        for dtype in (torch.float32, torch.float64)
+    )
     for mine, true in zip(ours, exact):
         torch.testing.assert_close(mine.double(), true, rtol=1e-6, atol=1e-6)
 
@@ -195,22 +228,36 @@ def test_evaluating_without_gradients_first_does_not_spoil_training():
     textbook(*logits(3, [3, 2, 6]), [3, 2, 6]).total.backward()
 
 
-@pytest.mark.parametrize("settings, message", [
-    (dict(units=0), "units=0"), (dict(units=2.0), "units=2.0"), (dict(units=[3, 0]), "units="), (dict(units=[]), "units="),
-    (dict(units=2, diagonal_weight=-1), "diagonal_weight=-1"), (dict(units=2, invariance_weight=math.nan), "invariance_weight"),
-    (dict(units=2, off_diagonal_weight=math.inf), "off_diagonal_weight"), (dict(units=2, invariance="cosine"), "cosine"),
-    (dict(units=2, temperature=0), "temperature=0"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(units=0), "units=0"),
+        (dict(units=2.0), "units=2.0"),
+        (dict(units=[3, 0]), "units="),
+        (dict(units=[]), "units="),
+        (dict(units=2, diagonal_weight=-1), "diagonal_weight=-1"),
+        (dict(units=2, invariance_weight=math.nan), "invariance_weight"),
+        (dict(units=2, off_diagonal_weight=math.inf), "off_diagonal_weight"),
+        (dict(units=2, invariance="cosine"), "cosine"),
+        (dict(units=2, temperature=0), "temperature=0"),
+    ],
+)
 def test_impossible_settings_are_refused_at_construction(settings, message):
     with pytest.raises(ValueError, match=message):
         CrossJointEntropyLoss(**settings)
 
 
-@pytest.mark.parametrize("z1, z2, message", [
-    (torch.zeros(2, 4), torch.zeros(3, 4), "shape"), (torch.zeros(2, 2, 2), torch.zeros(2, 2, 2), "shape"),
-    (torch.zeros(0, 4), torch.zeros(0, 4), "non-empty"), (torch.zeros(2, 5), torch.zeros(2, 5), "does not divide"),
-    (torch.zeros(2, 4), torch.zeros(2, 4).double(), "float64"), (torch.zeros(2, 4).int(), torch.zeros(2, 4).int(), "floating"),
-])
+@pytest.mark.parametrize(
+    "z1, z2, message",
+    [
+        (torch.zeros(2, 4), torch.zeros(3, 4), "shape"),
+        (torch.zeros(2, 2, 2), torch.zeros(2, 2, 2), "shape"),
+        (torch.zeros(0, 4), torch.zeros(0, 4), "non-empty"),
+        (torch.zeros(2, 5), torch.zeros(2, 5), "does not divide"),
+        (torch.zeros(2, 4), torch.zeros(2, 4).double(), "float64"),
+        (torch.zeros(2, 4).int(), torch.zeros(2, 4).int(), "floating"),
+    ],
+)
 @pytest.mark.parametrize("version", [textbook, streaming])
 def test_logits_that_do_not_fit_are_refused(version, z1, z2, message):
     with pytest.raises(ValueError, match=message):
@@ -222,8 +269,12 @@ def gradients(z, units, **settings):
     return terms, torch.autograd.grad(terms.total, z)
 
 
-@pytest.mark.parametrize("units, drawn", [(4, 1), (4, 2), ((2, 4, 3), 1), ((2, 4, 3), 2), ((2, 4, 3), 3)])
-def test_the_mean_over_all_draws_of_block_rows_is_the_whole_loss_and_gradient(monkeypatch, units, drawn):
+@pytest.mark.parametrize(
+    "units, drawn", [(4, 1), (4, 2), ((2, 4, 3), 1), ((2, 4, 3), 2), ((2, 4, 3), 3)]
+)
+def test_the_mean_over_all_draws_of_block_rows_is_the_whole_loss_and_gradient(
+    monkeypatch, units, drawn
+):
     z = logits(9, units)
     whole, of_whole = gradients(z, units, temperature=0.7, **WEIGHTS)
     parts = []
@@ -247,18 +298,25 @@ def test_bf16_products_change_the_gradient_by_less_than_a_percent(drawn):
         found.append(gradients(z, [8] * 51, products=products, sampled_variables=drawn))
     (exact, of_exact), (rounded, of_rounded) = found
     assert 0 < abs(rounded.total - exact.total) < 1e-3
-    assert exact.diagonal_entropy == rounded.diagonal_entropy and exact.transform_invariance == rounded.transform_invariance
+    assert (
+        exact.diagonal_entropy == rounded.diagonal_entropy
+        and exact.transform_invariance == rounded.transform_invariance
+    )
     for truth, gradient in zip(of_exact, of_rounded):
         assert 0 < (gradient - truth).norm() < 0.01 * truth.norm()
 
 
 @pytest.mark.slow  # compiles three functions
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ for a CPU")
-@pytest.mark.parametrize("invariance, products", [("inner_product", "bf16"), ("cross_entropy", "fp32")])
+@pytest.mark.parametrize(
+    "invariance, products", [("inner_product", "bf16"), ("cross_entropy", "fp32")]
+)
 def test_fused_kernels_give_the_same_numbers(invariance, products):
     z = logits(64, [8] * 9, torch.float32)
-    (plain, of_plain), (fused, of_fused) = (gradients(z, [8] * 9, invariance=invariance, products=products, fused=fused)
-                                            for fused in (False, True))
+    (plain, of_plain), (fused, of_fused) = (
+        gradients(z, [8] * 9, invariance=invariance, products=products, fused=fused)
+        for fused in (False, True)
+    )
     torch.testing.assert_close(tuple(fused), tuple(plain), rtol=1e-6, atol=1e-6)
     tolerance = dict(rtol=1e-5, atol=1e-8) if products == "fp32" else dict(rtol=1e-2, atol=1e-6)
     torch.testing.assert_close(of_fused, of_plain, **tolerance)
@@ -270,14 +328,28 @@ def test_ten_thousand_extreme_inputs_under_autocast_stay_finite_where_the_textbo
     broken = 0
     for call in range(10_000):
         dtype = (torch.float16, torch.bfloat16)[call % 2]
-        magnitude = 10 ** (torch.rand((), generator=generator).item() * 6.8 - 2)  # 0.01 to 63,000, fp16's largest
-        z = [(torch.randn(4, 6, generator=generator) * magnitude).to(dtype).clamp(-65504, 65504).requires_grad_() for _ in "12"]
-        loss = CrossJointEntropyLoss(3, invariance=("inner_product", "cross_entropy")[call // 2 % 2],
-                                     products=("fp32", "bf16")[call // 4 % 2])
+        magnitude = 10 ** (
+            torch.rand((), generator=generator).item() * 6.8 - 2
+        )  # 0.01 to 63,000, fp16's largest
+        z = [
+            (torch.randn(4, 6, generator=generator) * magnitude)
+            .to(dtype)
+            .clamp(-65504, 65504)
+            .requires_grad_()
+            for _ in "12"
+        ]
+        loss = CrossJointEntropyLoss(
+            3,
+            invariance=("inner_product", "cross_entropy")[call // 2 % 2],
+            products=("fp32", "bf16")[call // 4 % 2],
+        )
         with torch.autocast("cpu", dtype=dtype):
             terms = loss(*z)
         found = torch.autograd.grad(terms.total, z)
-        assert torch.stack(terms).isfinite().all() and all(g.isfinite().all() for g in found), (call, magnitude)
+        assert torch.stack(terms).isfinite().all() and all(g.isfinite().all() for g in found), (
+            call,
+            magnitude,
+        )
         if dtype is torch.float16:
             broken += textbook_in_fp16(*z).isnan().item()
     assert broken > 100
@@ -299,8 +371,12 @@ def test_a_gpu_gives_the_cpus_loss(fused, products, invariance):
     z = logits(256, [8] * 51, torch.float32)
     on_gpu = [x.detach().cuda().requires_grad_() for x in z]
     terms, of_cpu = gradients(z, [8] * 51, invariance=invariance)
-    same, of_gpu = gradients(on_gpu, [8] * 51, invariance=invariance, products=products, fused=fused)
+    same, of_gpu = gradients(
+        on_gpu, [8] * 51, invariance=invariance, products=products, fused=fused
+    )
     tolerance = 1e-5 if products == "fp32" else 1e-2
-    torch.testing.assert_close(torch.stack(same).cpu(), torch.stack(terms), rtol=tolerance / 10, atol=tolerance / 10)
+    torch.testing.assert_close(
+        torch.stack(same).cpu(), torch.stack(terms), rtol=tolerance / 10, atol=tolerance / 10
+    )
     for found, truth in zip(of_gpu, of_cpu):
         assert (found.cpu() - truth).norm() < tolerance * truth.norm()

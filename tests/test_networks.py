@@ -5,7 +5,13 @@ import torch
 import torchvision
 from torch import nn
 
-from imsvd_core.networks import NetworkConfig, TwinNetwork, build_backbone, build_projector, represent
+from imsvd_core.networks import (
+    NetworkConfig,
+    TwinNetwork,
+    build_backbone,
+    build_projector,
+    represent,
+)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
@@ -27,14 +33,20 @@ def test_the_cifar_stem_keeps_the_resolution():
 
 
 def test_the_narrow_network_is_small():
-    assert 1.1e6 < sum(p.numel() for p in build_backbone("narrow", cifar_stem=True).parameters()) < 1.3e6
+    assert (
+        1.1e6
+        < sum(p.numel() for p in build_backbone("narrow", cifar_stem=True).parameters())
+        < 1.3e6
+    )
 
 
 @pytest.mark.parametrize("hidden", [(), (7,), (7, 9, 11)])
 def test_projector_of_any_depth_ends_bare(hidden):
     projector = build_projector(5, hidden, 6)
     linears = [layer for layer in projector if isinstance(layer, nn.Linear)]
-    assert [(layer.in_features, layer.out_features) for layer in linears] == list(zip((5, *hidden), (*hidden, 6)))
+    assert [(layer.in_features, layer.out_features) for layer in linears] == list(
+        zip((5, *hidden), (*hidden, 6))
+    )
     assert projector[-1] is linears[-1] and projector[-1].bias is None
     assert sum(isinstance(layer, nn.BatchNorm1d) for layer in projector) == len(hidden)
 

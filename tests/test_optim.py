@@ -9,11 +9,18 @@ from torch import nn
 from imsvd_core.optim import OptimConfig, build_optimizer, learning_rate
 
 
-@pytest.mark.parametrize("epochs, warmup", [(1, 10), (3, 0), (3, 0.5), (100, 10), (1, 1), (2, 1.99)])
-def test_the_rate_rises_to_its_peak_then_falls_to_its_floor_for_any_warmup_and_length(epochs, warmup):
+@pytest.mark.parametrize(
+    "epochs, warmup", [(1, 10), (3, 0), (3, 0.5), (100, 10), (1, 1), (2, 1.99)]
+)
+def test_the_rate_rises_to_its_peak_then_falls_to_its_floor_for_any_warmup_and_length(
+    epochs, warmup
+):
     config = OptimConfig(lr=0.4, warmup_epochs=warmup, final_lr_fraction=0.01)
     per_epoch = 20
-    rates = [learning_rate(config, step, epochs * per_epoch, per_epoch) for step in range(epochs * per_epoch)]
+    rates = [
+        learning_rate(config, step, epochs * per_epoch, per_epoch)
+        for step in range(epochs * per_epoch)
+    ]
     top = min(round(warmup * per_epoch), len(rates))
     assert rates[max(top - 1, 0)] == pytest.approx(0.4)
     assert rates[:top] == sorted(rates[:top]) and rates[top:] == sorted(rates[top:], reverse=True)
@@ -24,12 +31,18 @@ def test_the_rate_rises_to_its_peak_then_falls_to_its_floor_for_any_warmup_and_l
 
 def test_milestones_drop_tenfold():
     config = OptimConfig(lr=30, warmup_epochs=0, milestones=(60, 80))
-    assert [learning_rate(config, epoch * 10, 1000, 10) for epoch in (0, 59, 60, 80)] == pytest.approx([30, 30, 3, 0.3])
+    assert [
+        learning_rate(config, epoch * 10, 1000, 10) for epoch in (0, 59, 60, 80)
+    ] == pytest.approx([30, 30, 3, 0.3])
 
 
 def test_biases_and_norms_are_not_decayed():
-    optimizer = build_optimizer(OptimConfig(weight_decay=0.1), [nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))])
-    assert {p.ndim: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]} == {2: 0.1, 1: 0.0}
+    optimizer = build_optimizer(
+        OptimConfig(weight_decay=0.1), [nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))]
+    )
+    assert {
+        p.ndim: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    } == {2: 0.1, 1: 0.0}
 
 
 def lars_by_hand(weights, gradients, lr, decay=1e-6, momentum=0.9, trust=0.001, joint_norm=False):
@@ -61,10 +74,15 @@ def test_lars_follows_its_rule_and_leaves_biases_and_norms_to_sgd():
     optimizer.load_state_dict(torch.load(memory, weights_only=True))
     for step in gradients[2:]:
         apply(optimizer, model, step)
-    paper, authors = (lars_by_hand([w.clone() for w in start], gradients, 2.0, joint_norm=joint) for joint in (False, True))
+    paper, authors = (
+        lars_by_hand([w.clone() for w in start], gradients, 2.0, joint_norm=joint)
+        for joint in (False, True)
+    )
     for p, by_paper, by_authors in zip(model.parameters(), paper, authors, strict=True):
         torch.testing.assert_close(p.detach(), by_paper, rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(p.detach(), by_authors, rtol=1e-5, atol=1e-6)  # at a decay of 1e-6 the two are one
+        torch.testing.assert_close(
+            p.detach(), by_authors, rtol=1e-5, atol=1e-6
+        )  # at a decay of 1e-6 the two are one
 
 
 def apply(optimizer, model, gradients):

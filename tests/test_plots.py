@@ -39,7 +39,9 @@ def linear(color: object) -> np.ndarray:
 
 def contrast(one: object, other: object) -> float:
     """The contrast ratio of WCAG 2: (L1 + 0.05) / (L2 + 0.05), luminances of sRGB."""
-    bright, dark = sorted((linear(c) @ [0.2126, 0.7152, 0.0722] + 0.05 for c in (one, other)), reverse=True)
+    bright, dark = sorted(
+        (linear(c) @ [0.2126, 0.7152, 0.0722] + 0.05 for c in (one, other)), reverse=True
+    )
     return bright / dark
 
 
@@ -48,7 +50,9 @@ def lab(rgb: np.ndarray) -> np.ndarray:
     to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
     t = np.clip(rgb, 0, 1) @ np.array(to_xyz).T / [0.9505, 1.0, 1.089]
     f = np.where(t > 0.008856, np.cbrt(t), 7.787 * t + 16 / 116)
-    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
+    return np.stack(
+        [116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1
+    )
 
 
 def test_a_figure_is_drawn_in_both_themes_and_shows_one() -> None:
@@ -69,7 +73,10 @@ def test_every_image_says_what_is_seen() -> None:
     for picture in (plots.show(line, alt), plots.animate(lambda _, theme: line(theme), 2, alt)):
         assert picture.html.count('alt="A &quot;quoted&quot; line that rises &amp; falls') == 2
         assert alt in repr(picture)
-    assert 'alt="A &quot;quoted&quot; line' in plots.gallery(np.zeros((1, 3, 2, 2), np.uint8), alt).html
+    assert (
+        'alt="A &quot;quoted&quot; line'
+        in plots.gallery(np.zeros((1, 3, 2, 2), np.uint8), alt).html
+    )
 
 
 @pytest.mark.parametrize("alt", ["", "A plot.", " " * 40])
@@ -116,8 +123,16 @@ def test_colours_stand_out_from_the_paper(theme: plots.Theme) -> None:
 
 # Machado, Oliveira and Fernandes (2009), severity 1, on linear RGB.
 BLINDNESS = {
-    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "protan": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deutan": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
 }
 
 
@@ -152,9 +167,16 @@ def test_the_joint_matrix_is_drawn_with_a_line_between_any_two_variables() -> No
 
 @pytest.mark.parametrize(
     ("shape", "units", "message"),
-    [((4, 5), 2, "square"), ((4, 4), 3, "units=3"), ((4, 4), [1, 2], "units="), ((4, 4), 0, "units=0")],
+    [
+        ((4, 5), 2, "square"),
+        ((4, 4), 3, "units=3"),
+        ((4, 4), [1, 2], "units="),
+        ((4, 4), 0, "units=0"),
+    ],
 )
-def test_a_joint_matrix_that_does_not_fit_its_units_is_refused(shape: tuple, units: object, message: str) -> None:
+def test_a_joint_matrix_that_does_not_fit_its_units_is_refused(
+    shape: tuple, units: object, message: str
+) -> None:
     _, ax = plots.figure()
     with pytest.raises(ValueError, match=message):
         plots.draw_joint(ax, torch.rand(shape), units, plots.LIGHT)
@@ -197,7 +219,9 @@ def test_a_contact_sheet_keeps_every_pixel_enlarged_and_its_gaps_clear() -> None
     assert (sheet[5:, 5:] == 0).all(), "no fourth image"
 
 
-@pytest.mark.parametrize(("shape", "dtype"), [((3, 2, 2), "uint8"), ((0, 3, 2, 2), "uint8"), ((1, 3, 2, 2), "float32")])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((3, 2, 2), "uint8"), ((0, 3, 2, 2), "uint8"), ((1, 3, 2, 2), "float32")]
+)
 def test_a_gallery_takes_only_uint8_images(shape: tuple[int, ...], dtype: str) -> None:
     with pytest.raises(ValueError, match="images has shape"):
         plots.gallery(np.zeros(shape, dtype), ALT)

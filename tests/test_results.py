@@ -6,7 +6,14 @@ from dataclasses import replace
 import pytest
 
 from imsvd_core.loop import LoopConfig
-from imsvd_core.results import config_hash, provenance, read_result, stored, stored_path, write_result
+from imsvd_core.results import (
+    config_hash,
+    provenance,
+    read_result,
+    stored,
+    stored_path,
+    write_result,
+)
 
 
 @pytest.fixture
@@ -16,14 +23,28 @@ def origin():
 
 def test_a_result_says_where_it_comes_from(tmp_path, origin):
     result = read_result(write_result(tmp_path / "r.json", "knn", {"knn_20": 51.0}, origin))
-    assert set(result["provenance"]) == {"command", "commit", "config_hash", "seed", "device", "dataset", "seconds", "date", "versions",
-                                         "world_size"}
+    assert set(result["provenance"]) == {
+        "command",
+        "commit",
+        "config_hash",
+        "seed",
+        "device",
+        "dataset",
+        "seconds",
+        "date",
+        "versions",
+        "world_size",
+    }
     assert all(result["provenance"][key] not in ("", None) for key in result["provenance"])
     assert result["figures"] == {"knn_20": 51.0}
 
 
 def test_the_hash_changes_with_any_setting():
-    assert config_hash(LoopConfig()) == config_hash(LoopConfig()) != config_hash(replace(LoopConfig(), seed=1))
+    assert (
+        config_hash(LoopConfig())
+        == config_hash(LoopConfig())
+        != config_hash(replace(LoopConfig(), seed=1))
+    )
 
 
 def test_other_figures_are_not_overwritten_silently(tmp_path, origin):
@@ -49,7 +70,9 @@ def test_a_file_that_is_no_result_is_named(tmp_path):
 
 def test_a_stored_result_that_is_not_there_is_named_with_those_that_are():
     assert stored("cifar10-laptop-imsvd-seed0")["name"] == "cifar10-laptop-imsvd-seed0"
-    with pytest.raises(FileNotFoundError, match=r"'nothing\.json'.*cifar10-laptop-imsvd-seed0\.json"):
+    with pytest.raises(
+        FileNotFoundError, match=r"'nothing\.json'.*cifar10-laptop-imsvd-seed0\.json"
+    ):
         stored("nothing")
     with pytest.raises(FileNotFoundError, match=r"'nothing\.safetensors'"):
         stored_path("nothing.safetensors")

@@ -38,7 +38,10 @@ def test_what_the_caller_answers_is_left_alone_unless_overridden(before):
 
 def test_interruptible_work_is_cut_off_at_once_also_by_a_notice_that_came_before():
     with signals.heed():
-        with pytest.raises(signals.Stopped, match="told to stop by SIGTERM: run the same command"), signals.interruptible():
+        with (
+            pytest.raises(signals.Stopped, match="told to stop by SIGTERM: run the same command"),
+            signals.interruptible(),
+        ):
             os.kill(os.getpid(), signal.SIGTERM)
             raise AssertionError("not reached")
         with pytest.raises(signals.Stopped), signals.interruptible():

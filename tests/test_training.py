@@ -19,8 +19,15 @@ from imsvd_core.loop import Loop
 from imsvd_core.methods import BarlowTwins, VICReg
 from imsvd_core.recipes import recipe
 from imsvd_core.results import read_result
-from imsvd_core.training import (Pretraining, build_network, load_backbone, load_data, load_run, pretrain,
-                                 save_backbone)
+from imsvd_core.training import (
+    Pretraining,
+    build_network,
+    load_backbone,
+    load_data,
+    load_run,
+    pretrain,
+    save_backbone,
+)
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +40,9 @@ def images(tmp_path_factory):
             (folder / split / name).mkdir(parents=True)
             for number in range(count):
                 image = torch.randint(100, (3, 32, 32), generator=generator) + 140 * label
-                Image.fromarray(image.permute(1, 2, 0).to(torch.uint8).numpy()).save(folder / split / name / f"{number}.png")
+                Image.fromarray(image.permute(1, 2, 0).to(torch.uint8).numpy()).save(
+                    folder / split / name / f"{number}.png"
+                )
     return folder
 
 
@@ -42,8 +51,14 @@ def small(images):
     """The smoke recipe on those pictures: ten steps in two epochs."""
     smoke = recipe("cifar10", "smoke")
     knn = replace(smoke.knn, neighbors=(20,), gallery=None, queries=None)
-    return replace(smoke, data=f"folder:{images}", samples=None, loop=replace(smoke.loop, batch_size=16), knn=knn,
-                   watch=replace(knn, gallery=40, queries=20))
+    return replace(
+        smoke,
+        data=f"folder:{images}",
+        samples=None,
+        loop=replace(smoke.loop, batch_size=16),
+        knn=knn,
+        watch=replace(knn, gallery=40, queries=20),
+    )
 
 
 KILLED = """
@@ -62,34 +77,89 @@ main()
 
 
 @pytest.mark.slow  # seven processes, each importing torch
-def test_a_run_killed_at_five_random_steps_ends_with_the_weights_of_an_undisturbed_one(images, small, tmp_path):
-    options = ["pretrain", "cifar10", "--scale", "smoke", "--data", f"folder:{images}", "--samples", "80", "--loop.batch-size", "8",
-               "--loop.save-every", "2", "--no-progress", "--knn.neighbors", "20", "--knn.gallery", "40", "--knn.queries", "20",
-               "--watch.gallery", "40", "--watch.queries", "20"]
+def test_a_run_killed_at_five_random_steps_ends_with_the_weights_of_an_undisturbed_one(
+    images, small, tmp_path
+):
+    options = [
+        "pretrain",
+        "cifar10",
+        "--scale",
+        "smoke",
+        "--data",
+        f"folder:{images}",
+        "--samples",
+        "80",
+        "--loop.batch-size",
+        "8",
+        "--loop.save-every",
+        "2",
+        "--no-progress",
+        "--knn.neighbors",
+        "20",
+        "--knn.gallery",
+        "40",
+        "--knn.queries",
+        "20",
+        "--watch.gallery",
+        "40",
+        "--watch.queries",
+        "20",
+    ]
 
     def start(run_dir, kill_at=-1):
-        return subprocess.run([sys.executable, "-c", KILLED, str(kill_at), *options, "--run-dir", str(tmp_path / run_dir)],
-                              capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                KILLED,
+                str(kill_at),
+                *options,
+                "--run-dir",
+                str(tmp_path / run_dir),
+            ],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
 
     assert (whole := start("whole")).returncode == 0, whole.stderr
     for step in sorted(random.sample(range(20), 5)):
         assert start("killed", step).returncode == -signal.SIGKILL, step
     assert (resumed := start("killed")).returncode == 0, resumed.stderr
-    ends = [torch.load(tmp_path / name / "checkpoints" / "step-000000020.pt", weights_only=True)["state"] for name in ("whole", "killed")]
+    ends = [
+        torch.load(tmp_path / name / "checkpoints" / "step-000000020.pt", weights_only=True)[
+            "state"
+        ]
+        for name in ("whole", "killed")
+    ]
     for name, value in ends[0]["modules"]["network"].items():
         assert torch.equal(value, ends[1]["modules"]["network"][name]), name
-    records = [[(line["step"], line.get("loss"), line.get("knn_20")) for line in map(json.loads, open(tmp_path / name / "metrics.jsonl"))]
-               for name in ("whole", "killed")]
+    records = [
+        [
+            (line["step"], line.get("loss"), line.get("knn_20"))
+            for line in map(json.loads, open(tmp_path / name / "metrics.jsonl"))
+        ]
+        for name in ("whole", "killed")
+    ]
     assert records[0] == records[1]
 
 
 def test_a_run_leaves_everything_and_its_backbone_comes_back(small, tmp_path):
     result = read_result(pretrain(small, tmp_path, progress=False))
-    assert {path.name for path in tmp_path.iterdir()} - {".lock", ".attempt"} == {"config.json", "metrics.jsonl", "checkpoints", "joints",
-                                                          "backbone.safetensors", "result.json"}
+    assert {path.name for path in tmp_path.iterdir()} - {".lock", ".attempt"} == {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "joints",
+        "backbone.safetensors",
+        "result.json",
+    }
     assert result["figures"]["knn_20"] > 90  # bright and dark are easy to tell apart
     assert [line["step"] for line in result["figures"]["watched"]] == [0, 5, 10]
-    assert result["provenance"]["dataset"] == small.data.rsplit("/", 1)[-1] and result["provenance"]["seconds"] > 0
+    assert (
+        result["provenance"]["dataset"] == small.data.rsplit("/", 1)[-1]
+        and result["provenance"]["seconds"] > 0
+    )
     loaded, backbone = load_run(tmp_path)
     assert loaded == small
     weights = load_file(tmp_path / "backbone.safetensors")
@@ -102,7 +172,10 @@ def test_seeds_fix_the_network_and_the_views(small, tmp_path):
     torch.manual_seed(1)
     first = build_network(small.network, 0).state_dict()
     torch.manual_seed(2)
-    again, other = build_network(small.network, 0).state_dict(), build_network(small.network, 1).state_dict()
+    again, other = (
+        build_network(small.network, 0).state_dict(),
+        build_network(small.network, 1).state_dict(),
+    )
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["backbone.conv1.weight"], other["backbone.conv1.weight"])
     run = Pretraining(small, tmp_path, progress=False)
@@ -134,14 +207,22 @@ def test_the_methods_it_is_compared_with_train_too(small, tmp_path, method):
 def test_other_settings_do_not_resume_and_saving_more_often_does(small, tmp_path):
     for _ in Pretraining(small, tmp_path, progress=False):
         break
-    list(Pretraining(replace(small, loop=replace(small.loop, save_every=1)), tmp_path, progress=False))
+    list(
+        Pretraining(
+            replace(small, loop=replace(small.loop, save_every=1)), tmp_path, progress=False
+        )
+    )
     with pytest.raises(ValueError, match="method.temperature: 0.25 before, 1.0 now"):
-        Pretraining(replace(small, method=replace(small.method, temperature=1.0)), tmp_path, progress=False)
+        Pretraining(
+            replace(small, method=replace(small.method, temperature=1.0)), tmp_path, progress=False
+        )
 
 
 def test_a_streamed_run_that_a_spoilt_file_ended_goes_on_without_it(small, images, tmp_path):
     shutil.copytree(images, tmp_path / "images")
-    small = replace(small, data=f"tree:{tmp_path / 'images'}", loop=replace(small.loop, epochs=1, save_every=1))
+    small = replace(
+        small, data=f"tree:{tmp_path / 'images'}", loop=replace(small.loop, epochs=1, save_every=1)
+    )
     for _ in Pretraining(small, tmp_path / "run", progress=False):
         break
     for file in (tmp_path / "images/train/dark").glob("*[02468].png"):
@@ -164,7 +245,9 @@ def test_peers_compute_in_float32_under_autocast():
         VICReg(variance_weight=-3)
 
 
-def test_a_run_killed_between_an_epochs_end_and_its_record_watches_again_and_only_then(small, tmp_path):
+def test_a_run_killed_between_an_epochs_end_and_its_record_watches_again_and_only_then(
+    small, tmp_path
+):
     run = Pretraining(small, tmp_path, progress=False)
     run.watch()
     for progressed in run:
@@ -177,7 +260,9 @@ def test_a_run_killed_between_an_epochs_end_and_its_record_watches_again_and_onl
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2"])
-def test_a_signal_lets_a_training_save_and_stop_and_the_same_call_ends_it_as_if_nothing_was(small, tmp_path, monkeypatch, name):
+def test_a_signal_lets_a_training_save_and_stop_and_the_same_call_ends_it_as_if_nothing_was(
+    small, tmp_path, monkeypatch, name
+):
     number, train_one = getattr(signal, name), Loop._train_one
 
     def signalled(loop, batches):
@@ -188,10 +273,14 @@ def test_a_signal_lets_a_training_save_and_stop_and_the_same_call_ends_it_as_if_
     pretrain(small, tmp_path / "whole", progress=False)
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "_train_one", signalled)
-        with pytest.raises(signals.Stopped, match="stopped at step 4 of 10: run the same command to go on"):
+        with pytest.raises(
+            signals.Stopped, match="stopped at step 4 of 10: run the same command to go on"
+        ):
             pretrain(small, tmp_path / "cut", progress=False)
     assert signal.getsignal(number) is signal.SIG_DFL
-    assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step-000000004.pt"]
+    assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == [
+        "step-000000004.pt"
+    ]
     assert not (tmp_path / "cut" / "result.json").exists()
     pretrain(small, tmp_path / "cut", progress=False)
     whole, cut = (load_file(tmp_path / run / "backbone.safetensors") for run in ("whole", "cut"))

@@ -18,8 +18,19 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from imsvd_core.views import (
-    BRIGHTNESS, CONTRAST, CROP_DRAWS, HUE, SATURATION, EvalView, TwoViewConfig, TwoViews, View, ViewConfig,
-    ViewParameters, cifar_views, imagenet_views,
+    BRIGHTNESS,
+    CONTRAST,
+    CROP_DRAWS,
+    HUE,
+    SATURATION,
+    EvalView,
+    TwoViewConfig,
+    TwoViews,
+    View,
+    ViewConfig,
+    ViewParameters,
+    cifar_views,
+    imagenet_views,
 )
 
 TOLERANCE = 2 / 255
@@ -30,17 +41,25 @@ PLAIN = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))  # so that a view shows 
 def photographs(count: int, height: int, width: int) -> Tensor:
     """Pictures, uint8 (count, 3, height, width): CIFAR-10's at 32x32 where it is at hand, else drawn."""
     root = Path(os.environ.get("IMSVD_DATA", "")) / "cifar10" / "test"
-    files = list(itertools.islice(root.glob("*/*.[jp][pn]g"), count)) if os.environ.get("IMSVD_DATA") else []
+    files = (
+        list(itertools.islice(root.glob("*/*.[jp][pn]g"), count))
+        if os.environ.get("IMSVD_DATA")
+        else []
+    )
     if (height, width) == (32, 32) and len(files) == count:
         return torch.stack([tv.pil_to_tensor(Image.open(file).convert("RGB")) for file in files])
     generator = torch.Generator().manual_seed(height)
     picture = torch.zeros(count, 3, height, width)
     for cells, strength in ((4, 90.0), (16, 30.0)):  # soft colours at two scales
         coarse = torch.randn(count, 3, cells, cells, generator=generator)
-        picture += strength * torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")
-    picture[:, :, height // 4: height // 2, width // 3:] += 120  # hard edges, and some pure white
+        picture += strength * torch.nn.functional.interpolate(
+            coarse, (height, width), mode="bicubic"
+        )
+    picture[:, :, height // 4 : height // 2, width // 3 :] += 120  # hard edges, and some pure white
     picture += 4 * torch.randn(picture.shape, generator=generator)
-    picture[:, 1:, -height // 5:] = picture[:, :1, -height // 5:]  # a grey strip, where hue has no meaning
+    picture[:, 1:, -height // 5 :] = picture[
+        :, :1, -height // 5 :
+    ]  # a grey strip, where hue has no meaning
     return (picture + 110).clamp(0, 255).to(torch.uint8)
 
 
@@ -48,15 +67,27 @@ def still(n: int, rows: int, columns: int, /, **changes: Tensor) -> ViewParamete
     """Parameters that leave n images as they are, but for the changes."""
     off, whole = torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.int64)
     parameters = ViewParameters(
-        top=whole, left=whole, height=whole + rows, width=whole + columns, flip=off, jitter=off,
-        order=torch.arange(4).expand(n, 4), factors=torch.tensor([1.0, 1.0, 1.0, 0.0]).expand(n, 4), gray=off,
-        blur=off, sigma=torch.ones(n), solarize=off)
+        top=whole,
+        left=whole,
+        height=whole + rows,
+        width=whole + columns,
+        flip=off,
+        jitter=off,
+        order=torch.arange(4).expand(n, 4),
+        factors=torch.tensor([1.0, 1.0, 1.0, 0.0]).expand(n, 4),
+        gray=off,
+        blur=off,
+        sigma=torch.ones(n),
+        solarize=off,
+    )
     return replace(parameters, **changes)
 
 
 def all_on(size: int, **settings: object) -> View:
     """A view that can do everything; what it does is up to the parameters."""
-    on = dict(jitter_probability=1.0, gray_probability=1.0, blur_probability=1.0, solarize_probability=1.0)
+    on = dict(
+        jitter_probability=1.0, gray_probability=1.0, blur_probability=1.0, solarize_probability=1.0
+    )
     return View(ViewConfig(**{"size": size, "scale": (0.1, 1.0), **on, **PLAIN, **settings}))
 
 
@@ -74,17 +105,24 @@ def worst(ours: Tensor, theirs: Tensor | list[Tensor]) -> float:
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 32), (200, 300, 224), (300, 200, 64)])
+@pytest.mark.parametrize(
+    ("height", "width", "size"), [(32, 32, 32), (200, 300, 224), (300, 200, 64)]
+)
 @pytest.mark.parametrize("reference", ["tensor", "pil"])
-def test_crop_flip_and_resize_are_torchvisions(height: int, width: int, size: int, interpolation: str,
-                                               reference: str) -> None:
+def test_crop_flip_and_resize_are_torchvisions(
+    height: int, width: int, size: int, interpolation: str, reference: str
+) -> None:
     images = photographs(6, height, width)
     top, left = torch.tensor([0, 1, 3, 5, 8, height - 9]), torch.tensor([0, 2, 0, 4, 9, width - 7])
     crop_height = torch.tensor([height, height - 1, 21, 8, 20, 9])
     crop_width = torch.tensor([width, 17, width, 25, 20, 7])
     flip = torch.tensor([False, True, False, True, True, False])
     ours = all_on(size, interpolation=interpolation).apply(
-        images, still(6, height, width, top=top, left=left, height=crop_height, width=crop_width, flip=flip))
+        images,
+        still(
+            6, height, width, top=top, left=left, height=crop_height, width=crop_width, flip=flip
+        ),
+    )
     mode, theirs = transforms.InterpolationMode(interpolation), []
     for i, image in enumerate(images):
         image = tv.to_pil_image(image) if reference == "pil" else image
@@ -96,17 +134,31 @@ def test_crop_flip_and_resize_are_torchvisions(height: int, width: int, size: in
 
 
 @pytest.mark.parametrize("size", [32, 200])
-@pytest.mark.parametrize(("operation", "reference", "low", "high"), [
-    (BRIGHTNESS, tv.adjust_brightness, 0.2, 1.8), (CONTRAST, tv.adjust_contrast, 0.2, 1.8),
-    (SATURATION, tv.adjust_saturation, 0.2, 1.8), (HUE, tv.adjust_hue, -0.5, 0.5)])
-def test_each_jitter_operation_is_torchvisions(operation: int, reference: object, low: float, high: float,
-                                               size: int) -> None:
+@pytest.mark.parametrize(
+    ("operation", "reference", "low", "high"),
+    [
+        (BRIGHTNESS, tv.adjust_brightness, 0.2, 1.8),
+        (CONTRAST, tv.adjust_contrast, 0.2, 1.8),
+        (SATURATION, tv.adjust_saturation, 0.2, 1.8),
+        (HUE, tv.adjust_hue, -0.5, 0.5),
+    ],
+)
+def test_each_jitter_operation_is_torchvisions(
+    operation: int, reference: object, low: float, high: float, size: int
+) -> None:
     images, values = photographs(8, size, size), torch.linspace(low, high, 8)
     factors = torch.tensor([1.0, 1.0, 1.0, 0.0]).repeat(8, 1)
     factors[:, operation] = values
-    order = torch.stack([torch.arange(4).roll(i) for i in range(8)])  # wherever it stands in the order
-    ours = all_on(size).apply(images, still(8, size, size, jitter=ones(8), factors=factors, order=order))
-    assert worst(ours, [reference(x, v) for x, v in zip(images, values.tolist(), strict=True)]) <= TOLERANCE
+    order = torch.stack(
+        [torch.arange(4).roll(i) for i in range(8)]
+    )  # wherever it stands in the order
+    ours = all_on(size).apply(
+        images, still(8, size, size, jitter=ones(8), factors=factors, order=order)
+    )
+    assert (
+        worst(ours, [reference(x, v) for x, v in zip(images, values.tolist(), strict=True)])
+        <= TOLERANCE
+    )
 
 
 def test_all_24_orders_of_jitter_are_done_in_their_order() -> None:
@@ -135,16 +187,25 @@ def test_gray_blur_and_solarize_are_torchvisions(size: int) -> None:
     gray = view.apply(images, still(n, size, size, gray=ones(n)))
     assert worst(gray, tv.rgb_to_grayscale(images, num_output_channels=3)) <= TOLERANCE
     blur = view.apply(images, still(n, size, size, blur=ones(n), sigma=sigma))
-    theirs = [tv.gaussian_blur(x, [23, 23], [s, s]) for x, s in zip(images, sigma.tolist(), strict=True)]
+    theirs = [
+        tv.gaussian_blur(x, [23, 23], [s, s]) for x, s in zip(images, sigma.tolist(), strict=True)
+    ]
     assert worst(blur, theirs) <= TOLERANCE
     solarized = view.apply(images, still(n, size, size, solarize=ones(n)))
     assert worst(solarized, tv.solarize(images, 128)) <= TOLERANCE
 
 
-@pytest.mark.parametrize(("config", "height", "width"), [
-    (cifar_views().first, 32, 32), (imagenet_views(64).first, 90, 70), (imagenet_views(64).second, 90, 70)])
-def test_a_whole_view_is_torchvisions_operations_in_the_papers_order(config: ViewConfig, height: int,
-                                                                     width: int) -> None:
+@pytest.mark.parametrize(
+    ("config", "height", "width"),
+    [
+        (cifar_views().first, 32, 32),
+        (imagenet_views(64).first, 90, 70),
+        (imagenet_views(64).second, 90, 70),
+    ],
+)
+def test_a_whole_view_is_torchvisions_operations_in_the_papers_order(
+    config: ViewConfig, height: int, width: int
+) -> None:
     images, view = photographs(40, height, width), View(config)
     p = view.draw(40, height, width, torch.Generator().manual_seed(3))
     operations = [tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue]
@@ -159,21 +220,32 @@ def test_a_whole_view_is_torchvisions_operations_in_the_papers_order(config: Vie
         x = tv.gaussian_blur(x, [23, 23], [p.sigma[i].item()] * 2) if p.blur[i] else x
         x = tv.solarize(x, 128 / 255) if p.solarize[i] else x
         theirs.append(tv.normalize(x, config.mean, config.std))
-    difference = (view.apply(images, p) - torch.stack(theirs)).abs() * torch.tensor(config.std).view(3, 1, 1)
+    difference = (view.apply(images, p) - torch.stack(theirs)).abs() * torch.tensor(
+        config.std
+    ).view(3, 1, 1)
     # theirs alone rounds the crop to whole grey levels; each later operation stretches that by 1.4 at most
     assert difference.mean() < 0.5 * TOLERANCE and difference.max() < 3 * TOLERANCE
 
 
-@pytest.mark.parametrize(("height", "width", "resize", "size"), [
-    (32, 32, 32, 32), (32, 32, 36, 32), (90, 131, 64, 56), (131, 90, 64, 64)])
+@pytest.mark.parametrize(
+    ("height", "width", "resize", "size"),
+    [(32, 32, 32, 32), (32, 32, 36, 32), (90, 131, 64, 56), (131, 90, 64, 64)],
+)
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_the_eval_view_is_torchvisions(height: int, width: int, resize: int, size: int,
-                                       interpolation: str) -> None:
+def test_the_eval_view_is_torchvisions(
+    height: int, width: int, resize: int, size: int, interpolation: str
+) -> None:
     images = photographs(3, height, width)
     mode = transforms.InterpolationMode(interpolation)
     theirs = tv.center_crop(tv.resize(images, resize, mode, antialias=True), size)
-    assert worst(EvalView(resize, size, **PLAIN, interpolation=interpolation)(images), theirs) <= TOLERANCE
-    mean, std = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.1]).view(3, 1, 1)
+    assert (
+        worst(EvalView(resize, size, **PLAIN, interpolation=interpolation)(images), theirs)
+        <= TOLERANCE
+    )
+    mean, std = (
+        torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1),
+        torch.tensor([0.2, 0.3, 0.1]).view(3, 1, 1),
+    )
     view = EvalView(resize, size, (0.4, 0.5, 0.6), (0.2, 0.3, 0.1), interpolation)
     assert worst(view(images) * std + mean, theirs) <= TOLERANCE
 
@@ -181,23 +253,42 @@ def test_the_eval_view_is_torchvisions(height: int, width: int, resize: int, siz
 # The draws follow torchvision's laws
 
 
-@pytest.mark.parametrize(("height", "width", "scale", "ratio"), [
-    (32, 32, (0.2, 1.0), (3 / 4, 4 / 3)), (240, 320, (0.08, 1.0), (3 / 4, 4 / 3)),
-    (60, 200, (0.3, 1.0), (3 / 4, 4 / 3)), (200, 60, (0.3, 1.0), (3 / 4, 4 / 3)),
-    (40, 50, (0.9, 1.0), (0.5, 1.4))])
-def test_crops_follow_torchvisions_law(height: int, width: int, scale: tuple[float, float],
-                                       ratio: tuple[float, float]) -> None:
-    p = View(ViewConfig(size=32, scale=scale, ratio=ratio)).draw(20_000, height, width,
-                                                                 torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(
+    ("height", "width", "scale", "ratio"),
+    [
+        (32, 32, (0.2, 1.0), (3 / 4, 4 / 3)),
+        (240, 320, (0.08, 1.0), (3 / 4, 4 / 3)),
+        (60, 200, (0.3, 1.0), (3 / 4, 4 / 3)),
+        (200, 60, (0.3, 1.0), (3 / 4, 4 / 3)),
+        (40, 50, (0.9, 1.0), (0.5, 1.4)),
+    ],
+)
+def test_crops_follow_torchvisions_law(
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> None:
+    p = View(ViewConfig(size=32, scale=scale, ratio=ratio)).draw(
+        20_000, height, width, torch.Generator().manual_seed(0)
+    )
     ours = torch.stack([p.top, p.left, p.height, p.width], dim=1).double().numpy()
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
-    theirs = np.array([transforms.RandomResizedCrop.get_params(image, list(scale), list(ratio))
-                       for _ in range(3000)], dtype=float)
+    theirs = np.array(
+        [
+            transforms.RandomResizedCrop.get_params(image, list(scale), list(ratio))
+            for _ in range(3000)
+        ],
+        dtype=float,
+    )
     assert (ours[:, :2] >= 0).all() and (ours[:, :2] + ours[:, 2:] <= (height, width)).all()
-    for measure in (lambda top, left, h, w: h, lambda top, left, h, w: w, lambda top, left, h, w: h * w,
-                    lambda top, left, h, w: w / h, lambda top, left, h, w: top, lambda top, left, h, w: left,
-                    lambda top, left, h, w: top - left):
+    for measure in (
+        lambda top, left, h, w: h,
+        lambda top, left, h, w: w,
+        lambda top, left, h, w: h * w,
+        lambda top, left, h, w: w / h,
+        lambda top, left, h, w: top,
+        lambda top, left, h, w: left,
+        lambda top, left, h, w: top - left,
+    ):
         assert stats.ks_2samp(measure(*ours.T), measure(*theirs.T)).pvalue > P_VALUE
     if scale[0] == 0.3:  # far too long for these ratios: here the fallback is often needed
         fallback = (ours[:, 2] == min(height, 80)) & (ours[:, 3] == min(width, 80))
@@ -205,7 +296,9 @@ def test_crops_follow_torchvisions_law(height: int, width: int, scale: tuple[flo
 
 
 def test_jitter_factors_and_sigma_follow_torchvisions_law() -> None:
-    config = replace(imagenet_views(64).first, brightness=0.3, contrast=0.5, saturation=1.5, hue=0.2)
+    config = replace(
+        imagenet_views(64).first, brightness=0.3, contrast=0.5, saturation=1.5, hue=0.2
+    )
     p = View(config).draw(20_000, 64, 64, torch.Generator().manual_seed(1))
     jitter = v2.ColorJitter(0.3, 0.5, 1.5, 0.2)
     ranges = [jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue]
@@ -225,8 +318,13 @@ def test_jitter_factors_and_sigma_follow_torchvisions_law() -> None:
 def test_switches_turn_on_as_often_as_asked() -> None:
     config = replace(imagenet_views(64).second, flip=0.3)
     p = View(config).draw(20_000, 64, 64, torch.Generator().manual_seed(2))
-    for switch, probability in ((p.flip, 0.3), (p.jitter, 0.8), (p.gray, 0.2), (p.blur, 0.1),
-                                (p.solarize, 0.2)):
+    for switch, probability in (
+        (p.flip, 0.3),
+        (p.jitter, 0.8),
+        (p.gray, 0.2),
+        (p.blur, 0.1),
+        (p.solarize, 0.2),
+    ):
         assert stats.binomtest(int(switch.sum()), 20_000, probability).pvalue > P_VALUE
     always = View(imagenet_views(64).first).draw(20_000, 64, 64, torch.Generator().manual_seed(2))
     assert always.blur.all() and not always.solarize.any()
@@ -243,8 +341,20 @@ def test_no_two_parameters_share_a_draw() -> None:
     p = View(imagenet_views(64).second).draw(20_000, 200, 200, torch.Generator().manual_seed(5))
     area, ratio = p.height * p.width, p.width / p.height
     across, down = (p.left + 0.5) / (201 - p.width), (p.top + 0.5) / (201 - p.height)
-    columns = [area, ratio, across, down, *p.factors.unbind(1), *p.order[:, :3].unbind(1), p.sigma, p.flip,
-               p.jitter, p.gray, p.blur, p.solarize]
+    columns = [
+        area,
+        ratio,
+        across,
+        down,
+        *p.factors.unbind(1),
+        *p.order[:, :3].unbind(1),
+        p.sigma,
+        p.flip,
+        p.jitter,
+        p.gray,
+        p.blur,
+        p.solarize,
+    ]
     correlation = np.corrcoef(np.stack([c.double().numpy() for c in columns]))
     correlation[8:11, 8:11] = 0  # the places of one order do depend on each other
     np.fill_diagonal(correlation, 0)
@@ -281,7 +391,7 @@ def test_an_images_view_does_not_depend_on_its_neighbours(config: ViewConfig) ->
     p = view.draw(40, config.size, config.size, torch.Generator().manual_seed(7))
     together = view.apply(images, p)
     for i in (0, 13, 39):
-        alone = view.apply(images[i:i + 1], p[i:i + 1])
+        alone = view.apply(images[i : i + 1], p[i : i + 1])
         assert torch.allclose(alone[0], together[i], atol=1e-4)
     others = images.clone()
     others[1:] = 255 - others[1:]
@@ -321,7 +431,12 @@ def test_memory_layout_of_the_input_does_not_matter() -> None:
 def test_the_presets_are_the_papers_and_the_authors() -> None:
     first, second = imagenet_views().first, imagenet_views().second
     for view in (first, second):
-        assert (view.size, view.scale, view.interpolation, view.flip) == (224, (0.08, 1.0), "bicubic", 0.5)
+        assert (view.size, view.scale, view.interpolation, view.flip) == (
+            224,
+            (0.08, 1.0),
+            "bicubic",
+            0.5,
+        )
         assert (view.brightness, view.contrast, view.saturation, view.hue) == (0.4, 0.4, 0.2, 0.1)
         assert (view.jitter_probability, view.gray_probability) == (0.8, 0.2)
         assert (view.blur_sigma, view.blur_kernel) == ((0.1, 2.0), 23)
@@ -335,13 +450,34 @@ def test_the_presets_are_the_papers_and_the_authors() -> None:
     assert (view.blur_probability, view.solarize_probability) == (0.0, 0.0)
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    ("size", 0), ("size", 32.0), ("scale", (0.0, 1.0)), ("scale", (0.5, 0.2)), ("scale", (0.5, 1.5)),
-    ("ratio", (-1.0, 1.0)), ("ratio", (1.0, float("inf"))), ("ratio", (float("nan"), 1.0)),
-    ("interpolation", "nearest"), ("flip", 1.5), ("brightness", -0.1), ("contrast", float("inf")),
-    ("saturation", float("nan")), ("hue", 0.6), ("jitter_probability", -0.1), ("gray_probability", 2),
-    ("blur_probability", 1.1), ("blur_sigma", (0.0, 1.0)), ("blur_kernel", 22), ("solarize_probability", -1),
-    ("solarize_threshold", 128), ("mean", (0.5,)), ("std", (0.2, 0.2, 0.0))])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("size", 0),
+        ("size", 32.0),
+        ("scale", (0.0, 1.0)),
+        ("scale", (0.5, 0.2)),
+        ("scale", (0.5, 1.5)),
+        ("ratio", (-1.0, 1.0)),
+        ("ratio", (1.0, float("inf"))),
+        ("ratio", (float("nan"), 1.0)),
+        ("interpolation", "nearest"),
+        ("flip", 1.5),
+        ("brightness", -0.1),
+        ("contrast", float("inf")),
+        ("saturation", float("nan")),
+        ("hue", 0.6),
+        ("jitter_probability", -0.1),
+        ("gray_probability", 2),
+        ("blur_probability", 1.1),
+        ("blur_sigma", (0.0, 1.0)),
+        ("blur_kernel", 22),
+        ("solarize_probability", -1),
+        ("solarize_threshold", 128),
+        ("mean", (0.5,)),
+        ("std", (0.2, 0.2, 0.0)),
+    ],
+)
 def test_an_impossible_setting_is_refused_by_name_and_value(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=name) as error:
         ViewConfig(**{"size": 32, "scale": (0.2, 1.0), name: value})
@@ -358,9 +494,14 @@ def test_impossible_combinations_are_refused() -> None:
         EvalView(30, 32)
 
 
-@pytest.mark.parametrize("images", [
-    torch.zeros(2, 3, 32, 32), torch.zeros(3, 32, 32, dtype=torch.uint8),
-    torch.zeros(2, 32, 32, 3, dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.zeros(2, 3, 32, 32),
+        torch.zeros(3, 32, 32, dtype=torch.uint8),
+        torch.zeros(2, 32, 32, 3, dtype=torch.uint8),
+    ],
+)
 def test_images_of_another_type_or_shape_are_refused(images: Tensor) -> None:
     with pytest.raises(ValueError, match="images = "):
         View(cifar_views().first)(images, torch.Generator())
@@ -379,7 +520,9 @@ def test_parameters_of_another_batch_are_refused() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("config", [cifar_views().first, imagenet_views(64).first, imagenet_views(64).second])
+@pytest.mark.parametrize(
+    "config", [cifar_views().first, imagenet_views(64).first, imagenet_views(64).second]
+)
 def test_a_gpu_gives_the_cpus_views_and_never_waits(config: ViewConfig) -> None:
     view, images = View(config), photographs(40, 64, 64)
     p = view.draw(40, 64, 64, torch.Generator().manual_seed(10))
@@ -400,17 +543,23 @@ def test_a_gpu_gives_the_cpus_views_and_never_waits(config: ViewConfig) -> None:
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [24, 224])  # smaller than most crops, and larger than all
-def test_crop_and_finish_make_the_view_up_to_the_rounding_to_bytes(size: int, interpolation: str) -> None:
+def test_crop_and_finish_make_the_view_up_to_the_rounding_to_bytes(
+    size: int, interpolation: str
+) -> None:
     images = photographs(40, 100, 150)
     plain = ViewConfig(size=size, scale=(0.08, 1.0), interpolation=interpolation, **PLAIN)
     colourful = replace(imagenet_views(size).first, interpolation=interpolation, **PLAIN)
     for config, largest, average in ((plain, 2 / 255, 0.5 / 255), (colourful, 8 / 255, 1 / 255)):
         view = View(config)
         parameters = view.draw(40, 100, 150, torch.Generator().manual_seed(5))
-        boxes = torch.stack([parameters.top, parameters.left, parameters.height, parameters.width], 1).tolist()
+        boxes = torch.stack(
+            [parameters.top, parameters.left, parameters.height, parameters.width], 1
+        ).tolist()
         crops = torch.stack([view.crop(image, box) for image, box in zip(images, boxes)])
         assert crops.dtype == torch.uint8 and crops.shape == (40, 3, size, size)
-        finished = view.finish(crops, torch.Generator().manual_seed(5))  # its draws differ in the crops alone
+        finished = view.finish(
+            crops, torch.Generator().manual_seed(5)
+        )  # its draws differ in the crops alone
         difference = (finished - view.apply(images, parameters)).abs()
         assert difference.max() <= largest and difference.mean() <= average
 
@@ -426,11 +575,20 @@ def test_two_views_finish_as_they_are_called_one_after_the_other() -> None:
 
 
 def test_crops_of_unequal_images_follow_the_law_of_equal_ones() -> None:
-    sizes, n = [(32, 32), (375, 500), (40, 400), (17, 9)], 200  # the third has no crop that fits at times
+    sizes, n = (
+        [(32, 32), (375, 500), (40, 400), (17, 9)],
+        200,
+    )  # the third has no crop that fits at times
     view = View(ViewConfig(size=16, scale=(0.5, 1.0)))
     drawn = [view.draw(n, *size, torch.Generator().manual_seed(i)) for i, size in enumerate(sizes)]
-    uniform = torch.cat([torch.rand(n, CROP_DRAWS + 14, generator=torch.Generator().manual_seed(i))[:, :CROP_DRAWS]
-                         for i in range(len(sizes))])
+    uniform = torch.cat(
+        [
+            torch.rand(n, CROP_DRAWS + 14, generator=torch.Generator().manual_seed(i))[
+                :, :CROP_DRAWS
+            ]
+            for i in range(len(sizes))
+        ]
+    )
     height, width = torch.tensor(sizes).repeat_interleave(n, 0).unbind(1)
     boxes = view.draw_crops(uniform, height, width)
     for column, name in enumerate(("top", "left", "height", "width")):
@@ -440,14 +598,21 @@ def test_crops_of_unequal_images_follow_the_law_of_equal_ones() -> None:
 def test_draws_are_those_that_stored_results_came_from() -> None:
     parameters = View(imagenet_views().first).draw(4, 375, 500, torch.Generator().manual_seed(1))
     boxes = torch.stack([parameters.top, parameters.left, parameters.height, parameters.width], 1)
-    assert boxes.tolist() == [[2, 20, 367, 397], [44, 32, 283, 307], [0, 73, 375, 382], [3, 6, 371, 494]]
+    assert boxes.tolist() == [
+        [2, 20, 367, 397],
+        [44, 32, 283, 307],
+        [0, 73, 375, 382],
+        [3, 6, 371, 494],
+    ]
     assert parameters.flip.tolist() == [True, False, True, True]
     assert parameters.order.tolist() == [[1, 3, 0, 2], [1, 2, 3, 0], [0, 2, 3, 1], [3, 2, 1, 0]]
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("height", "width"), [(90, 120), (121, 83), (32, 32)])
-def test_the_evaluation_view_may_be_cropped_and_finished_apart(height: int, width: int, interpolation: str) -> None:
+def test_the_evaluation_view_may_be_cropped_and_finished_apart(
+    height: int, width: int, interpolation: str
+) -> None:
     images = photographs(3, height, width)
     view = EvalView(64, 56, interpolation=interpolation, **PLAIN)
     crops = torch.stack([view.crop(image) for image in images])

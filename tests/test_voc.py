@@ -13,11 +13,19 @@ from imsvd_core.voc import open_voc
 
 CLASSES = ("cat", "dog", "sheep")
 OBJECTS = {  # of each image: (class, difficult)
-    "trainval": {"000001": [("cat", False)], "000004": [("cat", True), ("dog", False)], "000005": [("dog", True), ("dog", False)],
-                 "000009": [("cat", True), ("cat", True)], "000010": []},
-    "test": {"000002": [("dog", True)], "000003": [("sheep", False), ("cat", False)]}}
-LABELS = {"train": [[1, -1, -1], [0, 1, -1], [-1, 1, -1], [0, -1, -1], [-1, -1, -1]],
-          "test": [[-1, 0, -1], [1, -1, 1]]}
+    "trainval": {
+        "000001": [("cat", False)],
+        "000004": [("cat", True), ("dog", False)],
+        "000005": [("dog", True), ("dog", False)],
+        "000009": [("cat", True), ("cat", True)],
+        "000010": [],
+    },
+    "test": {"000002": [("dog", True)], "000003": [("sheep", False), ("cat", False)]},
+}
+LABELS = {
+    "train": [[1, -1, -1], [0, 1, -1], [-1, 1, -1], [0, -1, -1], [-1, -1, -1]],
+    "test": [[-1, 0, -1], [1, -1, 1]],
+}
 
 
 def picture(seed: int, width: int, height: int) -> Image.Image:
@@ -35,7 +43,10 @@ def base(tmp_path: Path) -> Path:
         (base / f"ImageSets/Main/{split}.txt").write_text("".join(f"{stem}\n" for stem in images))
         for stem, objects in images.items():
             picture(int(stem), 80 + int(stem), 50).save(base / f"JPEGImages/{stem}.jpg", quality=95)
-            told = "".join(f"<object><name>{name}</name><difficult>{int(hard)}</difficult></object>" for name, hard in objects)
+            told = "".join(
+                f"<object><name>{name}</name><difficult>{int(hard)}</difficult></object>"
+                for name, hard in objects
+            )
             (base / f"Annotations/{stem}.xml").write_text(f"<annotation>{told}</annotation>")
         for name in CLASSES:
             lines = []
@@ -49,8 +60,14 @@ def base(tmp_path: Path) -> Path:
 def test_an_image_is_of_a_class_not_of_it_or_only_difficult(base):
     for split, expected in LABELS.items():
         data = open_voc(f"voc:{base}", split)
-        assert data.classes == CLASSES and data.labels.dtype == torch.int8 and data.labels.tolist() == expected
-        assert data.stems == tuple(OBJECTS["trainval" if split == "train" else "test"]) and len(data) == len(expected)
+        assert (
+            data.classes == CLASSES
+            and data.labels.dtype == torch.int8
+            and data.labels.tolist() == expected
+        )
+        assert data.stems == tuple(OBJECTS["trainval" if split == "train" else "test"]) and len(
+            data
+        ) == len(expected)
 
 
 def test_the_layout_is_found_where_it_is_unpacked(base):
@@ -63,21 +80,29 @@ def test_the_layout_is_found_where_it_is_unpacked(base):
 
 def test_an_image_is_resized_twice_and_never_cropped(base):
     data = open_voc(f"voc:{base}")
-    (kept, images), = data.images(32, 24, workers=0)
-    assert kept == [0, 1, 2, 3, 4] and images.shape == (5, 3, 24, 24) and images.dtype == torch.uint8
+    ((kept, images),) = data.images(32, 24, workers=0)
+    assert (
+        kept == [0, 1, 2, 3, 4] and images.shape == (5, 3, 24, 24) and images.dtype == torch.uint8
+    )
     for index, found in enumerate(images):
         whole = Image.open(data.file(index))
         shorter = whole.resize((int(32 * whole.width / 50), 32), Image.Resampling.BILINEAR)
-        expected = torch.from_numpy(np.array(shorter.resize((24, 24), Image.Resampling.BILINEAR))).permute(2, 0, 1)
+        expected = torch.from_numpy(
+            np.array(shorter.resize((24, 24), Image.Resampling.BILINEAR))
+        ).permute(2, 0, 1)
         assert (found.int() - expected.int()).abs().max() <= 2  # Pillow rounds between its passes
         cropped = whole.resize((24, 24), Image.Resampling.BILINEAR, box=(15, 0, 65, 50))
-        assert (found.int() - torch.from_numpy(np.array(cropped)).permute(2, 0, 1).int()).abs().max() > 20
+        assert (
+            found.int() - torch.from_numpy(np.array(cropped)).permute(2, 0, 1).int()
+        ).abs().max() > 20
 
 
 def test_workers_keep_the_order_and_a_part_may_be_asked_for(base, monkeypatch):
     monkeypatch.setattr("imsvd_core.folders.PART", 2)
     data = open_voc(f"voc:{base}")
-    alone, others = (list(data.images(32, 24, workers=workers, indices=[4, 0, 2])) for workers in (0, 1))
+    alone, others = (
+        list(data.images(32, 24, workers=workers, indices=[4, 0, 2])) for workers in (0, 1)
+    )
     assert [kept for kept, _ in others] == [[4, 0], [2]]
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(alone, others, strict=True))
     whole = torch.cat([images for _, images in data.images(32, 24, workers=0)])
@@ -92,7 +117,7 @@ def test_an_unreadable_image_is_an_error_or_left_out(base, workers, caplog, monk
     with pytest.raises(ValueError, match="000005.jpg cannot be read"):
         list(open_voc(f"voc:{base}").images(32, 24, workers=workers))
     data = open_voc(f"voc:{base}", on_corrupt="skip")
-    (kept, images), = data.images(32, 24, workers=workers)
+    ((kept, images),) = data.images(32, 24, workers=workers)
     assert kept == [0, 1] and len(images) == 2 and data.unreadable == {2, 3, 4}
     assert sum("is left out" in record.message for record in caplog.records) == 3
 
@@ -108,7 +133,9 @@ def test_a_subset_keeps_names_and_labels_together(base):
 
 
 def test_what_is_not_vocs_layout_says_what_is_expected(base):
-    def attempt(match: str, name: str = f"voc:{base}", error: type[Exception] = ValueError, **settings) -> None:
+    def attempt(
+        match: str, name: str = f"voc:{base}", error: type[Exception] = ValueError, **settings
+    ) -> None:
         with pytest.raises(error, match=match):
             open_voc(name, **settings)
 
@@ -122,9 +149,14 @@ def test_what_is_not_vocs_layout_says_what_is_expected(base):
     (lists / "dog_trainval.txt").write_text("000001 2\n")
     attempt("dog_trainval.txt says '000001 2': a name and -1, 0 or 1 belong there")
     whole = (lists / "cat_trainval.txt").read_text()
-    for name, text, match in (("cat", whole + whole.splitlines()[0] + "\n", "cat_trainval.txt lists an image twice"),
-                              ("cat", "", "cat_trainval.txt lists no image"), ("cat", b"\xff 1\n", "cat_trainval.txt is no text in UTF-8")):
-        (lists / f"{name}_trainval.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    for name, text, match in (
+        ("cat", whole + whole.splitlines()[0] + "\n", "cat_trainval.txt lists an image twice"),
+        ("cat", "", "cat_trainval.txt lists no image"),
+        ("cat", b"\xff 1\n", "cat_trainval.txt is no text in UTF-8"),
+    ):
+        (lists / f"{name}_trainval.txt").write_bytes(
+            text if isinstance(text, bytes) else text.encode()
+        )
         attempt(match)
     for file in lists.glob("*_test.txt"):
         file.unlink()

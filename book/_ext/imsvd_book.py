@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
-from imsvd_core import datasets
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.config import Config
@@ -31,6 +30,8 @@ from sphinx.environment import BuildEnvironment
 from sphinx.environment.collectors.toctree import TocTreeCollector
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
+
+from imsvd_core import datasets
 
 logger = logging.getLogger(__name__)
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -47,9 +48,13 @@ def prepare(app: Sphinx, config: Config) -> None:
     name = datasets.resolve(os.environ.get("IMSVD_DATASET", "auto"))
     os.environ["IMSVD_DATASET"] = name
     config.imsvd_run = {"scale": scale, "dataset": name, "title": datasets.title(name)}
-    logger.info("The chapters run at scale %r on the data set %s.", scale, config.imsvd_run["title"])
+    logger.info(
+        "The chapters run at scale %r on the data set %s.", scale, config.imsvd_run["title"]
+    )
 
-    key = cache_key(what_cells_depend_on(Path(app.srcdir)), scale, sys.version, datasets.manifest(name))
+    key = cache_key(
+        what_cells_depend_on(Path(app.srcdir)), scale, sys.version, datasets.manifest(name)
+    )
     caches = Path(app.outdir).parent / "cache"
     config.nb_execution_cache_path = str(caches / key)
     (caches / key).mkdir(parents=True, exist_ok=True)
@@ -79,7 +84,9 @@ def prune(caches: Path) -> None:
         shutil.rmtree(folder)
 
 
-def say_what_ran(app: Sphinx, pagename: str, template: str, context: dict[str, Any], doctree: nodes.document) -> None:
+def say_what_ran(
+    app: Sphinx, pagename: str, template: str, context: dict[str, Any], doctree: nodes.document
+) -> None:
     """End every page that computes with the scale and the data set that it ran at."""
     computes = doctree is not None and any(
         node.get("nb_element") == "cell_code" for node in doctree.findall(nodes.container)
@@ -104,7 +111,10 @@ def write_run(app: Sphinx, error: Exception | None) -> None:
 def copy_mathjax(app: Sphinx, error: Exception | None) -> None:
     """Copy MathJax, one file with its fonts drawn as paths, from the wheel that bundles it."""
     if error is None and app.builder.format == "html":
-        source = Path(find_spec("sphinx-mathjax-offline").submodule_search_locations[0], "static/mathjax/tex-svg.js")
+        source = Path(
+            find_spec("sphinx-mathjax-offline").submodule_search_locations[0],
+            "static/mathjax/tex-svg.js",
+        )
         target = Path(app.outdir, "_static", "mathjax")
         target.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target / "tex-svg.js")
@@ -114,7 +124,10 @@ def silence_thebe(app: Sphinx, config: Config) -> None:
     """Take back what jupyter-book adds to every page, asked or not: Thebe's script, twice, which is an error in it."""
     for listeners in app.events.listeners.values():
         for listener in list(listeners):
-            if getattr(listener.handler, "__name__", "") in ("init_thebe_core", "update_thebe_context"):
+            if getattr(listener.handler, "__name__", "") in (
+                "init_thebe_core",
+                "update_thebe_context",
+            ):
                 app.disconnect(listener.id)
 
 
@@ -133,7 +146,9 @@ def number_by_file(app: Sphinx, env: BuildEnvironment) -> list[str]:
         for node in [*env.tocs[docname].findall(nodes.reference), env.titles[docname]]:
             if node.get("secnumber"):
                 node["secnumber"] = [chapter, *node["secnumber"][1:]]
-    TocTreeCollector().assign_figure_numbers(env)  # a function of the section numbers, which have just changed
+    TocTreeCollector().assign_figure_numbers(
+        env
+    )  # a function of the section numbers, which have just changed
     return list(env.toc_secnumbers)
 
 
@@ -152,7 +167,11 @@ class Stored(SphinxRole):
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         target = addnodes.download_reference(
-            "", "", refdoc=self.env.docname, reftarget=f"/results/{self.text}.json", reftype="download"
+            "",
+            "",
+            refdoc=self.env.docname,
+            reftarget=f"/results/{self.text}.json",
+            reftype="download",
         )
         target += _badge("stored", "stored run", self.text)
         return [target], []
@@ -194,11 +213,13 @@ class StoredResults(SphinxDirective):
             "", "", refdoc=self.env.docname, reftarget=f"/results/{path.name}", reftype="download"
         )
         link += nodes.literal("", result.get("name", path.stem))
-        return _row([
-            nodes.paragraph("", "", link),
-            _pairs(result["figures"]),
-            _pairs(result["provenance"]),
-        ])
+        return _row(
+            [
+                nodes.paragraph("", "", link),
+                _pairs(result["figures"]),
+                _pairs(result["provenance"]),
+            ]
+        )
 
 
 def _row(cells: list[nodes.Node]) -> nodes.row:
@@ -209,7 +230,9 @@ def _pairs(values: dict[str, Any]) -> nodes.Node:
     """A small list of names and values; long values (a curve) only say how long they are."""
     block = nodes.bullet_list(classes=["imsvd-pairs"])
     for name, value in values.items():
-        if isinstance(value, list | dict) and (len(value) > 4 or any(isinstance(one, dict) for one in value)):
+        if isinstance(value, list | dict) and (
+            len(value) > 4 or any(isinstance(one, dict) for one in value)
+        ):
             value = f"{len(value)} values"
         text = f"{value:.4g}" if isinstance(value, float) else str(value)
         line = nodes.paragraph("", "", nodes.inline("", f"{name}: "), nodes.literal("", text))
@@ -225,7 +248,9 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("html-page-context", say_what_ran)
     app.connect("build-finished", write_run)
     app.connect("build-finished", copy_mathjax)
-    app.connect("env-get-updated", number_by_file, priority=600)  # after Sphinx's own numbering, at 500
+    app.connect(
+        "env-get-updated", number_by_file, priority=600
+    )  # after Sphinx's own numbering, at 500
     app.add_role("here", Here())
     app.add_role("stored", Stored())
     app.add_role("quoted", Quoted())

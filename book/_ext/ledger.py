@@ -36,7 +36,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
@@ -63,7 +63,9 @@ class Fault(Exception):
 def chapters(root: Path) -> list[Path]:
     """The book's pages in their order."""
     toc = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
-    listed = [chapter["file"] for part in toc.get("parts", [toc]) for chapter in part.get("chapters", [])]
+    listed = [
+        chapter["file"] for part in toc.get("parts", [toc]) for chapter in part.get("chapters", [])
+    ]
     return [root / "book" / f"{name}.md" for name in [toc["root"], *listed]]
 
 
@@ -117,15 +119,25 @@ def read(root: Path) -> Ledger:
     labels: dict[str, str] = {}
     for page in chapters(root):
         here = labels_of(page.read_text(encoding="utf-8"))
-        ledger.faults += [f"{label}: {page.name} uses a label that an earlier page has" for label in here if label in labels]
+        ledger.faults += [
+            f"{label}: {page.name} uses a label that an earlier page has"
+            for label in here
+            if label in labels
+        ]
         labels |= here
-    ledger.faults += [f"{label}: no entry in book/ledger.toml" for label in labels if label not in written]
-    ledger.faults += [f"{label}: an entry, but no label of a chapter" for label in written if label not in labels]
+    ledger.faults += [
+        f"{label}: no entry in book/ledger.toml" for label in labels if label not in written
+    ]
+    ledger.faults += [
+        f"{label}: an entry, but no label of a chapter" for label in written if label not in labels
+    ]
     for label, kind in labels.items():
         if label in written:
             named = {key: _strings(written[label].get(key)) for key in ("function", "test")}
             if not all(named.values()) or set(written[label]) != set(named):
-                ledger.faults.append(f"{label}: an entry has a `function` and a `test`, each a string or a list of them")
+                ledger.faults.append(
+                    f"{label}: an entry has a `function` and a `test`, each a string or a list of them"
+                )
             else:
                 ledger.entries.append(Entry(label, kind, named["function"], named["test"]))
     return ledger
@@ -133,7 +145,11 @@ def read(root: Path) -> Ledger:
 
 def _strings(value: Any) -> tuple[str, ...]:
     values = [value] if isinstance(value, str) else value
-    return tuple(values) if isinstance(values, list) and all(isinstance(one, str) for one in values) else ()
+    return (
+        tuple(values)
+        if isinstance(values, list) and all(isinstance(one, str) for one in values)
+        else ()
+    )
 
 
 # --- functions, from the package and from chapters ----------------------------------------------------------------
@@ -147,22 +163,31 @@ def of_chapter(chapter: str, name: str) -> Callable[..., Any]:
     return _of_chapter(_root, chapter, name)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _of_chapter(root: Path, chapter: str, name: str) -> Callable[..., Any]:
     page = root / "book" / f"{chapter}.md"
     if not page.exists():
         raise Fault(f"there is no chapter {chapter}")
     statements = list(_statements(page.read_text(encoding="utf-8")))
-    places = [i for i, (node, _) in enumerate(statements) if isinstance(node, ast.FunctionDef) and node.name == name]
+    places = [
+        i
+        for i, (node, _) in enumerate(statements)
+        if isinstance(node, ast.FunctionDef) and node.name == name
+    ]
     if len(places) != 1:
-        raise Fault(f"{chapter} defines {name} {len(places)} times; the ledger needs one definition")
+        raise Fault(
+            f"{chapter} defines {name} {len(places)} times; the ledger needs one definition"
+        )
     needed, waiting = set(), [places[0]]
     while waiting:
         place = waiting.pop()
         if place not in needed:
             needed.add(place)
-            waiting += [other for used in _uses(statements[place][0])
-                        if (other := _binding(statements, used, place)) is not None]
+            waiting += [
+                other
+                for used in _uses(statements[place][0])
+                if (other := _binding(statements, used, place)) is not None
+            ]
     namespace: dict[str, Any] = {"__name__": f"book.{chapter}"}
     for place in sorted(needed):
         node, line = statements[place]
@@ -188,7 +213,9 @@ def _statements(text: str) -> Iterator[tuple[ast.stmt, int]]:
             if cell and cell[0] == "---":
                 skipped = cell.index("---", 1) + 1
             else:
-                skipped = next((i for i, one in enumerate(cell) if not re.match(r":\w", one)), len(cell))
+                skipped = next(
+                    (i for i, one in enumerate(cell) if not re.match(r":\w", one)), len(cell)
+                )
             with contextlib.suppress(SyntaxError):  # cells of magics
                 for node in ast.parse("\n".join(cell[skipped:])).body:
                     yield node, start + skipped
@@ -218,7 +245,13 @@ def _binds(node: ast.stmt) -> set[str]:
         return {node.name}
     if isinstance(node, ast.Import | ast.ImportFrom):
         return {(alias.asname or alias.name).split(".")[0] for alias in node.names}
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    targets = (
+        node.targets
+        if isinstance(node, ast.Assign)
+        else [node.target]
+        if isinstance(node, ast.AnnAssign)
+        else []
+    )
     return {one.id for target in targets for one in ast.walk(target) if isinstance(one, ast.Name)}
 
 
@@ -267,12 +300,46 @@ class Site:
     whole: ast.AST  # the expression shown
 
 
-AXIS_METHODS = {"sum", "mean", "softmax", "log_softmax", "logsumexp", "argmax", "argmin", "amax", "amin", "flatten", "cumsum",
-                "unflatten", "squeeze", "unsqueeze", "transpose", "movedim", "prod", "var", "std", "max", "min", "norm"}
-OPERATORS = {ast.Add: (ast.Sub, "sign"), ast.Sub: (ast.Add, "sign"),
-             ast.Mult: (ast.Div, "factor"), ast.Div: (ast.Mult, "factor")}
-METHODS = {"mul": ("div", "factor"), "mul_": ("div_", "factor"), "div": ("mul", "factor"), "div_": ("mul_", "factor"),
-           "add": ("sub", "sign"), "add_": ("sub_", "sign"), "sub": ("add", "sign"), "sub_": ("add_", "sign")}
+AXIS_METHODS = {
+    "sum",
+    "mean",
+    "softmax",
+    "log_softmax",
+    "logsumexp",
+    "argmax",
+    "argmin",
+    "amax",
+    "amin",
+    "flatten",
+    "cumsum",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    "transpose",
+    "movedim",
+    "prod",
+    "var",
+    "std",
+    "max",
+    "min",
+    "norm",
+}
+OPERATORS = {
+    ast.Add: (ast.Sub, "sign"),
+    ast.Sub: (ast.Add, "sign"),
+    ast.Mult: (ast.Div, "factor"),
+    ast.Div: (ast.Mult, "factor"),
+}
+METHODS = {
+    "mul": ("div", "factor"),
+    "mul_": ("div_", "factor"),
+    "div": ("mul", "factor"),
+    "div_": ("mul_", "factor"),
+    "add": ("sub", "sign"),
+    "add_": ("sub_", "sign"),
+    "sub": ("add", "sign"),
+    "sub_": ("add_", "sign"),
+}
 RESULTS = {"sign": "negated", "factor": "scaled", "index": "rolled"}
 
 
@@ -297,8 +364,14 @@ def perturbations(name: str, without_effect: Sequence[str] = ()) -> list[Perturb
         ids.add(label)
         of_source[site.kind].append(Perturbation(site.kind, label, _compiled(changed)))
     if strange := set(without_effect) - ids:
-        raise Fault(f"{name} has no perturbation {sorted(strange)[0]!r}, which is declared to be without effect")
-    in_turn = [(turn, KINDS.index(kind), one) for kind in KINDS for turn, one in enumerate(_spread(of_source[kind]))]
+        raise Fault(
+            f"{name} has no perturbation {sorted(strange)[0]!r}, which is declared to be without effect"
+        )
+    in_turn = [
+        (turn, KINDS.index(kind), one)
+        for kind in KINDS
+        for turn, one in enumerate(_spread(of_source[kind]))
+    ]
     ordered = of_result + [one for *_, one in sorted(in_turn, key=lambda place: place[:2])]
     return [one for one in ordered if one.id not in without_effect]
 
@@ -314,11 +387,14 @@ def _sites(definition: ast.FunctionDef) -> Iterator[Site]:
         yield from _within(statement, definition.body, i, None)
 
 
-def _within(node: ast.AST, holder: Any, key: Any, context: str | None, around: ast.AST | None = None) -> Iterator[Site]:
+def _within(
+    node: ast.AST, holder: Any, key: Any, context: str | None, around: ast.AST | None = None
+) -> Iterator[Site]:
     """Sites in and below a node, which `holder` holds under `key`; the context tells indices from numbers.
 
     `around` is the expression in which a literal is shown.
     """
+
     def put(new: ast.AST) -> ast.AST:
         if isinstance(holder, list):
             holder[key] = new
@@ -330,15 +406,28 @@ def _within(node: ast.AST, holder: Any, key: Any, context: str | None, around: a
         return
     literal = _integer(node) if context in ("axis", "index", "range") else None
     if literal is not None:
-        yield Site("index", node, lambda: put(ast.parse(str(_other_index(literal, context)), mode="eval").body), around or node)
+        yield Site(
+            "index",
+            node,
+            lambda: put(ast.parse(str(_other_index(literal, context)), mode="eval").body),
+            around or node,
+        )
         return
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float) and context != "compared":
+    if (
+        isinstance(node, ast.Constant)
+        and type(node.value) in (int, float)
+        and context != "compared"
+    ):
         number = node.value
         other = number + 1 if isinstance(number, int) else 1.5 * number if number else 0.5
         yield Site("factor", node, lambda: put(ast.Constant(other)), around or node)
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         yield Site("index" if context == "index" else "sign", node, lambda: put(node.operand), node)
-    elif isinstance(node, ast.BinOp | ast.AugAssign) and type(node.op) in OPERATORS and not _is_text(node):
+    elif (
+        isinstance(node, ast.BinOp | ast.AugAssign)
+        and type(node.op) in OPERATORS
+        and not _is_text(node)
+    ):
         operator, kind = OPERATORS[type(node.op)]
 
         def swap() -> ast.AST:
@@ -346,7 +435,12 @@ def _within(node: ast.AST, holder: Any, key: Any, context: str | None, around: a
             return node
 
         yield Site("index" if context == "index" else kind, node, swap, node)
-    elif isinstance(node, ast.Compare) and context == "index" and isinstance(node.ops[0], ast.Eq | ast.NotEq):
+    elif (
+        isinstance(node, ast.Compare)
+        and context == "index"
+        and isinstance(node.ops[0], ast.Eq | ast.NotEq)
+    ):
+
         def flip() -> ast.AST:
             node.ops[0] = ast.NotEq() if isinstance(node.ops[0], ast.Eq) else ast.Eq()
             return node
@@ -354,7 +448,11 @@ def _within(node: ast.AST, holder: Any, key: Any, context: str | None, around: a
         yield Site("index", node, flip, node)
     elif isinstance(node, ast.Attribute) and node.attr == "T":
         yield Site("index", node, lambda: put(node.value), node)
-    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in METHODS:
+    elif (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in METHODS
+    ):
         method, kind = METHODS[node.func.attr]
 
         def rename() -> ast.AST:
@@ -365,12 +463,19 @@ def _within(node: ast.AST, holder: Any, key: Any, context: str | None, around: a
     if isinstance(node, ast.Subscript | ast.Call | ast.BinOp | ast.Compare):
         around = node
     for name, value in ast.iter_fields(node):
-        if name in ("annotation", "returns", "decorator_list", "args") and not isinstance(node, ast.Call):
+        if name in ("annotation", "returns", "decorator_list", "args") and not isinstance(
+            node, ast.Call
+        ):
             continue  # of a nested function or a declaration
         for i, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
             if isinstance(child, ast.AST):
-                yield from _within(child, value if i is not None else node, i if i is not None else name,
-                                   _context(node, name, child, context), around)
+                yield from _within(
+                    child,
+                    value if i is not None else node,
+                    i if i is not None else name,
+                    _context(node, name, child, context),
+                    around,
+                )
 
 
 def _context(node: ast.AST, name: str, child: ast.AST, context: str | None) -> str | None:
@@ -380,7 +485,9 @@ def _context(node: ast.AST, name: str, child: ast.AST, context: str | None) -> s
     if isinstance(node, ast.keyword):
         return "axis" if node.arg in ("dim", "dims", "axis") else None
     if isinstance(node, ast.Call):
-        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        called = (
+            node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        )
         if name == "args" and called in AXIS_METHODS:
             return "axis"
         return "range" if name == "args" and called in ("range", "arange") else None
@@ -404,12 +511,19 @@ def _is_check(node: ast.AST) -> bool:
 
 def _is_text(node: ast.BinOp | ast.AugAssign) -> bool:
     sides = (node.left, node.right) if isinstance(node, ast.BinOp) else (node.value,)
-    return any(isinstance(side, ast.JoinedStr | ast.List | ast.Tuple)
-               or isinstance(side, ast.Constant) and isinstance(side.value, str) for side in sides)
+    return any(
+        isinstance(side, ast.JoinedStr | ast.List | ast.Tuple)
+        or (isinstance(side, ast.Constant) and isinstance(side.value, str))
+        for side in sides
+    )
 
 
 def _integer(node: ast.AST) -> int | None:
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and (inner := _integer(node.operand)) is not None:
+    if (
+        isinstance(node, ast.UnaryOp)
+        and isinstance(node.op, ast.USub)
+        and (inner := _integer(node.operand)) is not None
+    ):
         return -inner
     return node.value if isinstance(node, ast.Constant) and type(node.value) is int else None
 
@@ -442,7 +556,13 @@ def _compiled(definition: ast.FunctionDef) -> CodeType:
     definition = copy.deepcopy(definition)
     definition.decorator_list, definition.returns = [], None
     arguments = definition.args
-    for one in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg):
+    for one in (
+        *arguments.posonlyargs,
+        *arguments.args,
+        *arguments.kwonlyargs,
+        arguments.vararg,
+        arguments.kwarg,
+    ):
         if one is not None:
             one.annotation = None
     arguments.defaults = [ast.Constant(None) for _ in arguments.defaults]
@@ -465,10 +585,13 @@ def negated(result: Any) -> Any:
 
 def scaled(result: Any) -> Any:
     """The result times 1.001; integers become the next ones, truths the opposite."""
+
     def scale(x: Any) -> Any:
         if _is_truth(x):
             return ~x
-        whole = isinstance(x, int) or hasattr(x, "is_floating_point") and not x.is_floating_point()
+        whole = isinstance(x, int) or (
+            hasattr(x, "is_floating_point") and not x.is_floating_point()
+        )
         return x + 1 if whole else x * 1.001
 
     return _each(result, scale)
@@ -476,6 +599,7 @@ def scaled(result: Any) -> Any:
 
 def rolled(result: Any) -> Any:
     """The result moved by one place along its last axis; numbers have no index and stay."""
+
     def roll(x: Any) -> Any:
         global _had_an_index
         axes = [axis for axis, size in enumerate(getattr(x, "shape", ())) if size > 1]
@@ -499,13 +623,22 @@ def _each(result: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(result, dict):
         return {key: _each(one, change) for key, one in result.items()}
     if is_dataclass(result) and not isinstance(result, type):
-        return replace(result, **{key: _each(getattr(result, key), change) for key in result.__dataclass_fields__})
+        return replace(
+            result,
+            **{key: _each(getattr(result, key), change) for key in result.__dataclass_fields__},
+        )
     return change(result) if isinstance(result, int | float) or hasattr(result, "dtype") else result
 
 
 # --- tests, run in forks ------------------------------------------------------------------------------------------
 
-CAUGHT, SURVIVED, NO_INDEX, BROKEN, ENDLESS = "caught", "survived", "no index", "does not run", "never ends"
+CAUGHT, SURVIVED, NO_INDEX, BROKEN, ENDLESS = (
+    "caught",
+    "survived",
+    "no index",
+    "does not run",
+    "never ends",
+)
 
 
 @dataclass
@@ -540,9 +673,13 @@ class Runner:
 
     def __init__(self, jobs: Sequence[Job], equivalent: dict[str, dict[str, str]]):
         self.jobs, self.equivalent = jobs, equivalent
-        self.failures: list[tuple[str, str, bool]] = []  # test, what it said, whether it was the test's own verdict
+        self.failures: list[
+            tuple[str, str, bool]
+        ] = []  # test, what it said, whether it was the test's own verdict
         self.passed = 0
-        self.sound: dict[str, str] = {}  # tests that were run unperturbed, and what is wrong with them
+        self.sound: dict[
+            str, str
+        ] = {}  # tests that were run unperturbed, and what is wrong with them
 
     def pytest_runtestloop(self, session: Any) -> bool:
         gc.collect()
@@ -550,7 +687,11 @@ class Runner:
         for job in self.jobs:
             items = []
             for test in job.tests:
-                found = [item for item in session.items if item.nodeid == test or item.nodeid.startswith(test + "[")]
+                found = [
+                    item
+                    for item in session.items
+                    if item.nodeid == test or item.nodeid.startswith(test + "[")
+                ]
                 items.append(found)
                 if test not in self.sound:
                     self.sound[test] = self._unperturbed(test, found)
@@ -564,7 +705,9 @@ class Runner:
         if not items:
             return f"there is no test {test}"
         outcome, said = self._run(items, None, None)
-        return "" if outcome == SURVIVED else f"{test} does not pass without any perturbation: {said}"
+        return (
+            "" if outcome == SURVIVED else f"{test} does not pass without any perturbation: {said}"
+        )
 
     def _perturb(self, job: Job, items: list[Any]) -> None:
         for name in job.functions:
@@ -577,19 +720,30 @@ class Runner:
             for one in chosen:
                 if sum(trial.function == name for trial in job.tried()) == AT_MOST:
                     break
-                outcome, said = self._run(items, function, one.code, roll=RESULTS["index"] in one.id)
+                outcome, said = self._run(
+                    items, function, one.code, roll=RESULTS["index"] in one.id
+                )
                 job.trials.append(Trial(name, one.kind, one.id, outcome, said))
                 if outcome == SURVIVED:
                     job.faults.append(f"nothing caught in {name}: {one.id}")
             count = sum(trial.function == name and trial.outcome == CAUGHT for trial in job.trials)
             if count < AT_LEAST:
-                job.faults.append(f"{count} perturbations of {name} are caught, and {AT_LEAST} must be")
+                job.faults.append(
+                    f"{count} perturbations of {name} are caught, and {AT_LEAST} must be"
+                )
         for test in job.tests:
-            if not job.faults and not any(trial.by.startswith(test) for trial in job.trials if trial.outcome == CAUGHT):
+            if not job.faults and not any(
+                trial.by.startswith(test) for trial in job.trials if trial.outcome == CAUGHT
+            ):
                 job.faults.append(f"{test} catches nothing that those before it do not catch")
 
-    def _run(self, items: list[Any], function: FunctionType | None, code: CodeType | None,
-             roll: bool = False) -> tuple[str, str]:
+    def _run(
+        self,
+        items: list[Any],
+        function: FunctionType | None,
+        code: CodeType | None,
+        roll: bool = False,
+    ) -> tuple[str, str]:
         """Run items in a fork, with a function's code exchanged, up to the first that fails by its own verdict."""
         here, there = os.pipe()
         child = os.fork()
@@ -627,8 +781,12 @@ class Runner:
         """A perturbation counts as caught if the test says so itself, and not if the function no longer runs."""
         if call.excinfo is not None:
             kinds = {kind.__name__ for kind in call.excinfo.type.__mro__}
-            own = report.when == "call" and bool(kinds & {"AssertionError", "Failed", "GradcheckError"})
-            self.failures.append((node.nodeid, f"{call.excinfo.typename}: {call.excinfo.value}"[:300], own))
+            own = report.when == "call" and bool(
+                kinds & {"AssertionError", "Failed", "GradcheckError"}
+            )
+            self.failures.append(
+                (node.nodeid, f"{call.excinfo.typename}: {call.excinfo.value}"[:300], own)
+            )
 
 
 def _wait(child: int, pipe: int) -> tuple[str, str]:
@@ -660,17 +818,35 @@ def check(root: Path = REPOSITORY, only: Sequence[str] = ()) -> tuple[Ledger, di
     of_label = {}
     for entry in ledger.entries:
         if not only or entry.label in only:
-            of_label[entry.label] = jobs.setdefault((entry.functions, entry.tests), Job(entry.functions, entry.tests))
+            of_label[entry.label] = jobs.setdefault(
+                (entry.functions, entry.tests), Job(entry.functions, entry.tests)
+            )
     named = {name for entry in ledger.entries for name in entry.functions}
-    ledger.faults += [f"[equivalent] names {name}, which no entry names" for name in ledger.equivalent if name not in named]
+    ledger.faults += [
+        f"[equivalent] names {name}, which no entry names"
+        for name in ledger.equivalent
+        if name not in named
+    ]
     if jobs:
-        os.environ["OMP_NUM_THREADS"] = "1"  # for torch, when the tests import it: a process with a pool of threads must not fork
+        os.environ["OMP_NUM_THREADS"] = (
+            "1"  # for torch, when the tests import it: a process with a pool of threads must not fork
+        )
         import pytest
 
         files = sorted({test.split("::")[0] for job in jobs.values() for test in job.tests})
         runner, said = Runner(list(jobs.values()), ledger.equivalent), io.StringIO()
-        arguments = [*(str(root / file) for file in files if (root / file).exists()), f"--rootdir={root}", "-q", "-s",
-                     "-p", "no:cacheprovider", "-p", "no:timeout", "-W", "ignore"]
+        arguments = [
+            *(str(root / file) for file in files if (root / file).exists()),
+            f"--rootdir={root}",
+            "-q",
+            "-s",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:timeout",
+            "-W",
+            "ignore",
+        ]
         with contextlib.redirect_stdout(said), contextlib.chdir(root):
             status = pytest.main(arguments, plugins=[runner])
         if status not in (0, 5):
@@ -683,11 +859,13 @@ def check(root: Path = REPOSITORY, only: Sequence[str] = ()) -> tuple[Ledger, di
 def totals(jobs: dict[str, Job]) -> dict[str, int]:
     """Counts over all labels; what labels share counts once."""
     distinct = {id(job): job for job in jobs.values()}.values()
-    return {"labels": len(jobs),
-            "functions": len({name for job in distinct for name in job.functions}),
-            "tests": len({name for job in distinct for name in job.tests}),
-            "tried": sum(len(job.tried()) for job in distinct),
-            "caught": sum(len(job.caught()) for job in distinct)}
+    return {
+        "labels": len(jobs),
+        "functions": len({name for job in distinct for name in job.functions}),
+        "tests": len({name for job in distinct for name in job.tests}),
+        "tried": sum(len(job.tried()) for job in distinct),
+        "caught": sum(len(job.caught()) for job in distinct),
+    }
 
 
 def found(root: Path = REPOSITORY) -> dict[str, Any]:
@@ -696,11 +874,23 @@ def found(root: Path = REPOSITORY) -> dict[str, Any]:
     Only a ledger without faults is kept, in _build/ledger.
     """
     digest = hashlib.sha256(sys.version.encode())
-    files = [path for folder, ending in (("imsvd_core", "py"), ("tests", "py"), ("book", "md"), ("book/_ext", "py"))
-             for path in (root / folder).rglob(f"*.{ending}")]
-    for path in sorted([*files, root / "_toc.yml", root / "book" / "ledger.toml", root / "requirements.txt"]):
+    files = [
+        path
+        for folder, ending in (
+            ("imsvd_core", "py"),
+            ("tests", "py"),
+            ("book", "md"),
+            ("book/_ext", "py"),
+        )
+        for path in (root / folder).rglob(f"*.{ending}")
+    ]
+    for path in sorted(
+        [*files, root / "_toc.yml", root / "book" / "ledger.toml", root / "requirements.txt"]
+    ):
         if path.exists():
-            digest.update(f"{path.relative_to(root)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+            digest.update(
+                f"{path.relative_to(root)}\0".encode() + hashlib.sha256(path.read_bytes()).digest()
+            )
     folder = root / "_build" / "ledger"
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / f"{digest.hexdigest()[:16]}.json"
@@ -710,11 +900,20 @@ def found(root: Path = REPOSITORY) -> dict[str, Any]:
             return json.loads(kept.read_text(encoding="utf-8"))
         with tempfile.TemporaryDirectory() as scratch:
             answer = Path(scratch, "found.json")
-            environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-            done = subprocess.run([sys.executable, __file__, "--root", str(root), "--json", str(answer)], text=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment | {"OMP_NUM_THREADS": "1"})
+            environment = {
+                key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")
+            }
+            done = subprocess.run(
+                [sys.executable, __file__, "--root", str(root), "--json", str(answer)],
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=environment | {"OMP_NUM_THREADS": "1"},
+            )
             if not answer.exists():
-                raise RuntimeError(f"the formula ledger could not be checked:\n{done.stdout[-4000:]}")
+                raise RuntimeError(
+                    f"the formula ledger could not be checked:\n{done.stdout[-4000:]}"
+                )
             text = answer.read_text(encoding="utf-8")
         if done.returncode == 0:
             for old in folder.glob("*.json"):
@@ -726,40 +925,60 @@ def found(root: Path = REPOSITORY) -> dict[str, Any]:
 def markdown(found: dict[str, Any]) -> list[str]:
     """The ledger's table and its totals, as lines of MyST."""
     counts = found["totals"]
-    lines = [f"{counts['labels']} formulas and theorems, {counts['functions']} functions, {counts['tests']} tests: "
-             f"{counts['tried']} perturbations tried, {counts['caught']} caught.", "",
-             "| Formula | Caught | Computed by | Checked by |", "|:--|:--|:--|:--|"]
+    lines = [
+        f"{counts['labels']} formulas and theorems, {counts['functions']} functions, {counts['tests']} tests: "
+        f"{counts['tried']} perturbations tried, {counts['caught']} caught.",
+        "",
+        "| Formula | Caught | Computed by | Checked by |",
+        "|:--|:--|:--|:--|",
+    ]
     for label, job in found["labels"].items():
-        kind, of_job = job["kind"], Job(job["functions"], job["tests"], [Trial(**trial) for trial in job["trials"]])
+        kind, of_job = (
+            job["kind"],
+            Job(job["functions"], job["tests"], [Trial(**trial) for trial in job["trials"]]),
+        )
         place = f"Eq. {{eq}}`{label}`" if kind == "equation" else f"{{prf:ref}}`{label}`"
         functions = " ".join(f"`{name.removeprefix('imsvd_core.')}`" for name in of_job.functions)
-        tests = "; ".join(f"{name.split('::')[-1].removeprefix('test_').replace('_', ' ')} (`{Path(name.split('::')[0]).name}`)"
-                          for name in of_job.tests)
-        lines.append(f"| {place} | {len(of_job.caught())} of {len(of_job.tried())} | {functions} | {tests} |")
+        tests = "; ".join(
+            f"{name.split('::')[-1].removeprefix('test_').replace('_', ' ')} (`{Path(name.split('::')[0]).name}`)"
+            for name in of_job.tests
+        )
+        lines.append(
+            f"| {place} | {len(of_job.caught())} of {len(of_job.tried())} | {functions} | {tests} |"
+        )
     return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the result for every label; the status is 1 if anything is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("label", nargs="*", help="only these, with every perturbation")
     parser.add_argument("--root", type=Path, default=REPOSITORY, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="write what was found to this file too")
     chosen = parser.parse_args(arguments)
     ledger, jobs = check(chosen.root.resolve(), chosen.label)
     for label, job in jobs.items():
-        print(f"{label:34} {len(job.caught()):3} of {len(job.tried()):2} caught   {', '.join(job.functions)}")
+        print(
+            f"{label:34} {len(job.caught()):3} of {len(job.tried()):2} caught   {', '.join(job.functions)}"
+        )
         for trial in job.trials if chosen.label else []:
             print(f"    {trial.outcome:12} {trial.function}  {trial.id}\n{'':17}{trial.by}")
     counts = totals(jobs)
-    print("{labels} labels, {functions} functions, {tests} tests: "
-          "{tried} perturbations tried, {caught} caught".format(**counts))
+    print(
+        "{labels} labels, {functions} functions, {tests} tests: "
+        "{tried} perturbations tried, {caught} caught".format(**counts)
+    )
     for fault in ledger.faults:
         print("FAULT", fault)
     if chosen.json:
         kinds = {entry.label: entry.kind for entry in ledger.entries}
-        found = {"totals": counts, "faults": ledger.faults,
-                 "labels": {label: {"kind": kinds[label], **asdict(job)} for label, job in jobs.items()}}
+        found = {
+            "totals": counts,
+            "faults": ledger.faults,
+            "labels": {label: {"kind": kinds[label], **asdict(job)} for label, job in jobs.items()},
+        }
         chosen.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 1 if ledger.faults else 0
 
@@ -776,9 +995,13 @@ def setup(app: Any) -> dict[str, Any]:
             self.env.note_reread()
             what = found()
             for fault in what["faults"]:
-                logging.getLogger(__name__).warning("formula ledger: %s", fault, location=self.get_location())
+                logging.getLogger(__name__).warning(
+                    "formula ledger: %s", fault, location=self.get_location()
+                )
             block = nodes.container(classes=["imsvd-ledger"])
-            self.state.nested_parse(StringList(markdown(what), source=""), self.content_offset, block)
+            self.state.nested_parse(
+                StringList(markdown(what), source=""), self.content_offset, block
+            )
             return [block]
 
     app.add_directive("formula-ledger", FormulaLedger)
@@ -786,6 +1009,8 @@ def setup(app: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from ledger import main as main_of_the_module  # the tests import this file by its name: one copy of it, not two
+    from ledger import (
+        main as main_of_the_module,
+    )  # the tests import this file by its name: one copy of it, not two
 
     raise SystemExit(main_of_the_module())

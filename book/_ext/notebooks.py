@@ -46,7 +46,9 @@ def convert(folder: Path) -> list[Path]:
     for name in names:
         target = folder / f"{name}.md"
         target.parent.mkdir(parents=True, exist_ok=True)
-        text = _LINK.sub(partial(_to_notebook, computing), (BOOK / f"{name}.md").read_text(encoding="utf-8"))
+        text = _LINK.sub(
+            partial(_to_notebook, computing), (BOOK / f"{name}.md").read_text(encoding="utf-8")
+        )
         if name in computing:
             jupytext.write(jupytext.reads(text, fmt="md:myst"), target.with_suffix(".ipynb"))
         else:
@@ -89,13 +91,25 @@ def execute(folder: Path) -> int:
     chosen = {"IMSVD_SCALE": scale, "IMSVD_DATASET": dataset}
     (folder / "environment.json").write_text(json.dumps(chosen) + "\n", encoding="utf-8")
     print(f"The chapters run at scale {scale!r} on the data set {dataset!r}.", flush=True)
-    command = [sys.executable, "-m", "pytest", "--nbmake", "--overwrite", "--nbmake-timeout=600", "--timeout=600"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--nbmake",
+        "--overwrite",
+        "--nbmake-timeout=600",
+        "--timeout=600",
+    ]
     command += ["-n", "2", "-p", "no:cacheprovider", "--durations=0", *map(str, notebooks)]
-    return subprocess.run(command, cwd=REPOSITORY, env={**os.environ, **chosen, "OMP_NUM_THREADS": "1"}).returncode
+    return subprocess.run(
+        command, cwd=REPOSITORY, env={**os.environ, **chosen, "OMP_NUM_THREADS": "1"}
+    ).returncode
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--execute", action="store_true")
     arguments = parser.parse_args()

@@ -7,11 +7,12 @@ import re
 from pathlib import Path
 
 import torch
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+
 from imsvd_core import plots
 from imsvd_core.discretization import joint, soft_discretize
 from imsvd_core.loss import cross_joint_entropy
-from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
 
 STEPS = (0, 12, 40, 300)
 
@@ -43,8 +44,12 @@ def main() -> None:
         return drawing
 
     picture = plots.show(draw, alt="Four joint matrices of three variables, from noise to order.")
-    for theme, content in re.findall(r'class="imsvd-(light|dark)[^>]*?base64,([^"]+)"', picture.html):
-        Path(__file__).parents[1].joinpath("_static", f"noise-to-order-{theme}.svg").write_bytes(base64.b64decode(content))
+    for theme, content in re.findall(
+        r'class="imsvd-(light|dark)[^>]*?base64,([^"]+)"', picture.html
+    ):
+        Path(__file__).parents[1].joinpath("_static", f"noise-to-order-{theme}.svg").write_bytes(
+            base64.b64decode(content)
+        )
 
 
 if __name__ == "__main__":

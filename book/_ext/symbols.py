@@ -30,22 +30,68 @@ from pathlib import Path
 
 from ledger import REPOSITORY, chapters
 
-GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho varrho sigma "
-            "varsigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell".split())
+GREEK = set(
+    [
+        "alpha",
+        "beta",
+        "gamma",
+        "delta",
+        "epsilon",
+        "varepsilon",
+        "zeta",
+        "eta",
+        "theta",
+        "vartheta",
+        "iota",
+        "kappa",
+        "lambda",
+        "mu",
+        "nu",
+        "xi",
+        "rho",
+        "varrho",
+        "sigma",
+        "varsigma",
+        "tau",
+        "upsilon",
+        "phi",
+        "varphi",
+        "chi",
+        "psi",
+        "omega",
+        "Gamma",
+        "Delta",
+        "Theta",
+        "Lambda",
+        "Xi",
+        "Pi",
+        "Sigma",
+        "Upsilon",
+        "Phi",
+        "Psi",
+        "Omega",
+        "ell",
+    ]
+)
 ACCENTS = "hat|widehat|bar|tilde|widetilde|dot|ddot|vec|check|boldsymbol|mathbf|mathcal|mathfrak|mathsf|mathscr"
-TOKEN = re.compile(rf"""
+TOKEN = re.compile(
+    rf"""
     \\(?:begin|end|label|tag|operatorname\*?|mathbb|phantom|hspace|vspace|ref|eqref)\s*(?:\{{[^{{}}]*\}}|[A-Za-z])
   | \\(?P<name>text|textbf|textit|mathrm|mathit)\s*\{{(?P<words>[^{{}}]*)\}}
   | \\(?P<accent>{ACCENTS})(?![A-Za-z])(?:\s*\{{(?P<inside>[^{{}}]*)\}}|\s*\\(?P<greek>[A-Za-z]+)|\s*(?P<letter>[A-Za-z]))
   | \\(?P<command>[A-Za-z]+)
   | \\.
-  | (?P<plain>[A-Za-z])""", re.VERBOSE)
+  | (?P<plain>[A-Za-z])""",
+    re.VERBOSE,
+)
 EVERYWHERE = 0  # the chapter of what holds from the first page on
 
 
 def symbols(tex: str) -> list[str]:
     """Symbols of a formula, in their order, each as often as it occurs."""
-    tex = re.sub(r"\\[dt]?frac(?:\{d(?:\^\d)?| d\{d)(?=[\\A-Za-z}])", r"\\frac{", tex)  # the d of a derivative
+    tex = re.sub(
+        r"\\[dt]?frac(?:\{d(?:\^\d)?| d\{d)(?=[\\A-Za-z}])", r"\\frac{", tex
+    )  # the d of a derivative
     tex = re.sub(r"\}\{d(?=\\?[A-Za-z])", "}{", tex)
     tex = re.sub(r"(?<![A-Za-z\\])O(?=\()", "", tex)  # the order of magnitude
     tex = re.sub(r"(?<![A-Za-z\\])e(?=\^)", "", tex)  # the base of the exponential function
@@ -53,10 +99,15 @@ def symbols(tex: str) -> list[str]:
     found = []
     for match in TOKEN.finditer(tex):
         if match["accent"]:
-            inner = symbols(match["inside"] or "") or [f"\\{match['greek']}" if match["greek"] else match["letter"] or ""]
+            inner = symbols(match["inside"] or "") or [
+                f"\\{match['greek']}" if match["greek"] else match["letter"] or ""
+            ]
             found += [f"\\{match['accent']} {inner[0]}"] if len(inner) == 1 else inner
         elif match["name"]:
-            if re.fullmatch(r"[A-Z][A-Za-z]*", match["words"].strip()) and match["name"] == "mathrm":
+            if (
+                re.fullmatch(r"[A-Z][A-Za-z]*", match["words"].strip())
+                and match["name"] == "mathrm"
+            ):
                 found.append(match["words"].strip())
         elif match["command"]:
             found += [f"\\{match['command']}"] if match["command"] in GREEK else []
@@ -78,7 +129,9 @@ class Block:
 
     line: int
     text: str
-    region: tuple[str, int] | None  #: the theorem with its proof, or the exercise with its solution, that it is part of
+    region: (
+        tuple[str, int] | None
+    )  #: the theorem with its proof, or the exercise with its solution, that it is part of
     defines: tuple[str, ...]
 
 
@@ -107,11 +160,21 @@ def blocks(page: str) -> Iterator[Block]:
             in_code = not line.startswith(fence)
             line = "%" if line == "---" else line if in_header else ""
         elif opening and not line.strip().strip("`:"):  # a closing fence
-            region = None if region and line.strip() == fence and region[0] == "statement" else region
+            region = (
+                None if region and line.strip() == fence and region[0] == "statement" else region
+            )
             line = ""
         elif opening:
             fence, kind = opening[1], opening[2]
-            in_code = kind in ("code-cell", "python", "bash", "literalinclude", "", "text", "console")
+            in_code = kind in (
+                "code-cell",
+                "python",
+                "bash",
+                "literalinclude",
+                "",
+                "text",
+                "console",
+            )
             if kind.startswith("prf:"):
                 statement += kind != "prf:proof"
                 region = ("statement", statement)
@@ -141,7 +204,11 @@ def blocks(page: str) -> Iterator[Block]:
 def _listed(text: str) -> tuple[str, ...]:
     """Symbols of a list with commas; a word with a capital is a name."""
     items = [item.strip() for item in text.split(",")]
-    return tuple(one for item in items for one in ([item] if re.fullmatch(r"[A-Z][A-Za-z]+", item) else symbols(item)))
+    return tuple(
+        one
+        for item in items
+        for one in ([item] if re.fullmatch(r"[A-Z][A-Za-z]+", item) else symbols(item))
+    )
 
 
 def notation(page: str) -> dict[str, int]:
@@ -152,7 +219,9 @@ def notation(page: str) -> dict[str, int]:
     for row in page.splitlines():
         if chapter := re.match(r"\|(.*)\|\s*\[(\d+)\]\([^)]*\)\s*\|\s*$", row):
             names = re.findall(r"^\s*([A-Z]{2,})\s*\|", chapter[1])
-            for symbol in names + [one for formula in formulas(chapter[1]) for one in symbols(formula)]:
+            for symbol in names + [
+                one for formula in formulas(chapter[1]) for one in symbols(formula)
+            ]:
                 known.setdefault(symbol, int(chapter[2]))
     return known
 
@@ -169,13 +238,18 @@ def check(root: Path = REPOSITORY, only: Sequence[Path] = ()) -> list[str]:
     known = notation(home.read_text(encoding="utf-8"))
     faults = []
     for page in chapters(root):
-        if page == home or page.parent.name == "appendix" or only and page not in only:
+        if page == home or page.parent.name == "appendix" or (only and page not in only):
             continue
         found, defined = faults_of(page.read_text(encoding="utf-8"), number_of(page), known)
         faults += [f"{page.relative_to(root)}:{fault}" for fault in found]
-        named = [symbol for symbol, chapter in known.items() if chapter == number_of(page) != EVERYWHERE]
-        faults += [f"book/notation.md: {symbol} is said to come from chapter {number_of(page)}, which does not define it"
-                   for symbol in named if symbol not in defined]
+        named = [
+            symbol for symbol, chapter in known.items() if chapter == number_of(page) != EVERYWHERE
+        ]
+        faults += [
+            f"book/notation.md: {symbol} is said to come from chapter {number_of(page)}, which does not define it"
+            for symbol in named
+            if symbol not in defined
+        ]
     return faults
 
 
@@ -185,18 +259,31 @@ def faults_of(text: str, chapter: int, known: dict[str, int]) -> tuple[list[str]
     defined: dict[tuple[str, int] | None, set[str]] = {None: set()}
     for block in blocks(text):
         used = [symbol for formula in formulas(block.text) for symbol in symbols(formula)]
-        faults += [f"{block.line}: {symbol} is said to be defined here, but does not occur in what follows"
-                   for symbol in block.defines if symbol not in used]
+        faults += [
+            f"{block.line}: {symbol} is said to be defined here, but does not occur in what follows"
+            for symbol in block.defines
+            if symbol not in used
+        ]
         defined.setdefault(block.region, set()).update(block.defines)
         visible = defined[None] | defined[block.region]
         for symbol in dict.fromkeys(used):
             since = known.get(symbol)
-            if symbol in visible or symbol in ("e", "\\pi") or since == EVERYWHERE or since is not None and since < chapter:
+            if (
+                symbol in visible
+                or symbol in ("e", "\\pi")
+                or since == EVERYWHERE
+                or (since is not None and since < chapter)
+            ):
                 continue
             if (symbol, block.region) not in told:
                 told.add((symbol, block.region))
-                why = ("is not defined" if since is None else "is used before this chapter defines it" if since == chapter
-                       else f"is used here, but comes from chapter {since}")
+                why = (
+                    "is not defined"
+                    if since is None
+                    else "is used before this chapter defines it"
+                    if since == chapter
+                    else f"is used here, but comes from chapter {since}"
+                )
                 faults.append(f"{block.line}: {symbol} {why}")
     return faults, set().union(*defined.values())
 

@@ -1,6 +1,6 @@
 """How long each chapter runs on the device at hand (the boxes at the heads of the chapters quote it for a GPU).
 
-    python book/studies/chapters.py RESULT.json [CHAPTER ...]
+python book/studies/chapters.py RESULT.json [CHAPTER ...]
 """
 
 import sys
@@ -25,12 +25,19 @@ def main(result: Path, names: list[str]) -> None:
     for chapter in chapters:
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            NotebookClient(jupytext.read(chapter), timeout=3600, resources={"metadata": {"path": folder}}).execute()
+            NotebookClient(
+                jupytext.read(chapter), timeout=3600, resources={"metadata": {"path": folder}}
+            ).execute()
             figures[chapter.stem] = round(time.perf_counter() - start, 1)
         print(chapter.stem, figures[chapter.stem], flush=True)
     device = pick_device()
-    origin = provenance(config={"scale": current_scale()}, seed=0, device=device, dataset=datasets.title(),
-                        seconds=sum(figures.values()))
+    origin = provenance(
+        config={"scale": current_scale()},
+        seed=0,
+        device=device,
+        dataset=datasets.title(),
+        seconds=sum(figures.values()),
+    )
     write_result(result, f"chapters-{device.type}", {"seconds": figures}, origin, overwrite=True)
 
 

@@ -25,20 +25,39 @@ def main(run_dir: Path) -> None:
     base = recipe("cifar10-units")
     data = load_data(base)
     variables, rows = base.network.dim // base.method.units, []
-    changed = {"fp32": {}, "bf16": {"products": "bf16"}, "quarter": {"sampled_variables": variables // 4}}
+    changed = {
+        "fp32": {},
+        "bf16": {"products": "bf16"},
+        "quarter": {"sampled_variables": variables // 4},
+    }
     for seed, (name, settings) in product(SEEDS, changed.items()):
         path = run_dir / f"{name}-seed{seed}" / "row.json"
         if not path.exists():
-            one = replace(base, method=replace(base.method, **settings), loop=replace(base.loop, seed=seed))
+            one = replace(
+                base, method=replace(base.method, **settings), loop=replace(base.loop, seed=seed)
+            )
             run = Pretraining(one, path.parent, data=data, progress=False)
             for _ in run:
                 pass
-            write_json(path, {"setting": name, "seed": seed, "knn_20": run.knn()["knn_20"], "seconds": run.loop.seconds,
-                              **{term: value.item() for term, value in exact_terms(run).items()}})
+            write_json(
+                path,
+                {
+                    "setting": name,
+                    "seed": seed,
+                    "knn_20": run.knn()["knn_20"],
+                    "seconds": run.loop.seconds,
+                    **{term: value.item() for term, value in exact_terms(run).items()},
+                },
+            )
         rows.append(json.loads(path.read_text()))
         print(rows[-1], flush=True)
-    origin = provenance(config=base, seed=SEEDS[0], device=pick_device(base.loop.device), dataset=data[0].title,
-                        seconds=sum(row["seconds"] for row in rows))
+    origin = provenance(
+        config=base,
+        seed=SEEDS[0],
+        device=pick_device(base.loop.device),
+        dataset=data[0].title,
+        seconds=sum(row["seconds"] for row in rows),
+    )
     figures = {"variables": variables, "samples": base.samples, "runs": rows}
     write_result(run_dir / "result.json", "cifar10-laptop-cheaper", figures, origin, overwrite=True)
 

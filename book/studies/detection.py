@@ -32,11 +32,32 @@ SEED, IMAGES, WATCHED = 0, 10, 50  # average precision every so many steps
 
 CPU = LoopConfig(precision="fp32", device="cpu", channels_last=False, seed=SEED)
 OVERFIT = DetectionConfig(
-    detector=DetectorConfig(min_sizes=(256,), test_size=256, max_size=512, anchors=(16, 32, 64, 128, 256), rpn_samples=128,
-                            train_proposals=(1000, 200), test_proposals=(500, 100), rois=64, roi_size=8, mask_channels=64),
-    iterations=500, lr=0.02, drops=(400,), flip=0.0, precise_bn=20, loop=replace(CPU, batch_size=2, save_minutes=1))
-FULL = DetectionConfig(detector=DetectorConfig(min_sizes=(640,), rois=32), iterations=2, drops=(), precise_bn=0,
-                       loop=replace(CPU, batch_size=2, save_every=1, log_every=1))
+    detector=DetectorConfig(
+        min_sizes=(256,),
+        test_size=256,
+        max_size=512,
+        anchors=(16, 32, 64, 128, 256),
+        rpn_samples=128,
+        train_proposals=(1000, 200),
+        test_proposals=(500, 100),
+        rois=64,
+        roi_size=8,
+        mask_channels=64,
+    ),
+    iterations=500,
+    lr=0.02,
+    drops=(400,),
+    flip=0.0,
+    precise_bn=20,
+    loop=replace(CPU, batch_size=2, save_minutes=1),
+)
+FULL = DetectionConfig(
+    detector=DetectorConfig(min_sizes=(640,), rois=32),
+    iterations=2,
+    drops=(),
+    precise_bn=0,
+    loop=replace(CPU, batch_size=2, save_every=1, log_every=1),
+)
 
 
 def backbone(name: str) -> torch.nn.Module:
@@ -51,41 +72,67 @@ def overfit(run_dir: Path) -> dict:
         return json.loads(path.read_text())
     train, test = open_coco("coco:coco-mini"), open_coco("coco:coco-mini", "test")
     ten = train.subset(IMAGES, SEED)
-    images, truth, ids = [ten.read(index)[0] for index in range(IMAGES)], ten.truth(), ten.ids.tolist()
+    images, truth, ids = (
+        [ten.read(index)[0] for index in range(IMAGES)],
+        ten.truth(),
+        ten.ids.tolist(),
+    )
     detector, loop = detection.training(backbone("narrow"), ten, OVERFIT, run_dir)
     for progressed in loop:
         if progressed.step % WATCHED == 0:
             detector.eval()  # by the running statistics
-            found = [one for number, image in zip(ids, images)
-                     for one in detection.detect(detector, [image], [number], ten.categories)]
+            found = [
+                one
+                for number, image in zip(ids, images)
+                for one in detection.detect(detector, [image], [number], ten.categories)
+            ]
             detector.train()
             loop.record(**detection.score(found, truth, ids))
-    ends = {name: detection.evaluate(backbone("narrow"), (ten, other), OVERFIT, run_dir=run_dir)
-            for name, other in (("on_the_ten", ten), ("on_the_test_split", test))}
+    ends = {
+        name: detection.evaluate(backbone("narrow"), (ten, other), OVERFIT, run_dir=run_dir)
+        for name, other in (("on_the_ten", ten), ("on_the_test_split", test))
+    }
     curves = {"losses": loop.records(), "watched": loop.records("box_ap50")}
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     core_seconds = round(sum(one.ru_utime + one.ru_stime for one in used))
-    figures = {"images": ids, "settings": plain(OVERFIT), "core_seconds": core_seconds, **ends, **curves}
+    figures = {
+        "images": ids,
+        "settings": plain(OVERFIT),
+        "core_seconds": core_seconds,
+        **ends,
+        **curves,
+    }
     write_json(path, figures)
     return figures
 
 
 def one_process(run_dir: Path, steps: int) -> dict:
     """Take `steps` training steps of the full-width detector from where `run_dir` stands; what is there before and after."""
-    detector, loop = detection.training(backbone("resnet50"), open_coco("coco:coco-mini"), FULL, run_dir, progress=False)
+    detector, loop = detection.training(
+        backbone("resnet50"), open_coco("coco:coco-mini"), FULL, run_dir, progress=False
+    )
     states = [fingerprint(*detector.state_dict().values())]
     first = loop.step
     for _ in islice(loop, steps):
         states.append(fingerprint(*detector.state_dict().values()))
-    return {"from_step": first, "to_step": loop.step, "states": states, "seconds": round(loop.seconds, 1),
-            "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-            "parameters": sum(parameter.numel() for parameter in detector.parameters())}
+    return {
+        "from_step": first,
+        "to_step": loop.step,
+        "states": states,
+        "seconds": round(loop.seconds, 1),
+        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "parameters": sum(parameter.numel() for parameter in detector.parameters()),
+    }
 
 
 def full_width(run_dir: Path) -> dict:
     """Two steps in one process; and one step, saved, with the other in another process."""
     told = {}
-    for name, folder, steps in (("whole", "whole", 2), ("before_the_cut", "cut", 1), ("after_the_cut", "cut", 1)):
+    for name, folder, steps in (
+        ("whole", "whole", 2),
+        ("before_the_cut", "cut", 1),
+        ("after_the_cut", "cut", 1),
+    ):
         path = run_dir / f"{name}.json"
         if not path.exists():
             command = [sys.executable, __file__, str(run_dir / folder), "--steps", str(steps)]
@@ -93,25 +140,39 @@ def full_width(run_dir: Path) -> dict:
             write_json(path, json.loads(done.stdout))
         told[name] = json.loads(path.read_text())
     cut = told["before_the_cut"]["states"] + told["after_the_cut"]["states"][1:]
-    checkpoint = max(run_dir.glob("cut/*/checkpoints/step-*.pt"), key=lambda path: path.stat().st_mtime)
-    return {"identical": cut == told["whole"]["states"], "resumed_with_what_was_saved":
-            told["before_the_cut"]["states"][-1] == told["after_the_cut"]["states"][0], "processes": told,
-            "checkpoint_mb": round(checkpoint.stat().st_size / 1e6, 1), "settings": plain(FULL)}
+    checkpoint = max(
+        run_dir.glob("cut/*/checkpoints/step-*.pt"), key=lambda path: path.stat().st_mtime
+    )
+    return {
+        "identical": cut == told["whole"]["states"],
+        "resumed_with_what_was_saved": told["before_the_cut"]["states"][-1]
+        == told["after_the_cut"]["states"][0],
+        "processes": told,
+        "checkpoint_mb": round(checkpoint.stat().st_size / 1e6, 1),
+        "settings": plain(FULL),
+    }
 
 
 def main(run_dir: Path, path: Path) -> None:
-    figures = {"overfit": overfit(run_dir / "overfit"), "full_width": full_width(run_dir / "full-width")}
+    figures = {
+        "overfit": overfit(run_dir / "overfit"),
+        "full_width": full_width(run_dir / "full-width"),
+    }
     seconds = figures["overfit"]["on_the_ten"]["seconds"]
-    origin = provenance(config=OVERFIT, seed=SEED, device="cpu", dataset="coco-mini", seconds=seconds)
+    origin = provenance(
+        config=OVERFIT, seed=SEED, device="cpu", dataset="coco-mini", seconds=seconds
+    )
     write_result(path, "coco-mini-overfit", figures, origin, overwrite=True)
-    print({name: figures["overfit"][name] for name in ("on_the_ten", "on_the_test_split")},
-          {name: value for name, value in figures["full_width"].items() if name != "settings"})
+    print(
+        {name: figures["overfit"][name] for name in ("on_the_ten", "on_the_test_split")},
+        {name: value for name, value in figures["full_width"].items() if name != "settings"},
+    )
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 4 and sys.argv[2] == "--steps":
         print(json.dumps(one_process(Path(sys.argv[1]), int(sys.argv[3]))))
-    elif len(sys.argv) == 2 or len(sys.argv) == 3 and sys.argv[2] == "--keep":
+    elif len(sys.argv) == 2 or (len(sys.argv) == 3 and sys.argv[2] == "--keep"):
         here = Path(sys.argv[1])
         main(here, STORE / "coco-mini-overfit.json" if len(sys.argv) == 3 else here / "result.json")
     else:

@@ -36,7 +36,9 @@ KEPT = "cifar10-laptop-40-epochs-seed0.safetensors"
 def backbones(tiny_run: Path, out: Path, store: Path) -> dict[str, Path]:
     """Files of weights: two trained networks, and the same two as they were before."""
     recipe, trained = load_run(tiny_run)
-    save_backbone(store / "tiny-imagenet-40-laptop.safetensors", trained, recipe.network, torch.float16)
+    save_backbone(
+        store / "tiny-imagenet-40-laptop.safetensors", trained, recipe.network, torch.float16
+    )
     files = {"cifar10": store / KEPT, "tiny": store / "tiny-imagenet-40-laptop.safetensors"}
     for name, stem in (("cifar10", True), ("tiny", False)):
         network = NetworkConfig(backbone="narrow", cifar_stem=stem)
@@ -53,21 +55,33 @@ def twins(store: Path) -> dict[str, float]:
     view = EvalView(**asdict(judged.trained.eval_view))
     gallery, queries = (embed(judged.backbone, part, view) for part in (train, test))
     unit = normalize(gallery, dim=1)
-    nearest = torch.cat([(some @ unit.T).argmax(1) for some in normalize(queries, dim=1).split(1000)])
-    differ = (train.images[nearest].float() - test.images.float()).square().flatten(1).mean(1).sqrt()
+    nearest = torch.cat(
+        [(some @ unit.T).argmax(1) for some in normalize(queries, dim=1).split(1000)]
+    )
+    differ = (
+        (train.images[nearest].float() - test.images.float()).square().flatten(1).mean(1).sqrt()
+    )
     twin = differ < ALIKE
     kept = torch.ones(len(train), dtype=torch.bool)
     kept[nearest[twin]] = False
 
     def right(rows: torch.Tensor) -> torch.Tensor:
-        found = weighted_knn(gallery[rows], train.labels[rows], queries, len(train.classes), neighbors=(20,))[20]
+        found = weighted_knn(
+            gallery[rows], train.labels[rows], queries, len(train.classes), neighbors=(20,)
+        )[20]
         return (found == test.labels).float()
 
     whole, without = right(torch.ones_like(kept)), right(kept)
-    figures = {"knn_20": whole.mean(), "knn_20_of_twins": whole[twin].mean(), "knn_20_of_others": whole[~twin].mean(),
-               "knn_20_of_twins_without": without[twin].mean(), "same_label": (train.labels[nearest] == test.labels)[twin].float().mean()}
+    figures = {
+        "knn_20": whole.mean(),
+        "knn_20_of_twins": whole[twin].mean(),
+        "knn_20_of_others": whole[~twin].mean(),
+        "knn_20_of_twins_without": without[twin].mean(),
+        "same_label": (train.labels[nearest] == test.labels)[twin].float().mean(),
+    }
     return {"rms_below": ALIKE, "twins": int(twin.sum()), "test_images": len(test)} | {
-        name: round(100 * value.item(), 2) for name, value in figures.items()}
+        name: round(100 * value.item(), 2) for name, value in figures.items()
+    }
 
 
 def main(tiny_run: Path, out: Path, names: list[str], store: Path = STORE) -> None:
@@ -77,8 +91,14 @@ def main(tiny_run: Path, out: Path, names: list[str], store: Path = STORE) -> No
         if names and name not in names:
             continue
         judged = replace(evaluations.load(file, "laptop"), folder=out / name)
-        for kind, data in (("knn", CIFAR), ("knn", TINY), ("imagenet-linear", CIFAR), ("imagenet-linear", TINY),
-                           ("voc07-svm", None), ("coco-detection", None)):
+        for kind, data in (
+            ("knn", CIFAR),
+            ("knn", TINY),
+            ("imagenet-linear", CIFAR),
+            ("imagenet-linear", TINY),
+            ("voc07-svm", None),
+            ("coco-detection", None),
+        ):
             if kind == "coco-detection" and judged.trained.network.cifar_stem:
                 continue  # its features are four times as dense: sixteen times the work, and another detector
             asked = evaluation(kind, "laptop", judged.trained)
@@ -89,8 +109,16 @@ def main(tiny_run: Path, out: Path, names: list[str], store: Path = STORE) -> No
                 asked = replace(asked, config=replace(asked.config, view=view))
             path = evaluations.evaluate(kind, judged, asked, usual="")
             runs.setdefault(name, {})[path.stem] = read_result(path)["figures"]
-            print(name, path.stem, {key: value for key, value in read_result(path)["figures"].items() if not isinstance(value, dict)},
-                  flush=True)
+            print(
+                name,
+                path.stem,
+                {
+                    key: value
+                    for key, value in read_result(path)["figures"].items()
+                    if not isinstance(value, dict)
+                },
+                flush=True,
+            )
         config = evaluation("voc07-svm", "laptop", judged.trained).config
         train, test = evaluations.load_data(replace(judged.trained, data="voc:voc-mini"))
         classes = train.classes
@@ -98,18 +126,37 @@ def main(tiny_run: Path, out: Path, names: list[str], store: Path = STORE) -> No
             found, rows = svm.embed(judged.backbone, part, config)
             features[f"{name}-{part.split}"] = found.half()
             features[f"labels-{part.split}"] = part.labels[rows].contiguous()
-        if name == "tiny":  # batch-norm's running averages in place of precise ones, on the same trained detector
+        if (
+            name == "tiny"
+        ):  # batch-norm's running averages in place of precise ones, on the same trained detector
             config = replace(evaluation("coco-detection", "laptop").config, precise_bn=0)
             data = evaluations.load_data(replace(judged.trained, data="coco:coco-mini"))
-            runs[name]["coco-detection-running-averages"] = detection.evaluate(judged.backbone, data, config,
-                                                                               run_dir=out / name / "coco-detection")
+            runs[name]["coco-detection-running-averages"] = detection.evaluate(
+                judged.backbone, data, config, run_dir=out / name / "coco-detection"
+            )
     with atomic_write(store / "voc-mini-features.safetensors") as file:
         file.write(safetensors.torch.save(features))
-    config = {kind: plain(asdict(evaluation(kind, "laptop"))) for kind in ("knn", "imagenet-linear", "voc07-svm", "coco-detection")}
-    seconds = sum(read_result(path)["provenance"]["seconds"] for path in out.glob("*/*.json"))  # earlier calls' too
-    origin = provenance(config=config, seed=0, device="cpu", seconds=seconds,
-                        dataset="CIFAR-10 (JPEG), tiny-imagenet-40, voc-mini, coco-mini")
-    write_result(store / "evaluations-small.json", "evaluations-small", {"voc_classes": classes, "runs": runs, "twins": twins(store)}, origin, overwrite=True)
+    config = {
+        kind: plain(asdict(evaluation(kind, "laptop")))
+        for kind in ("knn", "imagenet-linear", "voc07-svm", "coco-detection")
+    }
+    seconds = sum(
+        read_result(path)["provenance"]["seconds"] for path in out.glob("*/*.json")
+    )  # earlier calls' too
+    origin = provenance(
+        config=config,
+        seed=0,
+        device="cpu",
+        seconds=seconds,
+        dataset="CIFAR-10 (JPEG), tiny-imagenet-40, voc-mini, coco-mini",
+    )
+    write_result(
+        store / "evaluations-small.json",
+        "evaluations-small",
+        {"voc_classes": classes, "runs": runs, "twins": twins(store)},
+        origin,
+        overwrite=True,
+    )
 
 
 if __name__ == "__main__":

@@ -26,9 +26,16 @@ def main(run_dir: Path, name: str, store: Path = STORE) -> None:
     save_backbone(store / f"{name}.safetensors", backbone, config.network, torch.float16)
 
     view = EvalView(**vars(config.eval_view))
-    kept = knn.evaluate(load_backbone(store / f"{name}.safetensors"), load_data(config), config.knn, view=view,
-                        precision=PRECISIONS[config.loop.precision])
-    figures = result["figures"] | {f"{key}_as_kept": value for key, value in kept.items() if key.startswith("knn")}
+    kept = knn.evaluate(
+        load_backbone(store / f"{name}.safetensors"),
+        load_data(config),
+        config.knn,
+        view=view,
+        precision=PRECISIONS[config.loop.precision],
+    )
+    figures = result["figures"] | {
+        f"{key}_as_kept": value for key, value in kept.items() if key.startswith("knn")
+    }
     write_json(store / f"{name}.json", result | {"name": name, "figures": figures})
 
     paths = sorted((run_dir / "joints").glob("step-*.safetensors"))

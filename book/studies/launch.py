@@ -27,7 +27,18 @@ sys.path.insert(0, str(ROOT / "tests" / "slurm"))
 from cluster import NODES, Cluster  # noqa: E402
 
 IMAGES = {"train": 256, "test": 40}  # of each class
-SETTINGS = ("--scale", "smoke", "--samples", "2560", "--loop.epochs", "4", "--loop.save-minutes", "0.05", "--loop.keep", "1000")
+SETTINGS = (
+    "--scale",
+    "smoke",
+    "--samples",
+    "2560",
+    "--loop.epochs",
+    "4",
+    "--loop.save-minutes",
+    "0.05",
+    "--loop.keep",
+    "1000",
+)
 LAUNCH = ("--nodes", "2", "--tasks-per-node", "1", "--time", "10", "--grace-seconds", "60")
 PATIENCE = 300.0  # seconds for anything
 
@@ -40,7 +51,9 @@ class Watch:
         self.states: list[tuple[float, str]] = []  # of the queue
         self.steps: list[tuple[float, int]] = []
         self.saves: list[tuple[float, int]] = []
-        self.ranks: dict[str, list[list[float]]] = {node: [] for node in NODES}  # when Python was there: [from, to]
+        self.ranks: dict[str, list[list[float]]] = {
+            node: [] for node in NODES
+        }  # when Python was there: [from, to]
         self.events: list[tuple[float, str]] = []
         self.job = ""
         self.alive: set[str] = set()  # nodes on which there is Python now
@@ -60,8 +73,10 @@ class Watch:
             lines = metrics.read_text().splitlines(keepends=True)
             if len(lines) < self._read:  # a resumption has dropped what it does again
                 self._read = len(lines)
-                self.steps.append((now, max((json.loads(line)["step"] for line in lines), default=0)))
-            for line in lines[self._read:]:
+                self.steps.append(
+                    (now, max((json.loads(line)["step"] for line in lines), default=0))
+                )
+            for line in lines[self._read :]:
                 if line.endswith("\n"):
                     self._read += 1
                     if "loss" in (told := json.loads(line)):
@@ -81,8 +96,12 @@ class Watch:
             self.states.append((now, told))
             self.note(f"Slurm: {told}")
         for node in NODES:
-            here = any("submitit.core._submit" in command and "srun" not in command and "slurm_script" not in command
-                       for command in self.cluster.processes(node))
+            here = any(
+                "submitit.core._submit" in command
+                and "srun" not in command
+                and "slurm_script" not in command
+                for command in self.cluster.processes(node)
+            )
             if here and node not in self.alive:
                 self.ranks[node].append([now, now])
                 self.alive.add(node)
@@ -95,7 +114,9 @@ class Watch:
         end = time.time() + PATIENCE
         while not happened():
             if time.time() > end:
-                raise TimeoutError(f"not within {PATIENCE:g} s: {what}; last seen {self.states[-1:]}, step {self.step}")
+                raise TimeoutError(
+                    f"not within {PATIENCE:g} s: {what}; last seen {self.states[-1:]}, step {self.step}"
+                )
             time.sleep(0.02)
             self.look()
 
@@ -110,11 +131,26 @@ class Watch:
 
 def launch(cluster: Cluster, run_dir: Path, data: Path) -> Watch:
     """Send the training; returns its watch."""
-    command = [sys.executable, "-m", "imsvd_core.cli", "launch", "cifar10", *LAUNCH, *SETTINGS,
-               "--data", f"folder:{data.resolve()}", "--run-dir", str(run_dir)]
+    command = [
+        sys.executable,
+        "-m",
+        "imsvd_core.cli",
+        "launch",
+        "cifar10",
+        *LAUNCH,
+        *SETTINGS,
+        "--data",
+        f"folder:{data.resolve()}",
+        "--run-dir",
+        str(run_dir),
+    ]
     watch = Watch(cluster, run_dir)
-    sent = subprocess.run(command, env=cluster.env | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True)
+    sent = subprocess.run(
+        command,
+        env=cluster.env | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     if sent.returncode:
         raise RuntimeError(sent.stderr)
     watch.job = re.search(r"job (\d+) sent", sent.stdout)[1]
@@ -142,11 +178,21 @@ def disturb(watch: Watch) -> None:
 
 
 def figures(watch: Watch) -> dict:
-    watch.until("its end", lambda: watch.state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"))
+    watch.until(
+        "its end",
+        lambda: watch.state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"),
+    )
     watch.until("its ranks' end", lambda: not watch.alive)
     watch.until("its accounts", lambda: watch.cluster.sacct(watch.job)[-1]["State"] == watch.state)
-    return {"events": watch.events, "states": watch.states, "steps": watch.steps, "saves": sorted(watch.saves),
-            "ranks": watch.ranks, "log": log(watch), "accounts": watch.cluster.sacct(watch.job)}
+    return {
+        "events": watch.events,
+        "states": watch.states,
+        "steps": watch.steps,
+        "saves": sorted(watch.saves),
+        "ranks": watch.ranks,
+        "log": log(watch),
+        "accounts": watch.cluster.sacct(watch.job),
+    }
 
 
 def log(watch: Watch) -> list[tuple[float, str]]:
@@ -154,7 +200,9 @@ def log(watch: Watch) -> list[tuple[float, str]]:
     lines = []
     for line in (watch.run_dir / "jobs" / f"{watch.job}_0_log.err").read_text().splitlines():
         if match := re.match(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3}) (.*)", line):
-            when = datetime.strptime(match[1], "%Y-%m-%d %H:%M:%S").timestamp() + int(match[2]) / 1000
+            when = (
+                datetime.strptime(match[1], "%Y-%m-%d %H:%M:%S").timestamp() + int(match[2]) / 1000
+            )
             lines.append((watch.now(when), shortened(match[3], watch.run_dir)))
     return lines
 
@@ -194,9 +242,21 @@ def main(home: Path) -> None:
     first, second = weights(home / "run"), weights(home / "undisturbed")
     identical = all(torch.equal(first[name], second[name]) for name in first)
     slurm = cluster.run("sinfo", "--version").strip()
-    kept = {"disturbed": story, "undisturbed": peaceful, "identical_weights": identical, "epochs": 4, "slurm": slurm}
-    origin = provenance(config={"settings": SETTINGS, "launch": LAUNCH}, seed=0, device="cpu", world_size=2,
-                        dataset="CIFAR-10 (JPEG), 2,560 training images", seconds=time.perf_counter() - began)
+    kept = {
+        "disturbed": story,
+        "undisturbed": peaceful,
+        "identical_weights": identical,
+        "epochs": 4,
+        "slurm": slurm,
+    }
+    origin = provenance(
+        config={"settings": SETTINGS, "launch": LAUNCH},
+        seed=0,
+        device="cpu",
+        world_size=2,
+        dataset="CIFAR-10 (JPEG), 2,560 training images",
+        seconds=time.perf_counter() - began,
+    )
     write_result(home / "result.json", "launch-recorded", plain(kept), origin, overwrite=True)
     print(f"weights identical: {identical}")
 

@@ -27,24 +27,53 @@ def main(run_dir: Path) -> None:
     base = recipe("cifar10-units")
     data = load_data(base)
     untrained = Pretraining(base, run_dir / "untrained", data=data, progress=False)
-    figures = {"untrained_knn_20": untrained.knn()["knn_20"], "dim": base.network.dim, "samples": len(untrained.train), "runs": []}
+    figures = {
+        "untrained_knn_20": untrained.knn()["knn_20"],
+        "dim": base.network.dim,
+        "samples": len(untrained.train),
+        "runs": [],
+    }
     for seed, batch_size, units in product(SEEDS, BATCH_SIZES, UNITS):
         path = run_dir / f"batch{batch_size}-units{units}-seed{seed}" / "row.json"
         if not path.exists():
-            one = replace(base, method=replace(base.method, units=units),
-                          loop=replace(base.loop, batch_size=batch_size, seed=seed))
+            one = replace(
+                base,
+                method=replace(base.method, units=units),
+                loop=replace(base.loop, batch_size=batch_size, seed=seed),
+            )
             run = Pretraining(one, path.parent, data=data, progress=False)
             for _ in run:
                 pass
             softness = asdict(hardness(run.look()[0], units))
-            write_json(path, {"batch_size": batch_size, "units": units, "seed": seed, "knn_20": run.knn()["knn_20"],
-                              **softness, "seconds": run.loop.seconds})
+            write_json(
+                path,
+                {
+                    "batch_size": batch_size,
+                    "units": units,
+                    "seed": seed,
+                    "knn_20": run.knn()["knn_20"],
+                    **softness,
+                    "seconds": run.loop.seconds,
+                },
+            )
         figures["runs"].append(json.loads(path.read_text()))
         print(figures["runs"][-1], flush=True)
         if (batch_size, units) == (BATCH_SIZES[-1], UNITS[-1]):  # a seed is complete
             seconds = sum(one["seconds"] for one in figures["runs"])
-            origin = provenance(config=base, seed=SEEDS[0], device=pick_device(base.loop.device), dataset=data[0].title, seconds=seconds)
-            write_result(run_dir / "result.json", "cifar10-laptop-units-grid", figures, origin, overwrite=True)
+            origin = provenance(
+                config=base,
+                seed=SEEDS[0],
+                device=pick_device(base.loop.device),
+                dataset=data[0].title,
+                seconds=seconds,
+            )
+            write_result(
+                run_dir / "result.json",
+                "cifar10-laptop-units-grid",
+                figures,
+                origin,
+                overwrite=True,
+            )
 
 
 if __name__ == "__main__":

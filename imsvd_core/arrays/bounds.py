@@ -24,8 +24,12 @@ def population_bound(units: int, invariance_weight: float = 1.0, strength: int =
     """
     _check(units=units, least=2)
     if strength < 2 or not invariance_weight >= 0:
-        raise ValueError(f"strength={strength}, invariance_weight={invariance_weight}: need strength ≥ 2 and a weight ≥ 0")
-    return _least(lambda s: agreement_cost(s, units, invariance_weight), SMALLEST, 1.0)[1] - strength * log(units)
+        raise ValueError(
+            f"strength={strength}, invariance_weight={invariance_weight}: need strength ≥ 2 and a weight ≥ 0"
+        )
+    return _least(lambda s: agreement_cost(s, units, invariance_weight), SMALLEST, 1.0)[
+        1
+    ] - strength * log(units)
 
 
 def agreement_cost(s: float, units: int, invariance_weight: float = 1.0) -> float:
@@ -105,7 +109,9 @@ def fano_bound(samples: int, units: int, invariance_weight: float = 1.0) -> floa
     return _least(bound, SMALLEST, 1.0)[1]
 
 
-def smoothed_packing_loss(theta: float, samples: int, units: int, invariance_weight: float = 1.0) -> float:
+def smoothed_packing_loss(
+    theta: float, samples: int, units: int, invariance_weight: float = 1.0
+) -> float:
     """Loss of a hard packing's codes smoothed to p = a·one-hot + (1 − a)/B, θ = a², for any number of variables.
 
     Exact for the codes of `hard_packing`. Raises ValueError unless 0 ≤ θ ≤ 1 and N ≤ B².
@@ -122,12 +128,16 @@ def smoothed_packing_loss(theta: float, samples: int, units: int, invariance_wei
     return agreement_cost(theta + (1 - theta) / units, units, invariance_weight) + off_diagonal
 
 
-def smoothed_packing_optimum(samples: int, units: int, invariance_weight: float = 1.0) -> tuple[float, float]:
+def smoothed_packing_optimum(
+    samples: int, units: int, invariance_weight: float = 1.0
+) -> tuple[float, float]:
     """(θ, loss) at the best smoothing of a packing: 0 < θ < 1 whenever N < B², to about 1e-8 in θ.
 
     Where 1 − θ is smaller than that (N near B²), 1 may be returned. The top probability of its codes is √θ + (1 − √θ)/B. Raises ValueError as `smoothed_packing_loss` does.
     """
-    return _least(lambda theta: smoothed_packing_loss(theta, samples, units, invariance_weight), 0.0, 1.0)
+    return _least(
+        lambda theta: smoothed_packing_loss(theta, samples, units, invariance_weight), 0.0, 1.0
+    )
 
 
 def expected_entropy(samples: int, cells: int) -> float:
@@ -145,7 +155,9 @@ def expected_entropy(samples: int, cells: int) -> float:
     return log(samples) - cells / samples * (chance * torch.xlogy(count, count)).sum().item()
 
 
-def simulated_entropy(samples: int, cells: int, draws: int = 100, seed: int = 0) -> tuple[float, float]:
+def simulated_entropy(
+    samples: int, cells: int, draws: int = 100, seed: int = 0
+) -> tuple[float, float]:
     """(mean, standard error) of the plug-in entropy over `draws` simulated batches: what `expected_entropy` gives exactly.
 
     Raises ValueError unless N, M ≥ 1 and draws ≥ 2.
@@ -153,8 +165,12 @@ def simulated_entropy(samples: int, cells: int, draws: int = 100, seed: int = 0)
     _check(samples=samples, cells=cells)
     _check(draws=draws, least=2)
     generator = torch.Generator().manual_seed(seed)
-    counts = torch.stack([torch.randint(cells, (samples,), generator=generator).bincount(minlength=cells)
-                          for _ in range(draws)]).double()
+    counts = torch.stack(
+        [
+            torch.randint(cells, (samples,), generator=generator).bincount(minlength=cells)
+            for _ in range(draws)
+        ]
+    ).double()
     entropies = log(samples) - torch.xlogy(counts, counts).sum(1) / samples
     return entropies.mean().item(), (entropies.std() / math.sqrt(draws)).item()
 

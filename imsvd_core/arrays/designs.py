@@ -34,19 +34,30 @@ def galois_field(order: int) -> GaloisField:
     """
     factors = factorint(order) if isinstance(order, int) and 2 <= order <= MAX_FIELD else {}
     if len(factors) != 1:
-        raise ValueError(f"order={order!r}: a field needs a prime power from 2 to {MAX_FIELD} (2, 3, 4, 5, 7, 8, 9, 11, …)")
-    (prime, degree), = factors.items()
+        raise ValueError(
+            f"order={order!r}: a field needs a prime power from 2 to {MAX_FIELD} (2, 3, 4, 5, 7, 8, 9, 11, …)"
+        )
+    ((prime, degree),) = factors.items()
 
     def digits(x: int) -> list[int]:
         """Coefficients, highest first, as sympy has them."""
         return gf_strip([x // prime**power % prime for power in reversed(range(degree + 1))])
 
-    modulus = next(poly for poly in map(digits, range(order, 2 * order)) if gf_irreducible_p(poly, prime, ZZ))
+    modulus = next(
+        poly for poly in map(digits, range(order, 2 * order)) if gf_irreducible_p(poly, prime, ZZ)
+    )
     place = prime ** torch.arange(degree)
     coefficients = torch.arange(order)[:, None] // place % prime
     add = ((coefficients[:, None] + coefficients) % prime * place).sum(-1)
-    multiply = torch.tensor([[_number(gf_rem(gf_mul(digits(x), digits(y), prime, ZZ), modulus, prime, ZZ), prime)
-                              for y in range(order)] for x in range(order)])
+    multiply = torch.tensor(
+        [
+            [
+                _number(gf_rem(gf_mul(digits(x), digits(y), prime, ZZ), modulus, prime, ZZ), prime)
+                for y in range(order)
+            ]
+            for x in range(order)
+        ]
+    )
     return GaloisField(add, multiply)
 
 
@@ -65,11 +76,15 @@ def orthogonal_array(units: int, strength: int = 2, variables: int | None = None
     field = galois_field(units)
     variables = units + 1 if variables is None else variables
     if not 1 <= strength <= variables <= units + 1:
-        raise ValueError(f"strength={strength}, variables={variables}: need "
-                         f"1 ≤ strength ≤ variables ≤ units + 1 = {units + 1}")
+        raise ValueError(
+            f"strength={strength}, variables={variables}: need "
+            f"1 ≤ strength ≤ variables ≤ units + 1 = {units + 1}"
+        )
     if units**strength * variables > MAX_ENTRIES:
-        raise ValueError(f"units={units}, strength={strength}: {units**strength:,} rows are "
-                         f"too many; take smaller ones, up to {MAX_ENTRIES:,} entries")
+        raise ValueError(
+            f"units={units}, strength={strength}: {units**strength:,} rows are "
+            f"too many; take smaller ones, up to {MAX_ENTRIES:,} entries"
+        )
     polynomials = torch.cartesian_prod(*[torch.arange(units)] * strength).reshape(-1, strength)
     leading, *rest = polynomials[:, :, None].unbind(1)
     point, values = torch.arange(units), leading.expand(-1, units)
@@ -99,8 +114,16 @@ def one_hot_codes(values: Tensor, units: int, dtype: torch.dtype = torch.float64
 
     Raises ValueError for values that are no such integers.
     """
-    if values.ndim != 2 or values.dtype != torch.int64 or not values.numel() or values.min() < 0 or values.max() >= units:
-        raise ValueError(f"values of shape {tuple(values.shape)} and {values.dtype}: need int64 (N, V) from 0 to {units - 1}")
+    if (
+        values.ndim != 2
+        or values.dtype != torch.int64
+        or not values.numel()
+        or values.min() < 0
+        or values.max() >= units
+    ):
+        raise ValueError(
+            f"values of shape {tuple(values.shape)} and {values.dtype}: need int64 (N, V) from 0 to {units - 1}"
+        )
     return one_hot(values, units).flatten(1).to(dtype)
 
 

@@ -17,13 +17,24 @@ class FreeTables(NamedTuple):
     loss: float  #: of the best, in nats
     p1: Tensor  #: its codes of view 1, (N, V·B)
     p2: Tensor  #: its codes of view 2, (N, V·B)
-    mean_top: float  #: mean over samples, variables and views of the top probability; 1 for hard codes
+    mean_top: (
+        float  #: mean over samples, variables and views of the top probability; 1 for hard codes
+    )
     restarts: Tensor  #: final loss of every restart, (R,)
 
 
-def optimise_tables(samples: int, units: int, variables: int, *, restarts: int = 32,
-                    steps: int = 1500, learning_rate: float = 0.1, scale: float = 2.0,
-                    seed: int = 0, **settings) -> FreeTables:
+def optimise_tables(
+    samples: int,
+    units: int,
+    variables: int,
+    *,
+    restarts: int = 32,
+    steps: int = 1500,
+    learning_rate: float = 0.1,
+    scale: float = 2.0,
+    seed: int = 0,
+    **settings,
+) -> FreeTables:
     """Minimise the loss over the logits of both views: Adam, from many random starts at once.
 
     What is found is an upper bound of the least value, not proved to be it. The learning
@@ -32,13 +43,19 @@ def optimise_tables(samples: int, units: int, variables: int, *, restarts: int =
     In float64, in memory for `restarts` matrices of (V·B)² cells.
     Raises ValueError unless there are 1 sample, restart and step, 2 units and 2 variables.
     """
-    _check_sizes(samples=(samples, 1), units=(units, 2), variables=(variables, 2),
-                 restarts=(restarts, 1), steps=(steps, 1))
+    _check_sizes(
+        samples=(samples, 1),
+        units=(units, 2),
+        variables=(variables, 2),
+        restarts=(restarts, 1),
+        steps=(steps, 1),
+    )
     generator = torch.Generator().manual_seed(seed)
 
     def normal() -> Tensor:
-        return torch.randn(restarts, samples, variables * units, generator=generator,
-                           dtype=torch.float64)
+        return torch.randn(
+            restarts, samples, variables * units, generator=generator, dtype=torch.float64
+        )
 
     common = scale * normal()
     views = [(common + 0.1 * scale * normal()).requires_grad_() for _ in range(2)]
@@ -58,15 +75,29 @@ def optimise_tables(samples: int, units: int, variables: int, *, restarts: int =
     return FreeTables(final[best].item(), p1, p2, tops.mean().item(), final)
 
 
-def search_hard_codes(samples: int, units: int, variables: int, *, restarts: int = 20, sweeps: int = 400,
-                      seed: int = 0, target: float = -math.inf) -> tuple[float, Tensor]:
+def search_hard_codes(
+    samples: int,
+    units: int,
+    variables: int,
+    *,
+    restarts: int = 20,
+    sweeps: int = 400,
+    seed: int = 0,
+    target: float = -math.inf,
+) -> tuple[float, Tensor]:
     """(loss, values (N, V)) of the best hard codes that simulated annealing finds, the same in both views.
 
     Each move gives one variable of one sample another value; the temperature falls to zero over the sweeps.
     Stops early at `target` (say `hard_bound`, which nothing hard can beat). Meant for tens of samples.
     Raises ValueError unless there are at least 1 sample, 2 units, 2 variables, 1 restart and 1 sweep.
     """
-    _check_sizes(samples=(samples, 1), units=(units, 2), variables=(variables, 2), restarts=(restarts, 1), sweeps=(sweeps, 1))
+    _check_sizes(
+        samples=(samples, 1),
+        units=(units, 2),
+        variables=(variables, 2),
+        restarts=(restarts, 1),
+        sweeps=(sweeps, 1),
+    )
     chance = random.Random(seed)
     best, values = math.inf, None
     for _ in range(restarts):
@@ -74,7 +105,11 @@ def search_hard_codes(samples: int, units: int, variables: int, *, restarts: int
         for sweep in range(sweeps):
             heat = 0.5 * (1 - sweep / sweeps) ** 2
             for _ in range(samples * variables):
-                move = chance.randrange(samples), chance.randrange(variables), chance.randrange(units)
+                move = (
+                    chance.randrange(samples),
+                    chance.randrange(variables),
+                    chance.randrange(units),
+                )
                 change = counted.change(*move)
                 if change <= 0 or chance.random() < math.exp(-change / heat):
                     counted.make(*move)
@@ -89,9 +124,16 @@ class _CountedCodes:
     """Hard codes, and how many samples hold each value and each pair of values, kept up with every move."""
 
     def __init__(self, samples: int, units: int, variables: int, chance: random.Random):
-        self.values = [chance.sample([n % units for n in range(samples)], samples) for _ in range(variables)]
+        self.values = [
+            chance.sample([n % units for n in range(samples)], samples) for _ in range(variables)
+        ]
         self.single = [[column.count(b) for b in range(units)] for column in self.values]
-        self.pair = {(v, j): [[0] * units for _ in range(units)] for v in range(variables) for j in range(variables) if j != v}
+        self.pair = {
+            (v, j): [[0] * units for _ in range(units)]
+            for v in range(variables)
+            for j in range(variables)
+            if j != v
+        }
         for (v, j), table in self.pair.items():  # table[c][b]: X_j = c, X_v = b
             for b, c in zip(self.values[v], self.values[j], strict=True):
                 table[c][b] += 1
@@ -100,7 +142,11 @@ class _CountedCodes:
     def change(self, n: int, v: int, new: int) -> float:
         """Change of N·V times the loss, up to its constant, if variable v of sample n took another value."""
         old, others = self.values[v][n], len(self.values) - 1
-        pairs = sum(self._moved(self.pair[v, j][self.values[j][n]], old, new) for j in range(others + 1) if j != v)
+        pairs = sum(
+            self._moved(self.pair[v, j][self.values[j][n]], old, new)
+            for j in range(others + 1)
+            if j != v
+        )
         return self._moved(self.single[v], old, new) + 2 * pairs / others
 
     def _moved(self, counts: list[int], old: int, new: int) -> float:
@@ -122,9 +168,14 @@ class _CountedCodes:
     def loss(self) -> float:
         """−H̄_1 − H̄_2: DE + OE of hard codes that agree, where TI is 0."""
         samples = len(self.values[0])
-        crowds = [[self.xlogx[k] for counts in self.single for k in counts],
-                  [self.xlogx[k] for table in self.pair.values() for counts in table for k in counts]]
-        means = [sum(crowd) / tables for crowd, tables in zip(crowds, (len(self.single), len(self.pair)), strict=True)]
+        crowds = [
+            [self.xlogx[k] for counts in self.single for k in counts],
+            [self.xlogx[k] for table in self.pair.values() for counts in table for k in counts],
+        ]
+        means = [
+            sum(crowd) / tables
+            for crowd, tables in zip(crowds, (len(self.single), len(self.pair)), strict=True)
+        ]
         return sum(means) / samples - 2 * math.log(samples)
 
 

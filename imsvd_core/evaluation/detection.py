@@ -37,7 +37,10 @@ from imsvd_core.results import config_hash, plain
 BLOCK = 25  # test images whose detections are written together: what a kill may cost
 
 #: What the trained weights do not depend on; of the detector's settings, those below "detector".
-OF_THE_TEST = {"test_images", "precise_bn"}, {"test_size", "test_proposals", "score_threshold", "nms", "detections"}
+OF_THE_TEST = (
+    {"test_images", "precise_bn"},
+    {"test_size", "test_proposals", "score_threshold", "nms", "detections"},
+)
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,19 @@ class DetectionConfig:
         for setting, data in (("train_images", train), ("test_images", test)):
             n = getattr(self, setting)
             if n is not None and not 1 <= n <= len(data):
-                raise ValueError(f"{name}.{setting}={n} must lie between 1 and the {len(data)} images of {data.home}")
+                raise ValueError(
+                    f"{name}.{setting}={n} must lie between 1 and the {len(data)} images of {data.home}"
+                )
         if train.categories != test.categories:
-            raise ValueError(f"{test.listing} has other classes than {train.listing}: give two splits of one data set")
+            raise ValueError(
+                f"{test.listing} has other classes than {train.listing}: give two splits of one data set"
+            )
 
     @property
     def optim(self) -> OptimConfig:
-        return OptimConfig(name="sgd", lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        return OptimConfig(
+            name="sgd", lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
+        )
 
     def learning_rate(self, step: int) -> float:
         """The rate of `step`, from 0, as detectron2 warms up."""
@@ -98,9 +107,14 @@ class DetectionConfig:
         return self.lr * (1e-3 * (1 - rise) + rise) * 0.1**drops
 
 
-def evaluate(backbone: ResNet, data: tuple[CocoImages, CocoImages],
-             config: DetectionConfig, *, run_dir: Path | str,
-             progress: bool = True) -> dict[str, float]:
+def evaluate(
+    backbone: ResNet,
+    data: tuple[CocoImages, CocoImages],
+    config: DetectionConfig,
+    *,
+    run_dir: Path | str,
+    progress: bool = True,
+) -> dict[str, float]:
     """COCO's average precision, in percent, of boxes and of masks, after the **last** iteration.
 
     A copy of the backbone is trained inside a Mask R-CNN (`detector`), nothing frozen;
@@ -128,12 +142,21 @@ def evaluate(backbone: ResNet, data: tuple[CocoImages, CocoImages],
     with signals.interruptible():  # every block of detections is kept as it comes
         _make_precise(detector, train, config, loop.device, folder, progress)
         figures = _test(detector, test, config, loop.device, folder, progress)
-    return figures | {"iterations": loop.step, "train_images": len(train),
-                      "seconds": round(loop.seconds, 1)}
+    return figures | {
+        "iterations": loop.step,
+        "train_images": len(train),
+        "seconds": round(loop.seconds, 1),
+    }
 
 
-def training(backbone: ResNet, train: CocoImages, config: DetectionConfig, run_dir: Path | str, *,
-             progress: bool = True) -> tuple[GeneralizedRCNN, Loop]:
+def training(
+    backbone: ResNet,
+    train: CocoImages,
+    config: DetectionConfig,
+    run_dir: Path | str,
+    *,
+    progress: bool = True,
+) -> tuple[GeneralizedRCNN, Loop]:
     """The detector, and the loop that trains it when it is iterated, in a folder under `run_dir` that its settings name.
 
     The new layers' weights are fixed by `config.loop.seed`. Raises as `Loop` does.
@@ -142,23 +165,46 @@ def training(backbone: ResNet, train: CocoImages, config: DetectionConfig, run_d
         torch.manual_seed(stream_seed(config.loop.seed, "weights", 0))
         detector = build_detector(backbone, len(train.classes), config.detector)
     kept = {name: value for name, value in plain(config).items() if name not in OF_THE_TEST[0]}
-    kept["detector"] = {name: value for name, value in kept["detector"].items() if name not in OF_THE_TEST[1]}
-    settings = essential({"evaluation": "detection", **kept, "data": [train.title, fingerprint(train.ids, train.records)],
-                          "backbone": fingerprint(*backbone.state_dict().values())})
-    loop = Loop(partial(losses, detector, config), {"detector": detector}, len(train), config.loop, config.optim,
-                Path(run_dir) / config_hash(settings), settings=settings, progress=progress, steps=config.iterations,
-                rate=config.learning_rate, batches=partial(train.batches, device=pick_device(config.loop.device)))
+    kept["detector"] = {
+        name: value for name, value in kept["detector"].items() if name not in OF_THE_TEST[1]
+    }
+    settings = essential(
+        {
+            "evaluation": "detection",
+            **kept,
+            "data": [train.title, fingerprint(train.ids, train.records)],
+            "backbone": fingerprint(*backbone.state_dict().values()),
+        }
+    )
+    loop = Loop(
+        partial(losses, detector, config),
+        {"detector": detector},
+        len(train),
+        config.loop,
+        config.optim,
+        Path(run_dir) / config_hash(settings),
+        settings=settings,
+        progress=progress,
+        steps=config.iterations,
+        rate=config.learning_rate,
+        batches=partial(train.batches, device=pick_device(config.loop.device)),
+    )
     return detector, loop
 
 
-def losses(detector: nn.Module, config: DetectionConfig,
-           batch: tuple[list[Tensor], list[Target]],
-           generator: torch.Generator) -> dict[str, Tensor]:
+def losses(
+    detector: nn.Module,
+    config: DetectionConfig,
+    batch: tuple[list[Tensor], list[Target]],
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
     """The detector's losses, and their sum as "loss", on images (bytes) of which some are mirrored."""
     draws = torch.rand(len(batch[0]), generator=generator, device=generator.device)
     mirrored = (draws < config.flip).tolist()
-    seen = [flip(image, target) if turn else (image, target)
-            for image, target, turn in zip(*batch, mirrored, strict=True)]
+    seen = [
+        flip(image, target) if turn else (image, target)
+        for image, target, turn in zip(*batch, mirrored, strict=True)
+    ]
     parts = detector([image / 255 for image, _ in seen], [target for _, target in seen])
     return {"loss": torch.stack([*parts.values()]).sum(), **parts}
 
@@ -172,16 +218,18 @@ def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
 
 
 @torch.no_grad()
-def precise_statistics(model: nn.Module, run: Callable[[Any], Any],
-                       batches: Iterable[Any]) -> None:
+def precise_statistics(model: nn.Module, run: Callable[[Any], Any], batches: Iterable[Any]) -> None:
     """Replace batch-norm's running statistics by the plain means, over all batches that
     `run` shows the model, of each batch's mean and variance; over ranks too.
 
     The weights stay, and the model ends in testing mode. After Wu and Johnson (2021), as
     detectron2 does: running statistics forget, and lag behind the last weights.
     """
-    norms = [module for module in model.modules()
-             if isinstance(module, _BatchNorm) and module.track_running_stats]
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats
+    ]
     momenta = [norm.momentum for norm in norms]
     try:
         for norm in norms:
@@ -201,9 +249,13 @@ def precise_statistics(model: nn.Module, run: Callable[[Any], Any],
 
 
 @torch.no_grad()
-def detect(detector: nn.Module, images: Sequence[Tensor], ids: Sequence[int],
-           categories: Sequence[int],
-           precision: torch.dtype | None = None) -> list[dict[str, Any]]:
+def detect(
+    detector: nn.Module,
+    images: Sequence[Tensor],
+    ids: Sequence[int],
+    categories: Sequence[int],
+    precision: torch.dtype | None = None,
+) -> list[dict[str, Any]]:
     """What the detector, in testing mode, finds in images (bytes), as COCO writes results.
 
     Each has image_id, from `ids`; category_id, that of label 1, 2, ... in `categories`;
@@ -218,16 +270,25 @@ def detect(detector: nn.Module, images: Sequence[Tensor], ids: Sequence[int],
         corner, end = one["boxes"].split(2, dim=1)
         boxes = torch.cat([corner, end - corner], 1).tolist()
         named = [categories[label - 1] for label in one["labels"].tolist()]
-        for category, box, score, mask in zip(named, boxes, one["scores"].tolist(), masks,
-                                              strict=True):
+        for category, box, score, mask in zip(
+            named, boxes, one["scores"].tolist(), masks, strict=True
+        ):
             mask["counts"] = mask["counts"].decode()
-            results.append({"image_id": number, "category_id": category, "bbox": box,
-                            "score": score, "segmentation": mask})
+            results.append(
+                {
+                    "image_id": number,
+                    "category_id": category,
+                    "bbox": box,
+                    "score": score,
+                    "segmentation": mask,
+                }
+            )
     return results
 
 
-def score(detections: Sequence[dict[str, Any]], truth: COCO,
-          images: Sequence[int]) -> dict[str, float]:
+def score(
+    detections: Sequence[dict[str, Any]], truth: COCO, images: Sequence[int]
+) -> dict[str, float]:
     """COCO's average precision in percent, by pycocotools, of what `detect` found.
 
     Counts the images with these of COCO's numbers. Returns box_ap, the mean over the
@@ -237,15 +298,19 @@ def score(detections: Sequence[dict[str, Any]], truth: COCO,
     """
     known = truth.loadAnns(truth.getAnnIds(imgIds=list(images)))
     if all(one.get("iscrowd", 0) for one in known):
-        raise ValueError(f"images={list(images)[:3]}… ({len(images)}): no object is annotated "
-                         "there, so nothing can be scored")
+        raise ValueError(
+            f"images={list(images)[:3]}… ({len(images)}): no object is annotated "
+            "there, so nothing can be scored"
+        )
     figures = {}
     for kind, name in (("bbox", "box"), ("segm", "mask")):
         precision = dict.fromkeys(("ap", "ap50", "ap75"), 0.0)
         if detections:
             # pycocotools takes sizes from boxes where there are some
-            own = [{key: one[key] for key in one if (kind, key) != ("segm", "bbox")}
-                   for one in detections]
+            own = [
+                {key: one[key] for key in one if (kind, key) != ("segm", "bbox")}
+                for one in detections
+            ]
             with redirect_stdout(io.StringIO()):
                 judge = COCOeval(truth, truth.loadRes(own), kind)
                 judge.params.imgIds = sorted(images)
@@ -253,34 +318,52 @@ def score(detections: Sequence[dict[str, Any]], truth: COCO,
                 judge.accumulate()
                 judge.summarize()
             precision = dict(zip(precision, judge.stats[:3].tolist()))
-        figures |= {f"{name}_{key}": round(100 * value, 2)
-                    for key, value in precision.items()}
+        figures |= {f"{name}_{key}": round(100 * value, 2) for key, value in precision.items()}
     return figures
 
 
-def _make_precise(detector: nn.Module, train: CocoImages, config: DetectionConfig, device: torch.device, folder: Path,
-                  progress: bool) -> None:
+def _make_precise(
+    detector: nn.Module,
+    train: CocoImages,
+    config: DetectionConfig,
+    device: torch.device,
+    folder: Path,
+    progress: bool,
+) -> None:
     """Give batch-norm precise statistics and keep the detector as detector.safetensors; or read it from there."""
     rank, ranks = world()
     path = folder / "detector.safetensors"
     if not on_rank_0(path.exists)():
         if config.precise_bn:
-            share = config.loop.batch_size // config.loop.accumulate // ranks  # what batch-norm saw in training
-            drawn, first = torch.Generator().manual_seed(stream_seed(config.loop.seed, "precise", 0)), rank * share
+            share = (
+                config.loop.batch_size // config.loop.accumulate // ranks
+            )  # what batch-norm saw in training
+            drawn, first = (
+                torch.Generator().manual_seed(stream_seed(config.loop.seed, "precise", 0)),
+                rank * share,
+            )
             rounds = math.ceil(config.precise_bn * share * ranks / len(train))
             order = torch.cat([torch.randperm(len(train), generator=drawn) for _ in range(rounds)])
-            plan = [(n, some[first:first + share]) for n, some in zip(range(config.precise_bn), order.split(share * ranks))]
+            plan = [
+                (n, some[first : first + share])
+                for n, some in zip(range(config.precise_bn), order.split(share * ranks))
+            ]
 
             def run(numbered: tuple[int, Any]) -> None:
                 number, batch = numbered
                 seed = stream_seed(config.loop.seed, f"precise of rank {rank}", number)
-                with torch.random.fork_rng([device] if device.type == "cuda" else []), _autocast(config, device):
+                with (
+                    torch.random.fork_rng([device] if device.type == "cuda" else []),
+                    _autocast(config, device),
+                ):
                     torch.manual_seed(seed)
                     losses(detector, config, batch, torch.Generator(device).manual_seed(seed))
                 moves(1)
 
-            with (closing(train.batches(plan, device=device)) as batches,
-                  bar("precise batch-norm", len(plan), progress) as moves):
+            with (
+                closing(train.batches(plan, device=device)) as batches,
+                bar("precise batch-norm", len(plan), progress) as moves,
+            ):
                 precise_statistics(detector, run, enumerate(batches))
         weights = {name: value.cpu().contiguous() for name, value in detector.state_dict().items()}
         on_rank_0(_write)(path, safetensors.torch.save(weights))
@@ -288,27 +371,42 @@ def _make_precise(detector: nn.Module, train: CocoImages, config: DetectionConfi
     detector.eval()
 
 
-def _test(detector: nn.Module, test: CocoImages, config: DetectionConfig, device: torch.device, folder: Path,
-          progress: bool) -> dict[str, float]:
+def _test(
+    detector: nn.Module,
+    test: CocoImages,
+    config: DetectionConfig,
+    device: torch.device,
+    folder: Path,
+    progress: bool,
+) -> dict[str, float]:
     """Look at the test images, each rank at its share, in blocks of which each is written; then score."""
     rank, ranks = world()
-    blocks = [(folder / f"detections-{start:06d}.json", range(start, min(start + BLOCK, len(test))))
-              for start in range(0, len(test), BLOCK)]
+    blocks = [
+        (folder / f"detections-{start:06d}.json", range(start, min(start + BLOCK, len(test))))
+        for start in range(0, len(test), BLOCK)
+    ]
     missing = [(path, block) for path, block in blocks[rank::ranks] if not path.exists()]
 
     def plan() -> Iterator[tuple[int, Tensor]]:
         return ((index, torch.tensor([index])) for _, block in missing for index in block)
 
     total = sum(len(block) for _, block in missing)
-    with closing(test.batches(plan(), masks=False, device=device)) as batches, bar("testing", total, progress) as moves:
+    with (
+        closing(test.batches(plan(), masks=False, device=device)) as batches,
+        bar("testing", total, progress) as moves,
+    ):
         for path, block in missing:
             found: dict[str, list] = {"images": [], "detections": []}
             for _ in block:
-                images, targets = next(batches)  # one, as padding to others' sizes would change what is seen
+                images, targets = next(
+                    batches
+                )  # one, as padding to others' sizes would change what is seen
                 ids = [target["image_id"].item() for target in targets]
                 found["images"] += ids
                 if ids:  # it could be read
-                    found["detections"] += detect(detector, images, ids, test.categories, PRECISIONS[config.loop.precision])
+                    found["detections"] += detect(
+                        detector, images, ids, test.categories, PRECISIONS[config.loop.precision]
+                    )
                 moves(1)
             _write(path, json.dumps(found).encode())
     mean_over_ranks(torch.zeros(1, device=device))  # wait for all

@@ -27,9 +27,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, smooth_l1_loss
-from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference, maskrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
@@ -83,23 +83,39 @@ class DetectorConfig:
             values = getattr(self, name)
             if not values or not all(value > 0 for value in values):
                 raise ValueError(f"{name}={values} must hold positive numbers, at least one")
-        for name in ("test_size", "max_size", "rpn_samples", "rois", "roi_size", "mask_channels", "detections"):
+        for name in (
+            "test_size",
+            "max_size",
+            "rpn_samples",
+            "rois",
+            "roi_size",
+            "mask_channels",
+            "detections",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("train_proposals", "test_proposals"):
             if len(getattr(self, name)) != 2:
-                raise ValueError(f"{name}={getattr(self, name)} must be two counts: before and after the suppression")
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be two counts: before and after the suppression"
+                )
         if self.roi_size % 2:
-            raise ValueError(f"roi_size={self.roi_size} must be even: layer4 halves it, and the mask doubles that again")
+            raise ValueError(
+                f"roi_size={self.roi_size} must be even: layer4 halves it, and the mask doubles that again"
+            )
         largest = max(*self.min_sizes, self.test_size)
         if self.max_size < largest:
-            raise ValueError(f"max_size={self.max_size} is below the shorter side's {largest}: raise it")
+            raise ValueError(
+                f"max_size={self.max_size} is below the shorter side's {largest}: raise it"
+            )
         for name in ("score_threshold", "nms"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1")
 
 
-def build_detector(backbone: ResNet, classes: int, config: DetectorConfig = DetectorConfig()) -> GeneralizedRCNN:
+def build_detector(
+    backbone: ResNet, classes: int, config: DetectorConfig = DetectorConfig()
+) -> GeneralizedRCNN:
     """A detector of `classes` classes on a copy of the backbone; the new layers draw from torch's generator.
 
     In training it takes images, a list of float (3, H, W) in [0, 1], and their targets (`coco.Target`), and returns five
@@ -110,14 +126,19 @@ def build_detector(backbone: ResNet, classes: int, config: DetectorConfig = Dete
     Raises ValueError for a backbone that is no ResNet, or for `classes` < 1.
     """
     if not isinstance(backbone, ResNet):
-        raise ValueError(f"backbone is a {type(backbone).__name__}: the C4 detector needs a ResNet with layer1 to layer4")
+        raise ValueError(
+            f"backbone is a {type(backbone).__name__}: the C4 detector needs a ResNet with layer1 to layer4"
+        )
     if classes < 1:
         raise ValueError(f"classes={classes} must be at least 1")
     backbone = copy.deepcopy(backbone).requires_grad_(True)
     body, stride = _Body(backbone), _stride(backbone)
     middle, wide = (_width(layer) for layer in (backbone.layer3, backbone.layer4))
     anchors = AnchorGenerator((config.anchors,), (config.ratios,))
-    counts = [{"training": train, "testing": test} for train, test in zip(config.train_proposals, config.test_proposals)]
+    counts = [
+        {"training": train, "testing": test}
+        for train, test in zip(config.train_proposals, config.test_proposals)
+    ]
     rpn_head = _ProposalHead(middle, anchors.num_anchors_per_location()[0])
     rpn = _Proposals(anchors, rpn_head, 0.7, 0.3, config.rpn_samples, 0.5, *counts, 0.7)
     head = nn.Sequential(OrderedDict(layer4=backbone.layer4, norm=nn.BatchNorm2d(wide)))
@@ -128,7 +149,13 @@ def build_detector(backbone: ResNet, classes: int, config: DetectorConfig = Dete
     nn.init.normal_(masks.mask_fcn_logits.weight, std=0.001)
     for layer in (boxes.cls_score, boxes.bbox_pred, masks.conv5_mask, masks.mask_fcn_logits):
         nn.init.zeros_(layer.bias)
-    heads = SharedHeads(RoIAlign(config.roi_size, 1 / stride, sampling_ratio=0, aligned=True), head, boxes, masks, config)
+    heads = SharedHeads(
+        RoIAlign(config.roi_size, 1 / stride, sampling_ratio=0, aligned=True),
+        head,
+        boxes,
+        masks,
+        config,
+    )
     return GeneralizedRCNN(body, rpn, heads, _Transform(config, stride))
 
 
@@ -137,30 +164,52 @@ class SharedHeads(RoIHeads):
     sampled proposals; in testing over all proposals for class and box, and again over the
     boxes that come out for their masks."""
 
-    def __init__(self, pool: nn.Module, head: nn.Module, boxes: nn.Module,
-                 masks: nn.Module, config: DetectorConfig):
-        super().__init__(pool, head, boxes, 0.5, 0.5, config.rois, 0.25, None,
-                         config.score_threshold, config.nms, config.detections,
-                         mask_predictor=masks)
+    def __init__(
+        self,
+        pool: nn.Module,
+        head: nn.Module,
+        boxes: nn.Module,
+        masks: nn.Module,
+        config: DetectorConfig,
+    ):
+        super().__init__(
+            pool,
+            head,
+            boxes,
+            0.5,
+            0.5,
+            config.rois,
+            0.25,
+            None,
+            config.score_threshold,
+            config.nms,
+            config.detections,
+            mask_predictor=masks,
+        )
 
     def has_mask(self) -> bool:
         return True
 
-    def forward(self, features: dict[str, Tensor], proposals: list[Tensor],
-                image_shapes: list[tuple[int, int]], targets: list[Target] | None = None
-                ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[Target] | None = None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         (whole,) = features.values()
         if self.training:
             sampled = self.select_training_samples(proposals, targets)
             return [], self._losses(whole, *sampled, targets)
         logits, deltas = self._classify(self._look(whole, proposals))
-        boxes, scores, labels = self.postprocess_detections(logits, deltas, proposals,
-                                                            image_shapes)
+        boxes, scores, labels = self.postprocess_detections(logits, deltas, proposals, image_shapes)
         drawn = self.mask_predictor(self._look(whole, boxes)).float()
         masks = maskrcnn_inference(drawn, [label - 1 for label in labels])
         found = zip(boxes, scores, labels, masks, strict=True)
-        return [{"boxes": box, "scores": score, "labels": label, "masks": mask}
-                for box, score, label, mask in found], {}
+        return [
+            {"boxes": box, "scores": score, "labels": label, "masks": mask}
+            for box, score, label, mask in found
+        ], {}
 
     def _look(self, features: Tensor, boxes: list[Tensor]) -> Tensor:
         return self.box_head(self.box_roi_pool(features, boxes))
@@ -169,9 +218,15 @@ class SharedHeads(RoIHeads):
         logits, deltas = self.box_predictor(seen.mean((2, 3)))
         return logits.float(), deltas.float()
 
-    def _losses(self, features: Tensor, boxes: list[Tensor], matched: list[Tensor],
-                labels: list[Tensor], truth: list[Tensor],
-                targets: list[Target]) -> dict[str, Tensor]:
+    def _losses(
+        self,
+        features: Tensor,
+        boxes: list[Tensor],
+        matched: list[Tensor],
+        labels: list[Tensor],
+        truth: list[Tensor],
+        targets: list[Target],
+    ) -> dict[str, Tensor]:
         seen = self._look(features, boxes)
         logits, deltas = self._classify(seen)
         label, truth = torch.cat(labels), torch.cat(truth)
@@ -179,21 +234,31 @@ class SharedHeads(RoIHeads):
         own = deltas.unflatten(1, (-1, 4))[objects, label[objects]]  # of the right class
         box = smooth_l1_loss(own, truth[objects], beta=0.0, reduction="sum")
         masks = self.mask_predictor(seen[objects]).float()
-        return {"loss_classifier": cross_entropy(logits, label),
-                "loss_box_reg": box / len(label),
-                "loss_mask": self._mask_loss(masks, boxes, matched, labels, targets)}
+        return {
+            "loss_classifier": cross_entropy(logits, label),
+            "loss_box_reg": box / len(label),
+            "loss_mask": self._mask_loss(masks, boxes, matched, labels, targets),
+        }
 
     @staticmethod
-    def _mask_loss(masks: Tensor, boxes: list[Tensor], matched: list[Tensor],
-                   labels: list[Tensor], targets: list[Target]) -> Tensor:
+    def _mask_loss(
+        masks: Tensor,
+        boxes: list[Tensor],
+        matched: list[Tensor],
+        labels: list[Tensor],
+        targets: list[Target],
+    ) -> Tensor:
         objects = [label > 0 for label in labels]
         some = [number for number, of_image in enumerate(objects) if of_image.any()]
         if not some:  # but ranks that have some wait for these parameters' gradients
             return masks.sum() * 0
-        return maskrcnn_loss(masks, [boxes[i][objects[i]] for i in some],
-                             [targets[i]["masks"] for i in some],
-                             [targets[i]["labels"] - 1 for i in some],
-                             [matched[i][objects[i]] for i in some])
+        return maskrcnn_loss(
+            masks,
+            [boxes[i][objects[i]] for i in some],
+            [targets[i]["masks"] for i in some],
+            [targets[i]["labels"] - 1 for i in some],
+            [matched[i][objects[i]] for i in some],
+        )
 
 
 class _Body(nn.Sequential):
@@ -220,14 +285,17 @@ class _Proposals(RegionProposalNetwork):
     """Losses as detectron2's: plain L1, and both divided by the samples that every image
     should have."""
 
-    def compute_loss(self, objectness: Tensor, deltas: Tensor, labels: list[Tensor],
-                     truth: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def compute_loss(
+        self, objectness: Tensor, deltas: Tensor, labels: list[Tensor], truth: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
         positive, negative = (torch.cat(some).bool() for some in self.fg_bg_sampler(labels))
         sampled, label = positive | negative, torch.cat(labels)
-        there = binary_cross_entropy_with_logits(objectness.flatten()[sampled], label[sampled],
-                                                 reduction="sum")
-        box = smooth_l1_loss(deltas[positive], torch.cat(truth)[positive], beta=0.0,
-                             reduction="sum")
+        there = binary_cross_entropy_with_logits(
+            objectness.flatten()[sampled], label[sampled], reduction="sum"
+        )
+        box = smooth_l1_loss(
+            deltas[positive], torch.cat(truth)[positive], beta=0.0, reduction="sum"
+        )
         samples = self.fg_bg_sampler.batch_size_per_image * len(labels)
         return there / samples, box / samples
 
@@ -236,7 +304,9 @@ class _Transform(GeneralizedRCNNTransform):
     """Resizes, normalises, and pads to whole strides; in testing at a size of its own."""
 
     def __init__(self, config: DetectorConfig, stride: int):
-        super().__init__(config.min_sizes, config.max_size, config.mean, config.std, size_divisible=stride)
+        super().__init__(
+            config.min_sizes, config.max_size, config.mean, config.std, size_divisible=stride
+        )
         self.sizes = {True: config.min_sizes, False: (config.test_size,)}
 
     def train(self, mode: bool = True) -> "_Transform":

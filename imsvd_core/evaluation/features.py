@@ -25,9 +25,19 @@ Data = TypeVar("Data")
 KEPT_ROWS = 4096  # that a file of `embed` holds
 
 
-def embed(backbone: nn.Module, data: Images, view: EvalView, *, device: torch.device | str = "cpu", batch_size: int = 500,
-          precision: torch.dtype | None = None, ranks: bool = False, keep: Path | None = None, progress: bool = False,
-          what: str = "embedding") -> Tensor:
+def embed(
+    backbone: nn.Module,
+    data: Images,
+    view: EvalView,
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 500,
+    precision: torch.dtype | None = None,
+    ranks: bool = False,
+    keep: Path | None = None,
+    progress: bool = False,
+    what: str = "embedding",
+) -> Tensor:
     """Representations (N, features), float32, of `data` in its order, batch-norm frozen, seen through `view`.
 
     Args:
@@ -40,10 +50,21 @@ def embed(backbone: nn.Module, data: Images, view: EvalView, *, device: torch.de
     rows, table = share(len(data)) if ranks else range(len(data)), None
     done = saved = rows.start
     with bar(what, len(rows), progress) as advance:
-        for some in _kept_and_new(keep, rows, lambda left: batches(
-                backbone, data, view, left, device=device, batch_size=batch_size, precision=precision)):
+        for some in _kept_and_new(
+            keep,
+            rows,
+            lambda left: batches(
+                backbone,
+                data,
+                view,
+                left,
+                device=device,
+                batch_size=batch_size,
+                precision=precision,
+            ),
+        ):
             table = torch.empty(len(data), some.shape[1], device=device) if table is None else table
-            table[done:done + len(some)] = some
+            table[done : done + len(some)] = some
             done += len(some)
             advance(len(some))
             if keep and (done - saved >= KEPT_ROWS or done == rows.stop):
@@ -51,7 +72,9 @@ def embed(backbone: nn.Module, data: Images, view: EvalView, *, device: torch.de
     return _filled(table, len(data), device) if ranks else table
 
 
-def _kept_and_new(keep: Path | None, rows: range, compute: Callable[[range], Iterator[Tensor]]) -> Iterator[Tensor]:
+def _kept_and_new(
+    keep: Path | None, rows: range, compute: Callable[[range], Iterator[Tensor]]
+) -> Iterator[Tensor]:
     """The representations of `rows` that are kept, then those that are left to compute."""
     done = rows.start
     while keep and (path := keep / f"rows-{done}.safetensors").exists():
@@ -69,14 +92,25 @@ def _keep(keep: Path, table: Tensor, start: int, stop: int) -> int:
     return stop
 
 
-def batches(backbone: nn.Module, data: Images, view: EvalView, rows: range, *, device: torch.device | str = "cpu",
-            batch_size: int = 500, precision: torch.dtype | None = None) -> Iterator[Tensor]:
+def batches(
+    backbone: nn.Module,
+    data: Images,
+    view: EvalView,
+    rows: range,
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 500,
+    precision: torch.dtype | None = None,
+) -> Iterator[Tensor]:
     """Representations (some, features) of the images `rows`, successive ones, as they are made; else as `embed`."""
     backbone.to(device)
     if isinstance(data, FolderImages):
         images, see = data.center_crops(view, indices=rows, device=device), view.finish
     else:
-        images, see = (some.to(device) for some in data.images[rows.start:rows.stop].split(batch_size)), view
+        images, see = (
+            (some.to(device) for some in data.images[rows.start : rows.stop].split(batch_size)),
+            view,
+        )
     with closing(images):
         for some in images:
             if len(some):  # what an empty range is split into
@@ -101,7 +135,9 @@ def chosen(config: Any, train: Data, test: Data, name: str) -> tuple[Data, Data]
     for data, setting in ((train, "train_images"), (test, "test_images")):
         wanted = getattr(config, setting)
         if wanted is not None and wanted > len(data):
-            raise ValueError(f"{name}.{setting}={wanted} exceeds the {len(data)} images of {data.title} ({data.split})")
+            raise ValueError(
+                f"{name}.{setting}={wanted} exceeds the {len(data)} images of {data.title} ({data.split})"
+            )
         parts.append(data if wanted is None else data.subset(wanted))
     return parts[0], parts[1]
 
@@ -116,8 +152,13 @@ def sum_over_ranks(counts: Tensor) -> Tensor:
 @contextmanager
 def bar(what: str, total: int, progress: bool, done: int = 0) -> Iterator[Callable[[int], None]]:
     """A progress bar on rank 0, named `what`: what the block is given moves it on."""
-    shown = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                     disable=not (progress and world()[0] == 0))
+    shown = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        disable=not (progress and world()[0] == 0),
+    )
     with shown:
         task = shown.add_task(what, total=total, completed=done)
         yield lambda count: shown.advance(task, count)
@@ -134,7 +175,9 @@ def fingerprint(*tensors: Tensor) -> str:
 def fingerprint_of(data: Images) -> str:
     """A few digits that change with the images: their bytes, or the names of streamed ones; and with their labels."""
     if isinstance(data, FolderImages):
-        return fingerprint(torch.frombuffer(bytearray(data.names.tobytes()), dtype=torch.uint8), data.labels)
+        return fingerprint(
+            torch.frombuffer(bytearray(data.names.tobytes()), dtype=torch.uint8), data.labels
+        )
     return fingerprint(data.images, data.labels)
 
 
@@ -148,5 +191,5 @@ def _filled(table: Tensor | None, n: int, device: torch.device | str) -> Tensor:
     table = torch.empty(n, int(width), device=device) if table is None else table
     for rank, rows in enumerate(shares(n, size)):
         if rows:
-            dist.broadcast(table[rows.start:rows.stop], rank)
+            dist.broadcast(table[rows.start : rows.stop], rank)
     return table

@@ -11,8 +11,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from imsvd_core import signals
-from imsvd_core.evaluation.features import (Images, bar, batches, chosen, embed, fingerprint, fingerprint_of, share,
-                                            sum_over_ranks)
+from imsvd_core.evaluation.features import (
+    Images,
+    bar,
+    batches,
+    chosen,
+    embed,
+    fingerprint,
+    fingerprint_of,
+    share,
+    sum_over_ranks,
+)
 from imsvd_core.folders import FolderImages
 from imsvd_core.loop import PRECISIONS, Loop, LoopConfig, essential, pick_device
 from imsvd_core.networks import represent
@@ -25,7 +34,9 @@ from imsvd_core.views import EvalView, View, ViewConfig
 class LinearConfig:
     """How the classifier is trained."""
 
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(name="sgd", lr=0.02, weight_decay=1e-6))
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(name="sgd", lr=0.02, weight_decay=1e-6)
+    )
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(epochs=100, batch_size=256))
     augment: bool = False
     """See the training images through `view`, anew in every epoch; else embed them once and train on those features."""
@@ -39,18 +50,29 @@ class LinearConfig:
 
     def __post_init__(self) -> None:
         if self.normalize and self.augment:
-            raise ValueError("normalize=True needs features that are computed once: set augment=False")
+            raise ValueError(
+                "normalize=True needs features that are computed once: set augment=False"
+            )
         for name in ("train_images", "test_images"):
             if getattr(self, name) is not None and not getattr(self, name) >= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1, or None for all")
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be at least 1, or None for all"
+                )
 
     def choose(self, train: Images, test: Images, name: str = "linear") -> tuple[Images, Images]:
         """The images that are used. Raises ValueError, naming the setting, where there are not as many."""
         return chosen(self, train, test, name)
 
 
-def evaluate(backbone: nn.Module, data: tuple[Images, Images], config: LinearConfig, *, view: EvalView,
-             run_dir: Path | str, progress: bool = True) -> dict[str, float]:
+def evaluate(
+    backbone: nn.Module,
+    data: tuple[Images, Images],
+    config: LinearConfig,
+    *,
+    view: EvalView,
+    run_dir: Path | str,
+    progress: bool = True,
+) -> dict[str, float]:
     """Top-1 accuracy in percent of the classifier as it is after the **last** epoch, on train features and test.
 
     The backbone is frozen, batch-norm statistics too. Each combination of backbone, data and settings trains in a
@@ -67,8 +89,16 @@ def evaluate(backbone: nn.Module, data: tuple[Images, Images], config: LinearCon
     labels, scale = train.labels.to(device), torch.ones((), device=device)
     if not config.augment:
         with signals.interruptible():
-            features = embed(backbone, train, view, device=device, precision=precision, ranks=True, progress=progress,
-                             what="embedding training images")
+            features = embed(
+                backbone,
+                train,
+                view,
+                device=device,
+                precision=precision,
+                ranks=True,
+                progress=progress,
+                what="embedding training images",
+            )
         if config.normalize:
             scale = features.std(0).clamp_min(1e-6)
             features /= scale
@@ -102,41 +132,86 @@ def evaluate(backbone: nn.Module, data: tuple[Images, Images], config: LinearCon
             for some in crops:
                 yield some, labels[ahead.popleft().to(device)]
 
-    width = represent(backbone, [view.finish(torch.zeros(1, 3, view.size, view.size, dtype=torch.uint8))], device).shape[1]
+    width = represent(
+        backbone, [view.finish(torch.zeros(1, 3, view.size, view.size, dtype=torch.uint8))], device
+    ).shape[1]
     head = nn.Linear(width, len(train.classes))
-    nn.init.normal_(head.weight, std=0.01, generator=torch.Generator().manual_seed(config.loop.seed))
+    nn.init.normal_(
+        head.weight, std=0.01, generator=torch.Generator().manual_seed(config.loop.seed)
+    )
     nn.init.zeros_(head.bias)
 
     def step(batch: tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         logits, truth = head(inputs(batch[0], generator)), batch[1]
-        return {"loss": cross_entropy(logits.float(), truth), "accuracy": (logits.argmax(1) == truth).float().mean()}
+        return {
+            "loss": cross_entropy(logits.float(), truth),
+            "accuracy": (logits.argmax(1) == truth).float().mean(),
+        }
 
     # Subsets are told by their images; those for the test do not touch the training.
-    kept = {name: value for name, value in plain(config).items() if name not in ("train_images", "test_images")}
-    settings = essential({"evaluation": "linear", **kept, "data": [train.title, list(train.classes)],
-                          "images": fingerprint_of(train), "eval_view": plain(vars(view)),
-                          "backbone": fingerprint(*backbone.state_dict().values())})
-    loop = Loop(step, {"head": head}, len(train), config.loop, config.optim, Path(run_dir) / config_hash(settings),
-                batches=load, settings=settings, progress=progress)
+    kept = {
+        name: value
+        for name, value in plain(config).items()
+        if name not in ("train_images", "test_images")
+    }
+    settings = essential(
+        {
+            "evaluation": "linear",
+            **kept,
+            "data": [train.title, list(train.classes)],
+            "images": fingerprint_of(train),
+            "eval_view": plain(vars(view)),
+            "backbone": fingerprint(*backbone.state_dict().values()),
+        }
+    )
+    loop = Loop(
+        step,
+        {"head": head},
+        len(train),
+        config.loop,
+        config.optim,
+        Path(run_dir) / config_hash(settings),
+        batches=load,
+        settings=settings,
+        progress=progress,
+    )
     for _ in loop:
         pass
     loop.refuse_unfinished()
     with signals.interruptible():
         right = _test(head.eval(), scale, backbone, test, view, device, precision, progress)
     return {name: round(100 * count / len(test), 2) for name, count in right.items()} | {
-        "epochs": config.loop.epochs, "train_images": len(train), "test_images": len(test),
-        "seconds": round(loop.seconds, 1)}
+        "epochs": config.loop.epochs,
+        "train_images": len(train),
+        "test_images": len(test),
+        "seconds": round(loop.seconds, 1),
+    }
 
 
 @torch.no_grad()
-def _test(head: nn.Linear, scale: Tensor, backbone: nn.Module, test: Images, view: EvalView, device: torch.device,
-          precision: torch.dtype | None, progress: bool) -> dict[str, int]:
+def _test(
+    head: nn.Linear,
+    scale: Tensor,
+    backbone: nn.Module,
+    test: Images,
+    view: EvalView,
+    device: torch.device,
+    precision: torch.dtype | None,
+    progress: bool,
+) -> dict[str, int]:
     """How many test images have their class first, and among the first five; each rank looks at its share of them."""
-    names, rows = ("linear", "linear_top5") if head.out_features > 5 else ("linear",), share(len(test))
-    labels, done, right = test.labels.to(device), rows.start, torch.zeros(len(names), dtype=torch.int64, device=device)
+    names, rows = (
+        ("linear", "linear_top5") if head.out_features > 5 else ("linear",),
+        share(len(test)),
+    )
+    labels, done, right = (
+        test.labels.to(device),
+        rows.start,
+        torch.zeros(len(names), dtype=torch.int64, device=device),
+    )
     with bar("testing", len(rows), progress) as advance:
         for features in batches(backbone, test, view, rows, device=device, precision=precision):
-            logits, truth = head(features / scale), labels[done:done + len(features), None]
+            logits, truth = head(features / scale), labels[done : done + len(features), None]
             right[0] += (logits.argmax(1, keepdim=True) == truth).sum()
             if len(names) > 1:
                 right[1] += (logits.topk(5).indices == truth).sum()

@@ -75,26 +75,56 @@ class SVMConfig:
     """Processes, a class to each at a time, by default as many as cores; the figures do not depend on it."""
 
     def __post_init__(self) -> None:
-        if not self.costs or not all(cost > 0 for cost in self.costs) or len(set(self.costs)) < len(self.costs):
-            raise ValueError(f"costs={self.costs} must be different and positive (VISSL's: {SVMConfig.costs})")
-        for name, least in (("folds", 2), ("resize", 1), ("size", 1), ("max_iter", 1), ("seed", 0), ("jobs", 1),
-                            ("train_images", 1), ("test_images", 1)):
+        if (
+            not self.costs
+            or not all(cost > 0 for cost in self.costs)
+            or len(set(self.costs)) < len(self.costs)
+        ):
+            raise ValueError(
+                f"costs={self.costs} must be different and positive (VISSL's: {SVMConfig.costs})"
+            )
+        for name, least in (
+            ("folds", 2),
+            ("resize", 1),
+            ("size", 1),
+            ("max_iter", 1),
+            ("seed", 0),
+            ("jobs", 1),
+            ("train_images", 1),
+            ("test_images", 1),
+        ):
             value = getattr(self, name)
-            if not (isinstance(value, int) and value >= least or value is None and getattr(SVMConfig, name) is None):
+            if not (
+                (isinstance(value, int) and value >= least)
+                or (value is None and getattr(SVMConfig, name) is None)
+            ):
                 raise ValueError(f"{name}={value} must be at least {least}, and whole")
         if self.size > self.resize:
-            raise ValueError(f"size={self.size} exceeds resize={self.resize}: give the shorter side first, at least the size")
+            raise ValueError(
+                f"size={self.size} exceeds resize={self.resize}: give the shorter side first, at least the size"
+            )
         if not (self.positive_weight > 0 and self.tol > 0):
-            raise ValueError(f"positive_weight={self.positive_weight} and tol={self.tol} must be positive")
+            raise ValueError(
+                f"positive_weight={self.positive_weight} and tol={self.tol} must be positive"
+            )
         for name, words in (("difficult", ("negative", "omit")), ("pool", ("vissl", "mean"))):
             if getattr(self, name) not in words:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be {' or '.join(map(repr, words))}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} must be {' or '.join(map(repr, words))}"
+                )
 
 
 @on_rank_0
-def evaluate(backbone: nn.Module, data: tuple[VOCImages, VOCImages], config: SVMConfig, *, run_dir: Path | str,
-             progress: bool = True, device: torch.device | str = "cpu",
-             precision: torch.dtype | None = None) -> dict[str, Any]:
+def evaluate(
+    backbone: nn.Module,
+    data: tuple[VOCImages, VOCImages],
+    config: SVMConfig,
+    *,
+    run_dir: Path | str,
+    progress: bool = True,
+    device: torch.device | str = "cpu",
+    precision: torch.dtype | None = None,
+) -> dict[str, Any]:
     """VOC's mean average precision in percent over the classes that can be evaluated: {"svm": …, "classes": {name: AP}, …}.
 
     Each combination of backbone, data and settings has a folder of its own under `run_dir`, with features (float32) and
@@ -106,27 +136,59 @@ def evaluate(backbone: nn.Module, data: tuple[VOCImages, VOCImages], config: SVM
     """
     train, test = chosen(config, *data, "svm")
     if train.classes != test.classes:
-        raise ValueError(f"the splits differ in classes {sorted(set(train.classes) ^ set(test.classes))}: give both of one data set")
+        raise ValueError(
+            f"the splits differ in classes {sorted(set(train.classes) ^ set(test.classes))}: give both of one data set"
+        )
     if shared := set(train.stems) & set(test.stems):
-        raise ValueError(f"{len(shared)} images are in both splits, {min(shared)!r} for one: a test image must not be trained on")
+        raise ValueError(
+            f"{len(shared)} images are in both splits, {min(shared)!r} for one: a test image must not be trained on"
+        )
     settings = {name: value for name, value in plain(config).items() if name != "jobs"} | {
-        "evaluation": "voc07-svm", "images": [_identity(part) for part in (train, test)], "precision": str(precision),
-        "backbone": fingerprint(*backbone.state_dict().values())}
+        "evaluation": "voc07-svm",
+        "images": [_identity(part) for part in (train, test)],
+        "precision": str(precision),
+        "backbone": fingerprint(*backbone.state_dict().values()),
+    }
     folder = Path(run_dir) / config_hash(settings)
     folder.mkdir(parents=True, exist_ok=True)
     held = hold(folder)
     with signals.interruptible():
         (features, rows), (test_features, test_rows) = (
-            embed(backbone, part, config, folder=folder, progress=progress, device=device, precision=precision)
-            for part in (train, test))
-        found = fit(features, train.labels[rows], test_features, test.labels[test_rows], train.classes, config,
-                    folder=folder, progress=progress)
+            embed(
+                backbone,
+                part,
+                config,
+                folder=folder,
+                progress=progress,
+                device=device,
+                precision=precision,
+            )
+            for part in (train, test)
+        )
+        found = fit(
+            features,
+            train.labels[rows],
+            test_features,
+            test.labels[test_rows],
+            train.classes,
+            config,
+            folder=folder,
+            progress=progress,
+        )
     held.check()
     return found | {"pool": config.pool, "difficult": config.difficult}
 
 
-def embed(backbone: nn.Module, data: VOCImages, config: SVMConfig, *, folder: Path | None = None, progress: bool = False,
-          device: torch.device | str = "cpu", precision: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def embed(
+    backbone: nn.Module,
+    data: VOCImages,
+    config: SVMConfig,
+    *,
+    folder: Path | None = None,
+    progress: bool = False,
+    device: torch.device | str = "cpu",
+    precision: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
     """Representations (n, F), float32, of the images that can be read, and their indices (n,), int64.
 
     They are kept in `folder`, if there is one, in blocks; those that are there are not computed again.
@@ -134,7 +196,9 @@ def embed(backbone: nn.Module, data: VOCImages, config: SVMConfig, *, folder: Pa
     view = EvalView(config.resize, config.size, config.mean, config.std)
     if config.pool == "vissl":
         if not hasattr(backbone, "avgpool"):
-            raise ValueError(f"pool='vissl' needs a ResNet with its `avgpool`, not {type(backbone).__name__}: take pool='mean'")
+            raise ValueError(
+                f"pool='vissl' needs a ResNet with its `avgpool`, not {type(backbone).__name__}: take pool='mean'"
+            )
         backbone = copy.deepcopy(backbone)
         backbone.avgpool = _Windows(6, stride=1)
     backbone.to(device)
@@ -150,22 +214,37 @@ def embed(backbone: nn.Module, data: VOCImages, config: SVMConfig, *, folder: Pa
                 rows: list[int] = []
 
                 def images() -> Iterator[Tensor]:
-                    for kept, some in data.images(config.resize, config.size, indices=wanted, device=device):
+                    for kept, some in data.images(
+                        config.resize, config.size, indices=wanted, device=device
+                    ):
                         yield view.finish(some)
                         rows.extend(kept)
                         advance(len(kept))
 
-                block = {"features": represent(backbone, images(), device, precision).cpu().contiguous(), "rows": torch.tensor(rows)}
+                block = {
+                    "features": represent(backbone, images(), device, precision).cpu().contiguous(),
+                    "rows": torch.tensor(rows),
+                }
                 if file:
                     with atomic_write(file) as content:
                         content.write(safetensors.torch.save(block))
             blocks.append(block)
-    return torch.cat([block["features"] for block in blocks]), torch.cat([block["rows"] for block in blocks])
+    return torch.cat([block["features"] for block in blocks]), torch.cat(
+        [block["rows"] for block in blocks]
+    )
 
 
-def fit(features: Tensor | np.ndarray, labels: Tensor | np.ndarray, test_features: Tensor | np.ndarray,
-        test_labels: Tensor | np.ndarray, classes: Sequence[str], config: SVMConfig, *, folder: Path | None = None,
-        progress: bool = False) -> dict[str, Any]:
+def fit(
+    features: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray,
+    test_features: Tensor | np.ndarray,
+    test_labels: Tensor | np.ndarray,
+    classes: Sequence[str],
+    config: SVMConfig,
+    *,
+    folder: Path | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
     """One classifier a class on features (N, F), with labels (N, classes) of 1, 0 (difficult) and -1; scored on test ones.
 
     A class with fewer than three training positives (or than folds), or no test positive, is named and not scored.
@@ -178,24 +257,48 @@ def fit(features: Tensor | np.ndarray, labels: Tensor | np.ndarray, test_feature
     from joblib import Parallel, delayed
     from joblib.externals.loky import get_reusable_executor
 
-    (x, y), (test_x, test_y) = _checked(features, labels, classes, "train"), _checked(test_features, test_labels, classes, "test")
+    (x, y), (test_x, test_y) = (
+        _checked(features, labels, classes, "train"),
+        _checked(test_features, test_labels, classes, "test"),
+    )
     if x.shape[1] != test_x.shape[1]:
-        raise ValueError(f"features have {x.shape[1]} columns and test_features {test_x.shape[1]}: embed both by one backbone")
+        raise ValueError(
+            f"features have {x.shape[1]} columns and test_features {test_x.shape[1]}: embed both by one backbone"
+        )
     enough = max(LEAST, config.folds)
-    evaluable = {name: number for number, name in enumerate(classes)
-                 if (y[:, number] == 1).sum() >= enough and (y[:, number] == -1).sum() >= enough and (test_y[:, number] == 1).any()}
+    evaluable = {
+        name: number
+        for number, name in enumerate(classes)
+        if (y[:, number] == 1).sum() >= enough
+        and (y[:, number] == -1).sum() >= enough
+        and (test_y[:, number] == 1).any()
+    }
     if not evaluable:
-        raise ValueError(f"none of the {len(classes)} classes has {enough} positives and negatives to train on and 1 to test: "
-                         "take more images")
-    done = {name: json.loads(_file(folder, name).read_text()) for name in evaluable if folder and _file(folder, name).exists()}
+        raise ValueError(
+            f"none of the {len(classes)} classes has {enough} positives and negatives to train on and 1 to test: "
+            "take more images"
+        )
+    done = {
+        name: json.loads(_file(folder, name).read_text())
+        for name in evaluable
+        if folder and _file(folder, name).exists()
+    }
     left = [name for name in evaluable if name not in done]
     with bar("support vector machines", len(evaluable), progress, len(done)) as advance:
         jobs = min(config.jobs or share_of_cores(), max(1, len(left)))
-        work = (delayed(_fit_class)(name, x, y[:, evaluable[name]], test_x, config, os.getpid()) for name in left)
+        work = (
+            delayed(_fit_class)(name, x, y[:, evaluable[name]], test_x, config, os.getpid())
+            for name in left
+        )
         for name, scores, result in Parallel(jobs, return_as="generator_unordered")(work):
             result["ap"] = voc_average_precision(scores, test_y[:, evaluable[name]])
             if result["not_converged"]:
-                log.warning("%s: %d fits of LIBLINEAR did not converge in max_iter=%d", name, result["not_converged"], config.max_iter)
+                log.warning(
+                    "%s: %d fits of LIBLINEAR did not converge in max_iter=%d",
+                    name,
+                    result["not_converged"],
+                    config.max_iter,
+                )
             if folder:
                 write_json(_file(folder, name), result)
             done[name] = result
@@ -203,15 +306,23 @@ def fit(features: Tensor | np.ndarray, labels: Tensor | np.ndarray, test_feature
         if jobs > 1:
             get_reusable_executor().shutdown()  # else they would idle for minutes, with what they hold
     found = {name: done[name] for name in evaluable}
-    return {"svm": round(100 * float(np.mean([one["ap"] for one in found.values()])), 2),
-            "classes": {name: round(100 * one["ap"], 2) for name, one in found.items()},
-            "costs": {name: one["cost"] for name, one in found.items()},
-            "not_evaluable": [name for name in classes if name not in found],
-            "not_converged": {name: one["not_converged"] for name, one in found.items() if one["not_converged"]},
-            "train_images": len(x), "test_images": len(test_x), "features": x.shape[1]}
+    return {
+        "svm": round(100 * float(np.mean([one["ap"] for one in found.values()])), 2),
+        "classes": {name: round(100 * one["ap"], 2) for name, one in found.items()},
+        "costs": {name: one["cost"] for name, one in found.items()},
+        "not_evaluable": [name for name in classes if name not in found],
+        "not_converged": {
+            name: one["not_converged"] for name, one in found.items() if one["not_converged"]
+        },
+        "train_images": len(x),
+        "test_images": len(test_x),
+        "features": x.shape[1],
+    }
 
 
-def train_class(features: np.ndarray, labels: np.ndarray, config: SVMConfig) -> tuple["LinearSVC", dict[str, Any]]:
+def train_class(
+    features: np.ndarray, labels: np.ndarray, config: SVMConfig
+) -> tuple["LinearSVC", dict[str, Any]]:
     """The classifier of one class at the cost that cross-validates best on these images, and how that went.
 
     features: normalised, float64 (N, F); labels (N,) of 1, 0 (difficult) and -1.
@@ -225,8 +336,14 @@ def train_class(features: np.ndarray, labels: np.ndarray, config: SVMConfig) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # they are counted
         for cost in config.costs:
-            tried = cross_validate(_classifier(cost, config), x, y, cv=config.folds, scoring="average_precision",
-                                   return_estimator=True)
+            tried = cross_validate(
+                _classifier(cost, config),
+                x,
+                y,
+                cv=config.folds,
+                scoring="average_precision",
+                return_estimator=True,
+            )
             curve.append(float(tried["test_score"].mean()))
             unfinished += sum(int(one.n_iter_) >= config.max_iter for one in tried["estimator"])
         cost = config.costs[int(np.argmax(curve))]
@@ -244,13 +361,19 @@ def voc_average_precision(scores: np.ndarray | Tensor, labels: np.ndarray | Tens
     """
     scores, labels = np.asarray(scores, np.float64), np.asarray(labels)
     if scores.shape != labels.shape or scores.ndim != 1 or not np.isin(labels, (-1, 0, 1)).all():
-        raise ValueError(f"scores {scores.shape} and labels {labels.shape} must be (N,) both, the labels 1, 0 or -1")
+        raise ValueError(
+            f"scores {scores.shape} and labels {labels.shape} must be (N,) both, the labels 1, 0 or -1"
+        )
     if np.isnan(scores).any() or not (labels == 1).any():
-        raise ValueError(f"{np.isnan(scores).sum()} of the scores are no numbers and {(labels == 1).sum()} of the labels are "
-                         "positive: give 0 and at least 1")
+        raise ValueError(
+            f"{np.isnan(scores).sum()} of the scores are no numbers and {(labels == 1).sum()} of the labels are "
+            "positive: give 0 and at least 1"
+        )
     scores, positive = scores[labels != 0], labels[labels != 0] == 1
     order = np.argsort(-scores, kind="stable")
-    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)  # of each run of equal scores
+    ends = np.append(
+        np.flatnonzero(np.diff(scores[order])), len(order) - 1
+    )  # of each run of equal scores
     true = positive[order].cumsum()[ends]
     precision = np.maximum.accumulate((true / (ends + 1))[::-1])[::-1]
     return float((np.diff(true, prepend=0) / true[-1] * precision).sum())
@@ -259,12 +382,26 @@ def voc_average_precision(scores: np.ndarray | Tensor, labels: np.ndarray | Tens
 def _classifier(cost: float, config: SVMConfig) -> "LinearSVC":
     from sklearn.svm import LinearSVC
 
-    return LinearSVC(C=cost, class_weight={1: config.positive_weight, -1: 1}, penalty="l2", loss="squared_hinge", dual=True,
-                     tol=config.tol, max_iter=config.max_iter, random_state=config.seed)
+    return LinearSVC(
+        C=cost,
+        class_weight={1: config.positive_weight, -1: 1},
+        penalty="l2",
+        loss="squared_hinge",
+        dual=True,
+        tol=config.tol,
+        max_iter=config.max_iter,
+        random_state=config.seed,
+    )
 
 
-def _fit_class(name: str, features: np.ndarray, labels: np.ndarray, test_features: np.ndarray,
-               config: SVMConfig, parent: int) -> tuple[str, np.ndarray, dict[str, Any]]:
+def _fit_class(
+    name: str,
+    features: np.ndarray,
+    labels: np.ndarray,
+    test_features: np.ndarray,
+    config: SVMConfig,
+    parent: int,
+) -> tuple[str, np.ndarray, dict[str, Any]]:
     """Train one class and score the test images, whose labels it never sees, for the process `parent`."""
     from threadpoolctl import threadpool_limits
 
@@ -278,6 +415,7 @@ def _fit_class(name: str, features: np.ndarray, labels: np.ndarray, test_feature
 @cache  # once a process
 def _end_with(parent: int) -> None:
     """Let this process end within seconds of the one that it works for, however that dies."""
+
     def look() -> None:
         while os.getppid() == parent:
             time.sleep(2)
@@ -286,16 +424,21 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=look, daemon=True).start()
 
 
-def _checked(features: Tensor | np.ndarray, labels: Tensor | np.ndarray, classes: Sequence[str],
-             which: str) -> tuple[np.ndarray, np.ndarray]:
+def _checked(
+    features: Tensor | np.ndarray, labels: Tensor | np.ndarray, classes: Sequence[str], which: str
+) -> tuple[np.ndarray, np.ndarray]:
     """Features as float64 of unit length, or nearly, and labels."""
     x, y = np.asarray(features, np.float64), np.asarray(labels)
     if x.ndim != 2 or y.shape != (len(x), len(classes)) or not np.isin(y, (-1, 0, 1)).all():
-        raise ValueError(f"{which}: features {x.shape} and labels {y.shape} must be (N, F) and (N, {len(classes)}), "
-                         "the labels 1, 0 or -1")
+        raise ValueError(
+            f"{which}: features {x.shape} and labels {y.shape} must be (N, F) and (N, {len(classes)}), "
+            "the labels 1, 0 or -1"
+        )
     if not np.isfinite(x).all():
-        raise ValueError(f"{which}: {np.count_nonzero(~np.isfinite(x))} features are not finite: the backbone is spoilt, "
-                         "or its precision too low")
+        raise ValueError(
+            f"{which}: {np.count_nonzero(~np.isfinite(x))} features are not finite: the backbone is spoilt, "
+            "or its precision too low"
+        )
     return x / (np.linalg.norm(x, axis=1, keepdims=True) + 1e-5), y
 
 
@@ -304,8 +447,10 @@ class _Windows(nn.AvgPool2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2:] != (7, 7):
-            raise ValueError(f"pool='vissl' needs a last map of 7×7, not {x.shape[2]}×{x.shape[3]}: take pool='mean', or "
-                             "size=224 with a backbone that has ImageNet's stem")
+            raise ValueError(
+                f"pool='vissl' needs a last map of 7×7, not {x.shape[2]}×{x.shape[3]}: take pool='mean', or "
+                "size=224 with a backbone that has ImageNet's stem"
+            )
         return super().forward(x)
 
 
@@ -315,5 +460,14 @@ def _file(folder: Path, name: str) -> Path:
 
 def _identity(data: VOCImages) -> list[Any]:
     """What changes with the images and their labels; files are told apart by name and size."""
-    files = ((stem, data.file(index).stat().st_size if data.file(index).exists() else None) for index, stem in enumerate(data.stems))
-    return [data.title, data.classes, config_hash(list(files)), fingerprint(data.labels), data.on_corrupt]
+    files = (
+        (stem, data.file(index).stat().st_size if data.file(index).exists() else None)
+        for index, stem in enumerate(data.stems)
+    )
+    return [
+        data.title,
+        data.classes,
+        config_hash(list(files)),
+        fingerprint(data.labels),
+        data.on_corrupt,
+    ]

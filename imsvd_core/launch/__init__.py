@@ -6,4 +6,14 @@ from imsvd_core.launch.job import Job
 from imsvd_core.launch.plan import Plan, plan
 from imsvd_core.launch.submit import Submission, batch_script, snapshot, submit
 
-__all__ = ["Job", "LaunchConfig", "Plan", "Submission", "batch_script", "load_profile", "plan", "snapshot", "submit"]
+__all__ = [
+    "Job",
+    "LaunchConfig",
+    "Plan",
+    "Submission",
+    "batch_script",
+    "load_profile",
+    "plan",
+    "snapshot",
+    "submit",
+]

@@ -49,9 +49,17 @@ class LaunchConfig:
 
     def __post_init__(self) -> None:
         if self.executor not in get_args(Executor):
-            raise ValueError(f"executor={self.executor!r} must be one of {', '.join(get_args(Executor))}")
-        for name, least in (("nodes", 1), ("gpus_per_node", 0), ("tasks_per_node", 1), ("cpus_per_task", 1),
-                            ("grace_seconds", 1), ("max_requeues", 0)):
+            raise ValueError(
+                f"executor={self.executor!r} must be one of {', '.join(get_args(Executor))}"
+            )
+        for name, least in (
+            ("nodes", 1),
+            ("gpus_per_node", 0),
+            ("tasks_per_node", 1),
+            ("cpus_per_task", 1),
+            ("grace_seconds", 1),
+            ("max_requeues", 0),
+        ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{name}={value!r} must be at least {least}, and whole")
@@ -62,11 +70,15 @@ class LaunchConfig:
         if self.executor != "slurm" and self.nodes > 1:
             raise ValueError(f"nodes={self.nodes} needs executor='slurm': this machine is one node")
         if self.gpus_per_node and self.ranks_per_node > self.gpus_per_node:
-            raise ValueError(f"tasks_per_node={self.tasks_per_node} exceeds gpus_per_node={self.gpus_per_node}: "
-                             "each process needs a GPU of its own")
+            raise ValueError(
+                f"tasks_per_node={self.tasks_per_node} exceeds gpus_per_node={self.gpus_per_node}: "
+                "each process needs a GPU of its own"
+            )
         if 60 * self.minutes <= self.grace_seconds:
-            raise ValueError(f"time={self.time!r} must exceed grace_seconds={self.grace_seconds}, or the job is told to stop "
-                             "as it starts")
+            raise ValueError(
+                f"time={self.time!r} must exceed grace_seconds={self.grace_seconds}, or the job is told to stop "
+                "as it starts"
+            )
 
     @property
     def ranks_per_node(self) -> int:
@@ -83,9 +95,13 @@ class LaunchConfig:
     @property
     def minutes(self) -> int:
         """The time limit, rounded up. Raises ValueError for what Slurm would not read."""
-        form = re.fullmatch(r"(?:(\d+)-(\d+)(?::(\d+))?(?::(\d+))?|(?:(\d+):)?(\d+):(\d+)|(\d+))", self.time)
+        form = re.fullmatch(
+            r"(?:(\d+)-(\d+)(?::(\d+))?(?::(\d+))?|(?:(\d+):)?(\d+):(\d+)|(\d+))", self.time
+        )
         if not form or not any(int(part or 0) for part in form.groups()):
-            raise ValueError(f"time={self.time!r} is no time limit: write minutes, H:MM:SS or D-HH:MM:SS")
+            raise ValueError(
+                f"time={self.time!r} is no time limit: write minutes, H:MM:SS or D-HH:MM:SS"
+            )
         days, hours, minutes, seconds, h, m, s, alone = (int(part or 0) for part in form.groups())
         return math.ceil(1440 * days + 60 * (hours + h) + minutes + m + alone + (seconds + s) / 60)
 
@@ -105,7 +121,9 @@ def load_profile(name: str | None = None, path: Path | str | None = None) -> Lau
     if not file.exists():
         if name is None:
             return LaunchConfig()
-        raise FileNotFoundError(f"profile={name!r}: there is no {file}; write it, or set IMSVD_CLUSTERS")
+        raise FileNotFoundError(
+            f"profile={name!r}: there is no {file}; write it, or set IMSVD_CLUSTERS"
+        )
     try:
         content = tomllib.loads(file.read_text())
     except tomllib.TOMLDecodeError as error:
@@ -115,18 +133,35 @@ def load_profile(name: str | None = None, path: Path | str | None = None) -> Lau
     if name is None:
         return LaunchConfig()
     if name not in profiles:
-        raise ValueError(f"profile={name!r} is not in {file}; there are: {', '.join(profiles) or 'none'}")
+        raise ValueError(
+            f"profile={name!r} is not in {file}; there are: {', '.join(profiles) or 'none'}"
+        )
     known = [one.name for one in fields(LaunchConfig)]
     if unknown := sorted(set(profiles[name]) - set(known)):
-        raise ValueError(f"{file}, [{name}]: no setting is called {', '.join(unknown)}; there are: {', '.join(known)}")
+        raise ValueError(
+            f"{file}, [{name}]: no setting is called {', '.join(unknown)}; there are: {', '.join(known)}"
+        )
     hints = get_type_hints(LaunchConfig)
     for key, value in profiles[name].items():
         if not _fits(value, hints[key]):
-            raise ValueError(f"{file}, [{name}]: {key}={value!r} must be {KINDS[_kinds(hints[key])[0]]}")
-    return LaunchConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in profiles[name].items()})
+            raise ValueError(
+                f"{file}, [{name}]: {key}={value!r} must be {KINDS[_kinds(hints[key])[0]]}"
+            )
+    return LaunchConfig(
+        **{
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in profiles[name].items()
+        }
+    )
 
 
-KINDS = {int: "a whole number", float: "a number", str: "text, in quotes", tuple: "a list of texts", dict: "a table of texts"}
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "text, in quotes",
+    tuple: "a list of texts",
+    dict: "a table of texts",
+}
 
 
 def _kinds(hint: Any) -> tuple[type, ...]:
@@ -142,4 +177,6 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and all(isinstance(one, str) for one in value)
     if dict in kinds:
         return isinstance(value, dict) and all(isinstance(one, str) for one in value.values())
-    return isinstance(value, (*kinds, int) if float in kinds else kinds) and not isinstance(value, bool)
+    return isinstance(value, (*kinds, int) if float in kinds else kinds) and not isinstance(
+        value, bool
+    )

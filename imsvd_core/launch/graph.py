@@ -14,9 +14,15 @@ from imsvd_core.loop import differences, essential
 from imsvd_core.recipes import Recipe, Scale, from_plain, recipe
 from imsvd_core.results import config_hash, plain, read_result, write_json
 
-METHODS = {"imsvd": "cifar10", "vicreg": "cifar10-vicreg", "barlow-twins": "cifar10-barlow-twins"}  #: → recipe
-TABLES = {1: "linear probe of IMSVD, VICReg and Barlow Twins after half and all of the training, in miniature",
-          2: "kNN of the three after all of the training, in miniature"}
+METHODS = {
+    "imsvd": "cifar10",
+    "vicreg": "cifar10-vicreg",
+    "barlow-twins": "cifar10-barlow-twins",
+}  #: → recipe
+TABLES = {
+    1: "linear probe of IMSVD, VICReg and Barlow Twins after half and all of the training, in miniature",
+    2: "kNN of the three after all of the training, in miniature",
+}
 FIGURES = {3: "IMSVD's joint matrix, which its pretraining keeps in joints/"}
 GRAPH = "graph.json"  #: a graph's own file, in its folder
 
@@ -30,7 +36,9 @@ class Task:
     run_dir: Path
     result: Path
     needs: tuple[str, ...] = ()  #: tasks that must be done before
-    settings: Mapping[str, Any] = field(default_factory=dict)  #: recipe of the pretraining; {} for whatever is found
+    settings: Mapping[str, Any] = field(
+        default_factory=dict
+    )  #: recipe of the pretraining; {} for whatever is found
 
     @property
     def folder(self) -> Path:
@@ -51,17 +59,25 @@ class Graph:
             seen: dict[Any, str] = {}
             for task in tasks:
                 if (value := getattr(task, what)) in seen:
-                    raise ValueError(f"{what}={str(value)!r} is that of two tasks, {seen[value]} and {task.name}: "
-                                     "give each its own")
+                    raise ValueError(
+                        f"{what}={str(value)!r} is that of two tasks, {seen[value]} and {task.name}: "
+                        "give each its own"
+                    )
                 seen[value] = task.name
         for task in tasks:
             if unknown := [need for need in task.needs if need not in self._tasks]:
-                raise ValueError(f"needs={unknown} of {task.name} are no tasks; there are: {', '.join(self._tasks)}")
+                raise ValueError(
+                    f"needs={unknown} of {task.name} are no tasks; there are: {', '.join(self._tasks)}"
+                )
         try:
-            order = graphlib.TopologicalSorter({task.name: task.needs for task in tasks}).static_order()
+            order = graphlib.TopologicalSorter(
+                {task.name: task.needs for task in tasks}
+            ).static_order()
             self._tasks = {name: self._tasks[name] for name in order}
         except graphlib.CycleError as error:
-            raise ValueError(f"needs go in a circle, {' → '.join(error.args[1])}: take one of them out") from None
+            raise ValueError(
+                f"needs go in a circle, {' → '.join(error.args[1])}: take one of them out"
+            ) from None
 
     def __iter__(self) -> Iterator[Task]:
         return iter(self._tasks.values())
@@ -77,8 +93,11 @@ class Graph:
         tasks = {task.name: task for task in self}
         if (out / GRAPH).exists():
             tasks = {task.name: task for task in Graph.load(out)} | tasks
-        rows = [asdict(task) | {name: str(getattr(task, name).relative_to(out)) for name in ("run_dir", "result")}
-                for task in tasks.values()]
+        rows = [
+            asdict(task)
+            | {name: str(getattr(task, name).relative_to(out)) for name in ("run_dir", "result")}
+            for task in tasks.values()
+        ]
         write_json(out / GRAPH, {"tasks": rows})
 
     @classmethod
@@ -86,14 +105,31 @@ class Graph:
         """The graph whose folder is `out`. Raises ValueError for a file that is none."""
         try:
             rows = json.loads((out / GRAPH).read_text())["tasks"]
-            return cls(Task(**{**row, "argv": tuple(row["argv"]), "needs": tuple(row["needs"]),
-                               "run_dir": out / row["run_dir"], "result": out / row["result"]}) for row in rows)
+            return cls(
+                Task(
+                    **{
+                        **row,
+                        "argv": tuple(row["argv"]),
+                        "needs": tuple(row["needs"]),
+                        "run_dir": out / row["run_dir"],
+                        "result": out / row["result"],
+                    }
+                )
+                for row in rows
+            )
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{out / GRAPH} is not a graph: remove it, `imsvd reproduce` writes it anew") from error
+            raise ValueError(
+                f"{out / GRAPH} is not a graph: remove it, `imsvd reproduce` writes it anew"
+            ) from error
 
 
-def build(tables: Sequence[int], figures: Sequence[int], scale: Scale, out: Path,
-          settings: Sequence[str] = ()) -> Graph:
+def build(
+    tables: Sequence[int],
+    figures: Sequence[int],
+    scale: Scale,
+    out: Path,
+    settings: Sequence[str] = (),
+) -> Graph:
     """What tables and figures of the paper need, at a scale, in run folders under `out`.
 
     `settings` are options of `imsvd pretrain`, such as ("--loop.epochs", "4"), for all pretrainings alike. `auto`
@@ -108,7 +144,9 @@ def build(tables: Sequence[int], figures: Sequence[int], scale: Scale, out: Path
     tasks: list[Task] = []
     data: dict[str, str] = {}  # asked for, once → found
     for method, name in METHODS.items():
-        whole = tyro.cli(Recipe, default=recipe(name, scale), args=list(settings), prog="imsvd reproduce")
+        whole = tyro.cli(
+            Recipe, default=recipe(name, scale), args=list(settings), prog="imsvd reproduce"
+        )
         if whole.data not in data:
             data[whole.data] = datasets.resolve(whole.data) if whole.data == "auto" else whole.data
         for epochs in sorted({max(1, whole.loop.epochs // 2), whole.loop.epochs}):
@@ -119,18 +157,41 @@ def build(tables: Sequence[int], figures: Sequence[int], scale: Scale, out: Path
                 continue
             folder = f"{method}-{epochs}-epoch{'s' if epochs > 1 else ''}"
             run, first = out / folder, f"{folder}/pretrain"
-            argv = ("pretrain", name, "--scale", scale, "--run-dir", str(run), *settings, "--loop.epochs", str(epochs),
-                    *(("--data", trained.data) if whole.data == "auto" else ()), "--no-progress")
+            argv = (
+                "pretrain",
+                name,
+                "--scale",
+                scale,
+                "--run-dir",
+                str(run),
+                *settings,
+                "--loop.epochs",
+                str(epochs),
+                *(("--data", trained.data) if whole.data == "auto" else ()),
+                "--no-progress",
+            )
             tasks.append(Task(first, argv, run, run / "result.json", settings=plain(trained)))
             for kind in kinds:
                 argv = ("evaluate", kind, str(run), *["--no-progress"] * (kind == "linear"))
-                tasks.append(Task(f"{folder}/{kind}", argv, run, run / f"{kind}.json", (first,), plain(trained)))
+                tasks.append(
+                    Task(
+                        f"{folder}/{kind}",
+                        argv,
+                        run,
+                        run / f"{kind}.json",
+                        (first,),
+                        plain(trained),
+                    )
+                )
     return Graph(tasks)
 
 
 def _held() -> str:
-    return "; ".join(f"{kind} {number}: {text}" for kind, held in (("table", TABLES), ("figure", FIGURES))
-                     for number, text in held.items())
+    return "; ".join(
+        f"{kind} {number}: {text}"
+        for kind, held in (("table", TABLES), ("figure", FIGURES))
+        for number, text in held.items()
+    )
 
 
 def finished(task: Task) -> bool:
@@ -139,17 +200,25 @@ def finished(task: Task) -> bool:
     stored = _config(task)
     if stored is not None and task.settings:
         stored = plain(from_plain(Recipe, stored))  # with what came later, by its default
-        other = differences(essential(stored), essential(task.settings), words=("there", "asked for"))
-        if other and (task.result.exists() or any((task.run_dir / "checkpoints").glob("step-*.pt"))):
-            raise ValueError(f"run_dir={str(task.run_dir)!r} holds a run with other settings ({other}): "
-                             "give the same ones, another --out, or remove that folder")
+        other = differences(
+            essential(stored), essential(task.settings), words=("there", "asked for")
+        )
+        if other and (
+            task.result.exists() or any((task.run_dir / "checkpoints").glob("step-*.pt"))
+        ):
+            raise ValueError(
+                f"run_dir={str(task.run_dir)!r} holds a run with other settings ({other}): "
+                "give the same ones, another --out, or remove that folder"
+            )
     if not task.result.exists():
         return False
     if stored is not None and task.argv[0] == "evaluate":
         kind = task.argv[1]
         if read_result(task.result)["provenance"]["config_hash"] != evaluation_hash(kind, stored):
-            raise ValueError(f"result={str(task.result)!r} was given by other settings than the run's own: "
-                             f"remove it, or evaluate again with `imsvd evaluate {kind} {task.run_dir} --overwrite`")
+            raise ValueError(
+                f"result={str(task.result)!r} was given by other settings than the run's own: "
+                f"remove it, or evaluate again with `imsvd evaluate {kind} {task.run_dir} --overwrite`"
+            )
     return True
 
 
@@ -165,4 +234,6 @@ def _config(task: Task) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except json.JSONDecodeError:
-        raise ValueError(f"{task.run_dir / 'config.json'} is not readable: remove that folder") from None
+        raise ValueError(
+            f"{task.run_dir / 'config.json'} is not readable: remove that folder"
+        ) from None

@@ -1,8 +1,8 @@
 """A command as a cluster's job: told to stop it saves and is queued again, killed it is resumed, superseded it is fenced.
 
-    submitit → Job() → imsvd_core.cli.run(argv) → Loop        on every rank
-                └─ SIGUSR2, SIGTERM → signals.told() ─┘       the ranks agree at a step's end, rank 0 saves, all leave,
-                                                              and rank 0 asks Slurm to queue the job again
+submitit → Job() → imsvd_core.cli.run(argv) → Loop        on every rank
+            └─ SIGUSR2, SIGTERM → signals.told() ─┘       the ranks agree at a step's end, rank 0 saves, all leave,
+                                                          and rank 0 asks Slurm to queue the job again
 """
 
 import faulthandler
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 import submitit
 
@@ -43,7 +43,7 @@ class Job:
     def __init__(self, argv: Sequence[str], max_requeues: int = 1000):
         self.argv = list(argv)
         self.max_requeues = max_requeues
-        self.submitted = datetime.now(timezone.utc).isoformat(timespec="microseconds")
+        self.submitted = datetime.now(UTC).isoformat(timespec="microseconds")
 
     def __call__(self) -> None:
         environment = submitit.JobEnvironment()
@@ -55,8 +55,9 @@ class Job:
         form = "%(asctime)s %(message)s"
         logging.basicConfig(level=logging.INFO, format=form, force=True)
         if environment.global_rank == 0:
-            log.info("attempt %d of job %s: imsvd %s", attempt, environment.job_id,
-                     " ".join(self.argv))
+            log.info(
+                "attempt %d of job %s: imsvd %s", attempt, environment.job_id, " ".join(self.argv)
+            )
         with signals.heed(override=True):
             try:
                 pkgutil.resolve_name(COMMAND)(self.argv)
@@ -67,8 +68,7 @@ class Job:
         """The same again, should submitit ask: everything is in the run's folder."""
         return submitit.helpers.DelayedSubmission(self)
 
-    def _leave(self, environment: submitit.JobEnvironment, attempt: int,
-               why: str) -> None:
+    def _leave(self, environment: submitit.JobEnvironment, attempt: int, why: str) -> None:
         """End this rank, all else being saved; rank 0 has the job queued again if it is
         still this attempt's."""
         if environment.global_rank > 0:
@@ -80,8 +80,11 @@ class Job:
                 environment._requeue(0)  # exits with what the local controller knows
         elif environment.cluster == "slurm" and _is_running(environment.job_id, attempt):
             if attempt >= self.max_requeues:
-                log.error("not queued again: max_requeues=%d attempts have been made; "
-                          "launch it anew to go on", self.max_requeues)
+                log.error(
+                    "not queued again: max_requeues=%d attempts have been made; "
+                    "launch it anew to go on",
+                    self.max_requeues,
+                )
             else:
                 _requeue(environment, self.max_requeues - attempt)
         faulthandler.dump_traceback_later(LINGER, exit=True)
@@ -102,7 +105,9 @@ def _is_running(job: str, attempt: int) -> bool:
     Where Slurm does not answer, it is: to ask for nothing would lose the job's place.
     """
     try:
-        told = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, timeout=30, check=True).stdout
+        told = subprocess.run(
+            ["scontrol", "show", "job", job], capture_output=True, text=True, timeout=30, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("scontrol does not tell how the job stands: %s", error)
         return True

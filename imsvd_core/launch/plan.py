@@ -38,7 +38,9 @@ class Plan:
     hours_source: str
     memory_gb: float | None
     memory_source: str
-    starved: bool  #: whether a GPU's images are decoded by the one core that nobody asked to be more
+    starved: (
+        bool  #: whether a GPU's images are decoded by the one core that nobody asked to be more
+    )
     disk_gb: float
     disk_free_gb: float
     refused: tuple[str, ...]  #: why it would not be sent, each with its remedy
@@ -52,21 +54,41 @@ class Plan:
     def __str__(self) -> str:
         config = self.config
         devices = f"{config.gpus} GPUs" if config.gpus else f"{config.ranks} processes without GPU"
-        lines = [f"{self.name}: {devices} ({config.nodes} × {config.ranks_per_node}), {self.batch_per_rank} images on each"]
-        lines.append(f"  steps     {_number(self.steps)}" + (f" over {self.samples:,} images" if self.samples else ""))
+        lines = [
+            f"{self.name}: {devices} ({config.nodes} × {config.ranks_per_node}), {self.batch_per_rank} images on each"
+        ]
+        lines.append(
+            f"  steps     {_number(self.steps)}"
+            + (f" over {self.samples:,} images" if self.samples else "")
+        )
         hours = f"{_number(self.hours)} hours" if self.hours is not None else "unknown"
-        attempts = f"in {self.attempts} {'attempt' if self.attempts == 1 else 'attempts'}" if self.attempts else "in attempts"
-        lines.append(f"  time      {hours} ({self.hours_source}), {attempts} of at most {config.time}")
+        attempts = (
+            f"in {self.attempts} {'attempt' if self.attempts == 1 else 'attempts'}"
+            if self.attempts
+            else "in attempts"
+        )
+        lines.append(
+            f"  time      {hours} ({self.hours_source}), {attempts} of at most {config.time}"
+        )
         if config.gpus and self.hours is not None:
             price = config.gpu_hour_price
-            cost = (f"{self.hours * config.gpus * price:,.0f} {config.currency} at {price:g} an hour" if price
-                    else "cost unknown: set gpu_hour_price in the profile")
+            cost = (
+                f"{self.hours * config.gpus * price:,.0f} {config.currency} at {price:g} an hour"
+                if price
+                else "cost unknown: set gpu_hour_price in the profile"
+            )
             lines.append(f"  GPU hours {self.hours * config.gpus:,.0f}; {cost}")
-        memory = f"{_number(self.memory_gb)} GB on each GPU" if self.memory_gb is not None else "unknown"
+        memory = (
+            f"{_number(self.memory_gb)} GB on each GPU" if self.memory_gb is not None else "unknown"
+        )
         lines.append(f"  memory    {memory} ({self.memory_source})")
         cores = f"{config.cpus_per_task or 1} for each process"
-        lines.append(f"  cores     {cores}{', which decode its images: set cpus_per_task' if self.starved else ''}")
-        lines.append(f"  disk      {_number(self.disk_gb)} GB for the run, {_number(self.disk_free_gb)} GB free")
+        lines.append(
+            f"  cores     {cores}{', which decode its images: set cpus_per_task' if self.starved else ''}"
+        )
+        lines.append(
+            f"  disk      {_number(self.disk_gb)} GB for the run, {_number(self.disk_free_gb)} GB free"
+        )
         lines += [f"  refused: {reason}" for reason in self.refused]
         return "\n".join(lines)
 
@@ -83,28 +105,61 @@ def plan(name: str, recipe: Recipe, config: LaunchConfig, run_dir: Path | str) -
     samples, refused = _data(recipe)
     per_step = config.ranks * loop.accumulate
     if loop.batch_size % per_step:
-        refused.append(f"batch_size={loop.batch_size} cannot be cut into equal pieces, accumulate={loop.accumulate} on each "
-                       f"of {config.ranks} ranks: take a multiple of {per_step}")
+        refused.append(
+            f"batch_size={loop.batch_size} cannot be cut into equal pieces, accumulate={loop.accumulate} on each "
+            f"of {config.ranks} ranks: take a multiple of {per_step}"
+        )
     if samples and loop.batch_size > samples:
-        refused.append(f"batch_size={loop.batch_size} exceeds the {samples} samples: take a smaller batch or more data")
+        refused.append(
+            f"batch_size={loop.batch_size} exceeds the {samples} samples: take a smaller batch or more data"
+        )
     useful = config.minutes - config.grace_seconds / 60
     if not 0 < loop.save_minutes <= useful:
-        refused.append(f"time={config.time!r} leaves {useful:.1f} minutes before the notice, and a checkpoint is due every "
-                       f"save_minutes={loop.save_minutes:g}: a node that dies would cost a whole attempt; ask for more time, "
-                       "or set --loop.save-minutes")
+        refused.append(
+            f"time={config.time!r} leaves {useful:.1f} minutes before the notice, and a checkpoint is due every "
+            f"save_minutes={loop.save_minutes:g}: a node that dies would cost a whole attempt; ask for more time, "
+            "or set --loop.save-minutes"
+        )
     network = _size(recipe.network)
     states = OPTIMIZER_STATES[recipe.optim.name]
-    disk = network * 4 * (1 + states) * (loop.keep + 1) / 1e9  # a new checkpoint stands beside those kept
-    free = shutil.disk_usage(next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())).free / 1e9
+    disk = (
+        network * 4 * (1 + states) * (loop.keep + 1) / 1e9
+    )  # a new checkpoint stands beside those kept
+    free = (
+        shutil.disk_usage(
+            next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+        ).free
+        / 1e9
+    )
     if disk > free:
-        refused.append(f"run_dir={str(run_dir)!r} needs {disk:.1f} GB, and {free:.1f} are free: make room, or keep fewer "
-                       f"checkpoints than --loop.keep {loop.keep}")
+        refused.append(
+            f"run_dir={str(run_dir)!r} needs {disk:.1f} GB, and {free:.1f} are free: make room, or keep fewer "
+            f"checkpoints than --loop.keep {loop.keep}"
+        )
     steps = loop.epochs * (samples // loop.batch_size) if samples else None
     hours, hours_source = _hours(name, recipe, config, run_dir, samples)
     memory, memory_source = _memory(recipe, config)
-    starved = config.gpus > 0 and config.executor == "slurm" and config.cpus_per_task is None and recipe.data.startswith("tree:")
-    return Plan(name, config, samples, loop.batch_size // config.ranks, steps, hours, hours_source, memory, memory_source,
-                starved, disk, free, tuple(refused))
+    starved = (
+        config.gpus > 0
+        and config.executor == "slurm"
+        and config.cpus_per_task is None
+        and recipe.data.startswith("tree:")
+    )
+    return Plan(
+        name,
+        config,
+        samples,
+        loop.batch_size // config.ranks,
+        steps,
+        hours,
+        hours_source,
+        memory,
+        memory_source,
+        starved,
+        disk,
+        free,
+        tuple(refused),
+    )
 
 
 def _data(recipe: Recipe) -> tuple[int | None, list[str]]:
@@ -117,7 +172,9 @@ def _data(recipe: Recipe) -> tuple[int | None, list[str]]:
     else:
         refused = []
     root, name = data_root() / path, Path(path).name
-    if kind == "tree" and name in prepared.SPECS:  # checked or not, its publishers say how many it has
+    if (
+        kind == "tree" and name in prepared.SPECS
+    ):  # checked or not, its publishers say how many it has
         report = prepared.checked(name, root)
         if not refused and (report is None or not report.ok):
             fault = "has not been checked" if report is None else "was found wanting"
@@ -134,7 +191,9 @@ def _count(data: str) -> int:
     return datasets.ATTRIBUTES_SIZES["train"] if name == "attributes" else PUBLISHED[name]
 
 
-def _hours(name: str, recipe: Recipe, config: LaunchConfig, run_dir: Path, samples: int | None) -> tuple[float | None, str]:
+def _hours(
+    name: str, recipe: Recipe, config: LaunchConfig, run_dir: Path, samples: int | None
+) -> tuple[float | None, str]:
     loop = recipe.loop
     images = loop.epochs * samples if samples else None
     if images and (speed := _own_speed(run_dir, config.ranks)):
@@ -142,15 +201,28 @@ def _hours(name: str, recipe: Recipe, config: LaunchConfig, run_dir: Path, sampl
     for file in sorted(STORE.glob("benchmark-training-cuda*.json")):
         stored = read_result(file)
         setting, figures = stored["figures"].get("setting", {}), stored["figures"]
-        if images and config.gpus and setting.get("recipe") == name and "two_view_images_per_second" in figures:
+        if (
+            images
+            and config.gpus
+            and setting.get("recipe") == name
+            and "two_view_images_per_second" in figures
+        ):
             scaled = f", divided by {config.ranks}" if config.ranks > 1 else ""
-            return (images / figures["two_view_images_per_second"] / config.ranks / 3600,
-                    f"measured: one {stored['provenance']['device']}{scaled}")
-    if recipe.network.backbone != "resnet50" or recipe.method.name not in TABLE_IV or not config.gpus:
+            return (
+                images / figures["two_view_images_per_second"] / config.ranks / 3600,
+                f"measured: one {stored['provenance']['device']}{scaled}",
+            )
+    if (
+        recipe.network.backbone != "resnet50"
+        or recipe.method.name not in TABLE_IV
+        or not config.gpus
+    ):
         return None, "no measurement is stored, and the paper has none"
     per_hundred = TABLE_IV[recipe.method.name][0]
-    return (per_hundred * loop.epochs / 100 * TABLE_IV_GPUS / config.ranks,
-            f"quoted: Table IV, {per_hundred:g} hours for 100 epochs on {TABLE_IV_GPUS} V100, scaled")
+    return (
+        per_hundred * loop.epochs / 100 * TABLE_IV_GPUS / config.ranks,
+        f"quoted: Table IV, {per_hundred:g} hours for 100 epochs on {TABLE_IV_GPUS} V100, scaled",
+    )
 
 
 def _own_speed(run_dir: Path, ranks: int) -> float | None:
@@ -169,12 +241,16 @@ def _memory(recipe: Recipe, config: LaunchConfig) -> tuple[float | None, str]:
     if recipe.network.backbone != "resnet50" or recipe.method.name != "imsvd" or not config.gpus:
         return None, "no measurement is stored, and the paper has none"
     quoted = TABLE_IV["imsvd"][1]
-    fixed, ours = (4 * (2 + states) * _size(network) / 1e9 for network, states in
-                   ((PAPER, 1), (recipe.network, OPTIMIZER_STATES[recipe.optim.name])))
+    fixed, ours = (
+        4 * (2 + states) * _size(network) / 1e9
+        for network, states in ((PAPER, 1), (recipe.network, OPTIMIZER_STATES[recipe.optim.name]))
+    )
     images = recipe.loop.batch_size / config.ranks / recipe.loop.accumulate
     share = images / (TABLE_IV_BATCH / TABLE_IV_GPUS)
-    return ours + (quoted - fixed) * share, (f"quoted: Table IV, {quoted:g} GB for 64 images on a V100, of which {fixed:.1f} are "
-                                             "weights, gradients and momentum, the rest scaled")
+    return ours + (quoted - fixed) * share, (
+        f"quoted: Table IV, {quoted:g} GB for 64 images on a V100, of which {fixed:.1f} are "
+        "weights, gradients and momentum, the rest scaled"
+    )
 
 
 def _size(config: NetworkConfig) -> int:
@@ -184,4 +260,6 @@ def _size(config: NetworkConfig) -> int:
 
 
 def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+    return (
+        "unknown" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+    )

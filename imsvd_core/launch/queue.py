@@ -10,8 +10,24 @@ from pathlib import Path
 from imsvd_core.launch.submit import Submission
 
 #: States in which a job is still to run, runs, or may come back. All others are ends.
-LIVE = frozenset("""PENDING CONFIGURING RUNNING SUSPENDED STOPPED SIGNALING STAGE_OUT COMPLETING RESIZING REQUEUED
-    REQUEUE_FED REQUEUE_HOLD SPECIAL_EXIT RESV_DEL_HOLD""".split())
+LIVE = frozenset(
+    [
+        "PENDING",
+        "CONFIGURING",
+        "RUNNING",
+        "SUSPENDED",
+        "STOPPED",
+        "SIGNALING",
+        "STAGE_OUT",
+        "COMPLETING",
+        "RESIZING",
+        "REQUEUED",
+        "REQUEUE_FED",
+        "REQUEUE_HOLD",
+        "SPECIAL_EXIT",
+        "RESV_DEL_HOLD",
+    ]
+)
 PATIENCE = 60  # seconds that Slurm may take to answer
 _FIELDS = ("JobID", "State", "Reason", "StartTime", "TimeUsed", "RestartCnt", "exit_code", "Name")
 
@@ -50,18 +66,37 @@ def ask(jobs: Mapping[str, str], names: Collection[str] = ()) -> dict[str, Entry
     if not wanted:
         return {}
     form = ",".join(f"{field}:|" for field in _FIELDS)
-    listed = read_squeue(_run("squeue", "--noheader", "--states=all", f"--Format={form}",
-                              f"--name={','.join(sorted(wanted))}"))
-    known = {entry.job_id: entry for entry in listed
-             if entry.name in names or jobs.get(entry.job_id) == entry.name}
+    listed = read_squeue(
+        _run(
+            "squeue",
+            "--noheader",
+            "--states=all",
+            f"--Format={form}",
+            f"--name={','.join(sorted(wanted))}",
+        )
+    )
+    known = {
+        entry.job_id: entry
+        for entry in listed
+        if entry.name in names or jobs.get(entry.job_id) == entry.name
+    }
     if gone := sorted(jobs.keys() - known.keys()):
         try:
-            told = _run("sacct", "--allocations", "--parsable2", "--noheader", f"--jobs={','.join(gone)}",
-                        "--format=JobIDRaw,State,ExitCode,Start,Elapsed,JobName")
+            told = _run(
+                "sacct",
+                "--allocations",
+                "--parsable2",
+                "--noheader",
+                f"--jobs={','.join(gone)}",
+                "--format=JobIDRaw,State,ExitCode,Start,Elapsed,JobName",
+            )
         except NoAnswer:  # many clusters keep no accounts
             return known
         for entry in read_sacct(told):  # of several records of one job the last one counts
-            if entry.job_id in gone and entry.name in (jobs[entry.job_id], "allocation"):  # if it never began
+            if entry.job_id in gone and entry.name in (
+                jobs[entry.job_id],
+                "allocation",
+            ):  # if it never began
                 known[entry.job_id] = entry
     return known
 
@@ -75,8 +110,18 @@ def read_squeue(text: str) -> list[Entry]:
             continue
         job, state, reason, start, elapsed, restarts, status, name = values
         restarts, status = (int(value) if value.isdigit() else 0 for value in (restarts, status))
-        entries.append(Entry(job, name, state, "" if reason in ("None", "N/A") else reason, _known(start), elapsed,
-                             restarts, _of_wait(status)))
+        entries.append(
+            Entry(
+                job,
+                name,
+                state,
+                "" if reason in ("None", "N/A") else reason,
+                _known(start),
+                elapsed,
+                restarts,
+                _of_wait(status),
+            )
+        )
     return entries
 
 
@@ -90,8 +135,19 @@ def read_sacct(text: str) -> list[Entry]:
         job, state, code, start, elapsed, name = values
         status, _, signal = code.partition(":")
         code = f"signal {signal}" if signal not in ("", "0") else "" if status == "0" else status
-        entries.append(Entry(job, name, (state.split() or [""])[0], "", _known(start), elapsed, 0, code,
-                             in_queue=False))
+        entries.append(
+            Entry(
+                job,
+                name,
+                (state.split() or [""])[0],
+                "",
+                _known(start),
+                elapsed,
+                0,
+                code,
+                in_queue=False,
+            )
+        )
     return entries
 
 
@@ -104,7 +160,9 @@ def alive(submission: Submission) -> bool:
     """Whether a job that was started on this machine still runs."""
     number = int(submission.job_id) if submission.job_id.isdigit() else 0
     try:
-        if number <= 0 or os.waitpid(number, os.WNOHANG)[0] == number:  # a child of ours that has ended
+        if (
+            number <= 0 or os.waitpid(number, os.WNOHANG)[0] == number
+        ):  # a child of ours that has ended
             return False
     except (ChildProcessError, AttributeError):  # another's; Windows
         pass
@@ -112,7 +170,9 @@ def alive(submission: Submission) -> bool:
         os.kill(number, 0)
         command = Path(f"/proc/{number}/cmdline").read_bytes().decode(errors="replace")
         if not command:  # dead, though nobody has asked after it yet; or just being started
-            return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+            return (
+                Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+            )
     except PermissionError:
         return True
     except FileNotFoundError:  # no such view of processes here
@@ -139,5 +199,7 @@ def _run(*command: str) -> str:
         raise NoAnswer(f"{command[0]} cannot be asked: {error}") from error
     if done.returncode:
         said = done.stderr.strip().splitlines()
-        raise NoAnswer(f"{command[0]} failed: {said[-1] if said else f'exit code {done.returncode}'}")
+        raise NoAnswer(
+            f"{command[0]} failed: {said[-1] if said else f'exit code {done.returncode}'}"
+        )
     return done.stdout

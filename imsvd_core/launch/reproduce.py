@@ -5,7 +5,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
@@ -23,7 +23,9 @@ PATIENCE = 60.0  #: seconds to wait for jobs that are ending to have ended
 PAUSE = 1.0  #: seconds between looks at a job that runs here
 
 
-def reproduce(graph: Graph, out: Path, config: LaunchConfig, console: Console, *, dry_run: bool = False) -> bool:
+def reproduce(
+    graph: Graph, out: Path, config: LaunchConfig, console: Console, *, dry_run: bool = False
+) -> bool:
     """Bring `graph`, whose folder is `out`, to its end; returns whether nothing has failed.
 
     Whether a task is finished, on its way or lost is found out anew each time. With Slurm, what is neither finished
@@ -38,15 +40,25 @@ def reproduce(graph: Graph, out: Path, config: LaunchConfig, console: Console, *
         keep = hold(out)  # until the end: one call at a time
     standings = list(look(graph).values())
     if all(standing.state == "done" for standing in standings):
-        console.print(table(standings), f"{summary(standings)}: there is nothing left to do", sep="\n")
+        console.print(
+            table(standings), f"{summary(standings)}: there is nothing left to do", sep="\n"
+        )
         return True
     _refuse_strangers(standings, config)
     missing = [one.task for one in standings if one.state != "done" and not one.live]
-    plans = [plan(task.argv[1], from_plain(Recipe, task.settings), config, task.run_dir)
-             for task in missing if task.argv[0] == "pretrain"]
+    plans = [
+        plan(task.argv[1], from_plain(Recipe, task.settings), config, task.run_dir)
+        for task in missing
+        if task.argv[0] == "pretrain"
+    ]
     if dry_run:
-        console.print(table(standings), *plans, f"would submit {len(missing)}: {', '.join(task.name for task in missing)}",
-                      sep="\n", highlight=False)
+        console.print(
+            table(standings),
+            *plans,
+            f"would submit {len(missing)}: {', '.join(task.name for task in missing)}",
+            sep="\n",
+            highlight=False,
+        )
         return True
     if refused := sorted({reason for one in plans for reason in one.refused}):
         raise ValueError("nothing was submitted:\n  " + "\n  ".join(refused))
@@ -73,14 +85,20 @@ def _refuse_strangers(standings: Sequence[Standing], config: LaunchConfig) -> No
     for standing in standings:
         submission = read_submission(standing.task.folder) if standing.live else None
         if submission and (submission.executor == "slurm") != (config.executor == "slurm"):
-            raise ValueError(f"executor={config.executor!r}: {standing.task.name} is on its way by {submission.executor} "
-                             f"(job {submission.job_id}): wait for its end, or stop it")
+            raise ValueError(
+                f"executor={config.executor!r}: {standing.task.name} is on its way by {submission.executor} "
+                f"(job {submission.job_id}): wait for its end, or stop it"
+            )
         if submission and submission.argv != standing.task.argv:
-            raise ValueError(f"{standing.task.name} is on its way with other settings: stop it (job {submission.job_id}), "
-                             "or give another --out")
+            raise ValueError(
+                f"{standing.task.name} is on its way with other settings: stop it (job {submission.job_id}), "
+                "or give another --out"
+            )
 
 
-def _submit_all(graph: Graph, out: Path, config: LaunchConfig, code: Path, console: Console) -> None:
+def _submit_all(
+    graph: Graph, out: Path, config: LaunchConfig, code: Path, console: Console
+) -> None:
     names = {job_name(task, out): task for task in graph}
     try:
         _wait_for_endings(graph, console)
@@ -88,7 +106,9 @@ def _submit_all(graph: Graph, out: Path, config: LaunchConfig, code: Path, conso
     except queue.NoAnswer as error:
         raise ValueError(f"executor='slurm': {error}; nothing was submitted") from None
     standings = look(graph)  # after the queue was asked: what has left it in between has its result
-    useless = [entry.job_id for entry in queued if not _has_a_future(names[entry.name], entry, standings)]
+    useless = [
+        entry.job_id for entry in queued if not _has_a_future(names[entry.name], entry, standings)
+    ]
     if useless:
         queue.cancel(useless)
     live = {names[entry.name].name: entry.job_id for entry in queued if entry.job_id not in useless}
@@ -100,14 +120,24 @@ def _submit_all(graph: Graph, out: Path, config: LaunchConfig, code: Path, conso
             _adopt(task, live[task.name], config, out)
             continue
         after = [jobs[need] for need in task.needs if standings[need].state != "done"]
-        submission = submit(task.argv, name=job_name(task, out), folder=task.folder, config=fitting(task, config),
-                            code=code, after=after)
+        submission = submit(
+            task.argv,
+            name=job_name(task, out),
+            folder=task.folder,
+            config=fitting(task, config),
+            code=code,
+            after=after,
+        )
         jobs[task.name], sent = submission.job_id, sent + 1
         needs = f", after {', '.join(after)}" if after else ""
         console.print(f"submitted {task.name} as job {submission.job_id}{needs}", highlight=False)
     done = sum(standing.state == "done" for standing in standings.values())
-    console.print(f"{sent} submitted, {len(live)} on their way already, {done} done. "
-                  f"`imsvd status {out}` shows how they get on", highlight=False, soft_wrap=True)
+    console.print(
+        f"{sent} submitted, {len(live)} on their way already, {done} done. "
+        f"`imsvd status {out}` shows how they get on",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _wait_for_endings(graph: Graph, console: Console) -> None:
@@ -115,22 +145,34 @@ def _wait_for_endings(graph: Graph, console: Console) -> None:
     until = time.monotonic() + PATIENCE
     while endings := [one.task.name for one in look(graph).values() if one.ending]:
         if time.monotonic() > until:
-            raise queue.NoAnswer(f"Slurm is still clearing up after {', '.join(endings)}: try again in a minute")
+            raise queue.NoAnswer(
+                f"Slurm is still clearing up after {', '.join(endings)}: try again in a minute"
+            )
         console.print(f"waiting for Slurm to clear up after {', '.join(endings)}", highlight=False)
         time.sleep(2)
 
 
 def _has_a_future(task: Task, entry: queue.Entry, standings: dict[str, Standing]) -> bool:
     """Not if it waits for what has failed, nor if we were cut off between asking for it and giving it its work."""
-    return standings[task.name].state != "not run" and (task.folder / f"{entry.job_id}_submitted.pkl").exists()
+    return (
+        standings[task.name].state != "not run"
+        and (task.folder / f"{entry.job_id}_submitted.pkl").exists()
+    )
 
 
 def _adopt(task: Task, job: str, config: LaunchConfig, out: Path) -> None:
     """Record a job of ours that is in the queue, and that we were cut off from recording."""
     there = read_submission(task.folder)
     if there is None or there.job_id != job:
-        submission = Submission(job_name(task, out), task.argv, job, "slurm", str(task.folder.absolute()),
-                                fitting(task, config).ranks, datetime.now(timezone.utc).isoformat())
+        submission = Submission(
+            job_name(task, out),
+            task.argv,
+            job,
+            "slurm",
+            str(task.folder.absolute()),
+            fitting(task, config).ranks,
+            datetime.now(UTC).isoformat(),
+        )
         submission.write()
 
 
@@ -145,12 +187,19 @@ def _run_all(graph: Graph, out: Path, config: LaunchConfig, code: Path, console:
     with live_table(console) as update:
         for task in graph:
             standings = look(graph)
-            if standings[task.name].state == "done" or any(standings[need].state != "done" for need in task.needs):
+            if standings[task.name].state == "done" or any(
+                standings[need].state != "done" for need in task.needs
+            ):
                 continue
             submission = read_submission(task.folder)
             if not (submission and queue.alive(submission)):  # else of a call that was cut off
-                submission = submit(task.argv, name=job_name(task, out), folder=task.folder,
-                                    config=fitting(task, config), code=code)
+                submission = submit(
+                    task.argv,
+                    name=job_name(task, out),
+                    folder=task.folder,
+                    config=fitting(task, config),
+                    code=code,
+                )
             if config.executor == "debug":
                 with contextlib.suppress(Exception, SystemExit):  # what it left tells
                     submission.job.results()

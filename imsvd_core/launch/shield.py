@@ -1,6 +1,6 @@
 """Run a command for which SIGUSR2 and SIGTERM wait until it listens (`imsvd_core.signals.heed`), be it still importing.
 
-    python -IS shield.py COMMAND ...
+python -IS shield.py COMMAND ...
 """
 
 import os

@@ -20,16 +20,31 @@ from imsvd_core.launch.graph import GRAPH, Graph, Task, finished
 from imsvd_core.launch.submit import Submission
 from imsvd_core.results import read_result
 
-State = Literal["done", "running", "pending", "failed", "cancelled", "not run", "not submitted", "unknown"]
-STYLES: Mapping[State, str] = {"done": "green", "running": "cyan", "pending": "yellow", "failed": "bold red",
-                               "cancelled": "red", "not run": "magenta", "not submitted": "dim", "unknown": "dim"}
+State = Literal[
+    "done", "running", "pending", "failed", "cancelled", "not run", "not submitted", "unknown"
+]
+STYLES: Mapping[State, str] = {
+    "done": "green",
+    "running": "cyan",
+    "pending": "yellow",
+    "failed": "bold red",
+    "cancelled": "red",
+    "not run": "magenta",
+    "not submitted": "dim",
+    "unknown": "dim",
+}
 REFRESH = 3.0  # seconds
 _PAST = {"failed": "failed", "cancelled": "was cancelled"}
 _TAIL = 1 << 18  # bytes of metrics.jsonl that are read: some hundred lines
-_REASONS = {"Resources": "waits for free resources", "Priority": "waits: other jobs come first",
-            "": "waits for the scheduler", "JobHeldUser": "held: scontrol release {job}",
-            "JobHeldAdmin": "held by the administrator", "PartitionTimeLimit": "asks for more time than its partition gives",
-            "launch_failed_requeued_held": "held after its start failed: scontrol release {job}"}
+_REASONS = {
+    "Resources": "waits for free resources",
+    "Priority": "waits: other jobs come first",
+    "": "waits for the scheduler",
+    "JobHeldUser": "held: scontrol release {job}",
+    "JobHeldAdmin": "held by the administrator",
+    "PartitionTimeLimit": "asks for more time than its partition gives",
+    "launch_failed_requeued_held": "held after its start failed: scontrol release {job}",
+}
 
 
 @dataclass(frozen=True)
@@ -48,31 +63,44 @@ class Standing:
         return self.state in ("running", "pending")
 
 
-def look(graph: Graph, ask: Callable[..., dict[str, queue.Entry]] = queue.ask) -> dict[str, Standing]:
+def look(
+    graph: Graph, ask: Callable[..., dict[str, queue.Entry]] = queue.ask
+) -> dict[str, Standing]:
     """How every task stands, by name.
 
     Raises ValueError where a folder holds a run with other settings than the graph's.
     """
-    submissions = {task.name: submission for task in graph if (submission := read_submission(task.folder))}
+    submissions = {
+        task.name: submission for task in graph if (submission := read_submission(task.folder))
+    }
     there: set[str] = set()
     for task in graph:
         if task.result.exists() and there.issuperset(task.needs):
             there.add(task.name)
-    asked = {submission.job_id: submission.name for name, submission in submissions.items()
-             if submission.executor == "slurm" and name not in there}
+    asked = {
+        submission.job_id: submission.name
+        for name, submission in submissions.items()
+        if submission.executor == "slurm" and name not in there
+    }
     try:
         entries, trouble = ask(asked), ""
     except queue.NoAnswer as error:
         entries, trouble = {}, str(error)
-    done = {task.name for task in graph if finished(task)}  # now: what has left the queue by itself has its result
+    done = {
+        task.name for task in graph if finished(task)
+    }  # now: what has left the queue by itself has its result
     standings: dict[str, Standing] = {}
     for task in graph:
         submission = submissions.get(task.name)
         needs = [standings[need] for need in task.needs]
         if task.name in done and all(need.state == "done" for need in needs):
-            standings[task.name] = Standing(task, "done", outcome(task), submission and submission.job_id)
+            standings[task.name] = Standing(
+                task, "done", outcome(task), submission and submission.job_id
+            )
         elif submission and submission.executor != "slurm" and queue.alive(submission):
-            standings[task.name] = Standing(task, "running", progress(task) or "starting", submission.job_id)
+            standings[task.name] = Standing(
+                task, "running", progress(task) or "starting", submission.job_id
+            )
         elif submission and trouble:
             standings[task.name] = Standing(task, "unknown", trouble, submission.job_id)
         else:
@@ -81,22 +109,34 @@ def look(graph: Graph, ask: Callable[..., dict[str, queue.Entry]] = queue.ask) -
     return standings
 
 
-def stand(task: Task, needs: Sequence[Standing], submission: Submission | None, entry: queue.Entry | None) -> Standing:
+def stand(
+    task: Task, needs: Sequence[Standing], submission: Submission | None, entry: queue.Entry | None
+) -> Standing:
     """How an unfinished task stands that does not run here; `entry` is what Slurm says of its last submission."""
     job = submission.job_id if submission else None
     lost = [need for need in needs if need.state in ("failed", "cancelled", "not run")]
     attempt = f"attempt {entry.restarts + 1}" if entry and entry.restarts else ""
     if entry and entry.live and entry.state != "PENDING":
         word = "" if entry.state == "RUNNING" else entry.state.lower()
-        return Standing(task, "running", _joined(progress(task) or "starting", attempt, word), job,
-                        entry.state == "COMPLETING")
+        return Standing(
+            task,
+            "running",
+            _joined(progress(task) or "starting", attempt, word),
+            job,
+            entry.state == "COMPLETING",
+        )
     if lost:  # it may be in the queue still: Slurm takes it out
-        reasons = [need.words if need.state == "not run" else f"{need.task.name} {_PAST[need.state]}" for need in lost]
+        reasons = [
+            need.words if need.state == "not run" else f"{need.task.name} {_PAST[need.state]}"
+            for need in lost
+        ]
         return Standing(task, "not run", " and ".join(dict.fromkeys(reasons)), job)
     if submission is None:
         return Standing(task, "not submitted")
     if entry and entry.live and entry.reason != "DependencyNeverSatisfied":
-        return Standing(task, "pending", _joined(_why(entry, needs), attempt and f"requeued, {attempt}"), job)
+        return Standing(
+            task, "pending", _joined(_why(entry, needs), attempt and f"requeued, {attempt}"), job
+        )
     if entry and entry.live:
         return Standing(task, "not run", "an earlier job that it waits for has failed", job)
     of_job = () if entry is None else (f"job {job}", f"after {entry.elapsed}")
@@ -104,9 +144,17 @@ def stand(task: Task, needs: Sequence[Standing], submission: Submission | None, 
     if entry and entry.state == "CANCELLED":
         return Standing(task, "cancelled", _joined(*of_job), job, log=log)
     if entry is None:
-        why = "ended without a result" if submission.executor != "slurm" else f"Slurm does not know job {job} any more"
+        why = (
+            "ended without a result"
+            if submission.executor != "slurm"
+            else f"Slurm does not know job {job} any more"
+        )
     elif entry.state == "FAILED":
-        why = f"exit code {entry.exit_code}" if entry.exit_code.isdigit() else entry.exit_code or "failed"
+        why = (
+            f"exit code {entry.exit_code}"
+            if entry.exit_code.isdigit()
+            else entry.exit_code or "failed"
+        )
     else:
         why = {"COMPLETED": "completed, but left no result"}.get(entry.state, entry.state)
         if entry.state in queue.LIVE:
@@ -117,8 +165,11 @@ def stand(task: Task, needs: Sequence[Standing], submission: Submission | None, 
 def outcome(task: Task) -> str:
     """What a finished task gave: accuracies, and how long it took."""
     result = read_result(task.result)
-    figures = [f"{_named(name)} {value:g} %" for name, value in result["figures"].items()
-               if isinstance(value, int | float) and (name == "linear" or name.startswith("knn_"))]
+    figures = [
+        f"{_named(name)} {value:g} %"
+        for name, value in result["figures"].items()
+        if isinstance(value, int | float) and (name == "linear" or name.startswith("knn_"))
+    ]
     return _joined(*figures, _duration(result["provenance"]["seconds"]))
 
 
@@ -128,7 +179,10 @@ def progress(task: Task) -> str:
     paths = [task.run_dir / "metrics.jsonl"]
     if task.argv[0] == "evaluate":
         config = config.get("linear", {}) if task.argv[1] == "linear" else {}
-        paths = sorted((task.run_dir / task.argv[1]).glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
+        paths = sorted(
+            (task.run_dir / task.argv[1]).glob("*/metrics.jsonl"),
+            key=lambda path: path.stat().st_mtime,
+        )
     lines = _tail(paths[-1]) if paths else []
     steps = [line for line in lines if "loss" in line]
     if not steps:
@@ -137,11 +191,17 @@ def progress(task: Task) -> str:
         return f"step {steps[-1]['step']}"
     last, loop = steps[-1], config["loop"]
     total = round(last["step"] / last["epoch"]) * loop["epochs"]
-    said = [f"step {last['step']} of {total}", f"loss {last['loss']:.3f}" if last["loss"] is not None else "loss not finite"]
+    said = [
+        f"step {last['step']} of {total}",
+        f"loss {last['loss']:.3f}" if last["loss"] is not None else "loss not finite",
+    ]
     for name, value in next((line for line in reversed(lines) if "gallery" in line), {}).items():
         said += [f"{_named(name)} {value:g} %"] if name.startswith("knn_") else []
     if speed := last.get("samples_per_second"):
-        said += [f"{speed:.0f} images/s", f"{_duration((total - last['step']) * loop['batch_size'] / speed)} left"]
+        said += [
+            f"{speed:.0f} images/s",
+            f"{_duration((total - last['step']) * loop['batch_size'] / speed)} left",
+        ]
     return _joined(*said)
 
 
@@ -153,7 +213,9 @@ def last_words(submission: Submission, lines: int = 3) -> tuple[str, ...]:
     srun says of it where it did not end by itself."""
     first = _said(submission, 0, "err")
     blamed = next((match for line in first if (match := _BLAME.match(line))), None)
-    ranks = sorted(range(submission.tasks), key=lambda rank: blamed is None or rank != int(blamed[2]))
+    ranks = sorted(
+        range(submission.tasks), key=lambda rank: blamed is None or rank != int(blamed[2])
+    )
     for ending in ("err", "out"):
         for rank in ranks:
             if said := _said(submission, rank, ending):
@@ -166,9 +228,15 @@ def last_words(submission: Submission, lines: int = 3) -> tuple[str, ...]:
 def _said(submission: Submission, rank: int, ending: str) -> list[str]:
     """The lines that end a rank's log."""
     try:
-        with open(Path(submission.folder) / f"{submission.job_id}_{rank}_log.{ending}", "rb") as file:
+        with open(
+            Path(submission.folder) / f"{submission.job_id}_{rank}_log.{ending}", "rb"
+        ) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 20_000))
-            return [line.rstrip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+            return [
+                line.rstrip()
+                for line in file.read().decode(errors="replace").splitlines()
+                if line.strip()
+            ]
     except OSError:
         return []
 
@@ -195,16 +263,29 @@ def graphs_under(folder: Path) -> list[Graph]:
         if place == folder and graphs:
             break
     if not graphs:
-        raise ValueError(f"folder={str(folder)!r} holds nothing that was launched: give the folder of `imsvd reproduce`, "
-                         "the run folder of `imsvd launch`, or the folder that holds such folders")
+        raise ValueError(
+            f"folder={str(folder)!r} holds nothing that was launched: give the folder of `imsvd reproduce`, "
+            "the run folder of `imsvd launch`, or the folder that holds such folders"
+        )
     return graphs
 
 
 def _launched(run_dir: Path) -> list[Task]:
     """What `imsvd launch` has sent for a run: its training, and evaluations."""
-    jobs = {place: read_submission(place) for place in (run_dir / "jobs", *sorted((run_dir / "jobs").glob("*/")))}
-    return [Task("/".join((run_dir.name, *place.relative_to(run_dir / "jobs").parts)), tuple(sent.argv), run_dir,
-                 run_dir / f"{place.name if place.parent != run_dir else 'result'}.json") for place, sent in jobs.items() if sent]
+    jobs = {
+        place: read_submission(place)
+        for place in (run_dir / "jobs", *sorted((run_dir / "jobs").glob("*/")))
+    }
+    return [
+        Task(
+            "/".join((run_dir.name, *place.relative_to(run_dir / "jobs").parts)),
+            tuple(sent.argv),
+            run_dir,
+            run_dir / f"{place.name if place.parent != run_dir else 'result'}.json",
+        )
+        for place, sent in jobs.items()
+        if sent
+    ]
 
 
 def table(standings: Iterable[Standing], title: str = "") -> Table:
@@ -213,7 +294,9 @@ def table(standings: Iterable[Standing], title: str = "") -> Table:
     first = {}
     for place, standing in enumerate(standings):
         first.setdefault(standing.task.run_dir, place)
-    shown = Table("task", "state", "", title=title or None, title_justify="left", box=None, pad_edge=False)
+    shown = Table(
+        "task", "state", "", title=title or None, title_justify="left", box=None, pad_edge=False
+    )
     for standing in sorted(standings, key=lambda one: first[one.task.run_dir]):
         words = Text(standing.words)
         for line in standing.log:
@@ -229,14 +312,22 @@ def summary(standings: Iterable[Standing]) -> str:
     return f"{len(states)} task{'s' if len(states) != 1 else ''}: {', '.join(counts)}"
 
 
-def watch(look_again: Callable[[], Iterable[Standing]], console: Console, *, once: bool = False,
-          seconds: float = REFRESH) -> list[Standing]:
+def watch(
+    look_again: Callable[[], Iterable[Standing]],
+    console: Console,
+    *,
+    once: bool = False,
+    seconds: float = REFRESH,
+) -> list[Standing]:
     """Show what `look_again` sees until nothing is on its way any more, or Ctrl-C; once if this is no terminal."""
     standings = list(look_again())
     if once or not console.is_terminal:
         console.print(table(standings), summary(standings), sep="\n")
         return standings
-    with live_table(console, keep=True) as update, contextlib.suppress(KeyboardInterrupt):  # the jobs go on
+    with (
+        live_table(console, keep=True) as update,
+        contextlib.suppress(KeyboardInterrupt),
+    ):  # the jobs go on
         update(standings)
         while any(standing.live or standing.state == "unknown" for standing in standings):
             time.sleep(seconds)
@@ -246,15 +337,20 @@ def watch(look_again: Callable[[], Iterable[Standing]], console: Console, *, onc
 
 
 @contextlib.contextmanager
-def live_table(console: Console, *, keep: bool = False) -> Iterator[Callable[[Iterable[Standing]], None]]:
+def live_table(
+    console: Console, *, keep: bool = False
+) -> Iterator[Callable[[Iterable[Standing]], None]]:
     """What is passed to the function stands on the terminal, in place of what stood there before; if this is one."""
     if not console.is_terminal:
         yield lambda standings: None
         return
     with Live(console=console, auto_refresh=False, transient=not keep) as live:
+
         def update(standings: Iterable[Standing]) -> None:
             standings = list(standings)
-            live.update(Group(Text(summary(standings)), table(standings)), refresh=True)  # a low terminal cuts off the end
+            live.update(
+                Group(Text(summary(standings)), table(standings)), refresh=True
+            )  # a low terminal cuts off the end
 
         yield update
 
@@ -298,7 +394,7 @@ def _tail(path: Path) -> list[dict[str, Any]]:
         with open(path, "rb") as file:
             start = max(0, os.fstat(file.fileno()).st_size - _TAIL)
             file.seek(start)
-            lines = file.read().decode(errors="replace").splitlines(keepends=True)[bool(start):]
+            lines = file.read().decode(errors="replace").splitlines(keepends=True)[bool(start) :]
     except OSError:
         return []
     return [json.loads(line) for line in lines if line.endswith("\n")]

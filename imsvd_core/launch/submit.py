@@ -23,7 +23,11 @@ from imsvd_core.launch.config import LaunchConfig
 from imsvd_core.launch.job import Job
 from imsvd_core.results import code_version, write_json
 
-KEPT = ("IMSVD_DATA", "IMSVD_DATASET", "IMSVD_SCALE")  # environment that a job needs, whatever the cluster exports
+KEPT = (
+    "IMSVD_DATA",
+    "IMSVD_DATASET",
+    "IMSVD_SCALE",
+)  # environment that a job needs, whatever the cluster exports
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,9 @@ class Submission:
     folder: str  #: of its logs, `{job_id}_{rank}_log.out` and `.err`
     tasks: int
     submitted: str  #: UTC, ISO 8601
-    job: submitit.Job | None = field(default=None, repr=False, compare=False)  #: only where it was sent
+    job: submitit.Job | None = field(
+        default=None, repr=False, compare=False
+    )  #: only where it was sent
 
     @classmethod
     def read(cls, folder: Path | str) -> "Submission | None":
@@ -54,8 +60,15 @@ class Submission:
         write_json(Path(self.folder) / "submission.json", told)
 
 
-def submit(argv: Sequence[str], *, name: str, folder: Path | str, config: LaunchConfig, code: Path | str,
-           after: Sequence[str] = ()) -> Submission:
+def submit(
+    argv: Sequence[str],
+    *,
+    name: str,
+    folder: Path | str,
+    config: LaunchConfig,
+    code: Path | str,
+    after: Sequence[str] = (),
+) -> Submission:
     """Send `imsvd argv` as the job `name`.
 
     Args:
@@ -69,23 +82,39 @@ def submit(argv: Sequence[str], *, name: str, folder: Path | str, config: Launch
     name = re.sub(r"[^\w.@/+-]", "_", name)  # squeue takes a comma for two names
     job = Job(argv, config.max_requeues)
     try:
-        with (_outside_any_job(), submitit.helpers.environment_variables(**_environment(config, Path(code))),
-              _in_background(folder) if config.executor == "local" else nullcontext()):
+        with (
+            _outside_any_job(),
+            submitit.helpers.environment_variables(**_environment(config, Path(code))),
+            _in_background(folder) if config.executor == "local" else nullcontext(),
+        ):
             sent = _executor(config, name, folder, Path(code), after).submit(job)
     except submitit.core.utils.FailedJobError as error:
         raise ValueError(f"sbatch refused {name}: {str(error).strip()}") from None
-    submission = Submission(name, tuple(argv), sent.job_id, config.executor, str(folder), config.ranks, job.submitted, sent)
+    submission = Submission(
+        name,
+        tuple(argv),
+        sent.job_id,
+        config.executor,
+        str(folder),
+        config.ranks,
+        job.submitted,
+        sent,
+    )
     submission.write()
     return submission
 
 
-def batch_script(name: str, folder: Path | str, config: LaunchConfig, code: Path | str, after: Sequence[str] = ()) -> str:
+def batch_script(
+    name: str, folder: Path | str, config: LaunchConfig, code: Path | str, after: Sequence[str] = ()
+) -> str:
     """What `submit` would hand to sbatch; needs no Slurm."""
     from submitit.slurm.slurm import _make_sbatch_string
 
     folder = Path(folder).absolute()
     command = f"{_python(Path(code))} -u -m submitit.core._submit {shlex.quote(str(folder))}"
-    return _make_sbatch_string(command, folder, **_slurm_parameters(config, name, Path(code), after))
+    return _make_sbatch_string(
+        command, folder, **_slurm_parameters(config, name, Path(code), after)
+    )
 
 
 def snapshot(folder: Path | str) -> Path:
@@ -94,7 +123,9 @@ def snapshot(folder: Path | str) -> Path:
     A job that starts, or starts again, next week then runs what was submitted. The same code is copied once.
     """
     package = Path(imsvd_core.__file__).parent
-    files = sorted(path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    files = sorted(
+        path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    )
     digest = hashlib.sha256()
     for path in files:
         digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
@@ -132,7 +163,11 @@ def _in_background(folder: Path) -> Iterator[None]:
     sys.stdout.flush()
     sys.stderr.flush()
     ours = [os.dup(number) for number in range(3)]
-    deaf = [signal.SIGINT, signal.SIGHUP] if threading.current_thread() is threading.main_thread() else []
+    deaf = (
+        [signal.SIGINT, signal.SIGHUP]
+        if threading.current_thread() is threading.main_thread()
+        else []
+    )
     before = {number: signal.signal(number, signal.SIG_IGN) for number in deaf}
     with open(os.devnull) as nothing, open(folder / "controller.log", "a") as log:
         for number, theirs in enumerate((nothing, log, log)):
@@ -147,21 +182,34 @@ def _in_background(folder: Path) -> Iterator[None]:
             os.close(own)
 
 
-def _executor(config: LaunchConfig, name: str, folder: Path, code: Path, after: Sequence[str]) -> submitit.Executor:
+def _executor(
+    config: LaunchConfig, name: str, folder: Path, code: Path, after: Sequence[str]
+) -> submitit.Executor:
     if config.executor == "debug":
         return submitit.DebugExecutor(folder)
     if config.executor == "slurm":
         if shutil.which("sbatch") is None:
-            raise ValueError("executor='slurm' needs sbatch, which is not here: run this on a login node of the cluster, "
-                             "or choose executor='local'")
-        executor = submitit.SlurmExecutor(folder, max_num_timeout=config.max_requeues, python=_python(code))
+            raise ValueError(
+                "executor='slurm' needs sbatch, which is not here: run this on a login node of the cluster, "
+                "or choose executor='local'"
+            )
+        executor = submitit.SlurmExecutor(
+            folder, max_num_timeout=config.max_requeues, python=_python(code)
+        )
         executor.update_parameters(**_slurm_parameters(config, name, code, after))
         return executor
-    executor = submitit.LocalExecutor(folder, max_num_timeout=config.max_requeues, python=_python(code))
+    executor = submitit.LocalExecutor(
+        folder, max_num_timeout=config.max_requeues, python=_python(code)
+    )
     # submitit asks for the number of the shell that runs the set-up, and bash would give its own to the last command
     setup = ["trap : EXIT", *config.setup] if config.setup else []
-    executor.update_parameters(tasks_per_node=config.ranks_per_node, gpus_per_node=config.gpus_per_node,
-                               timeout_min=config.minutes, signal_delay_s=config.grace_seconds, setup=setup)
+    executor.update_parameters(
+        tasks_per_node=config.ranks_per_node,
+        gpus_per_node=config.gpus_per_node,
+        timeout_min=config.minutes,
+        signal_delay_s=config.grace_seconds,
+        setup=setup,
+    )
     return executor
 
 
@@ -170,33 +218,61 @@ def _environment(config: LaunchConfig, code: Path) -> dict[str, str]:
     if config.executor != "local":
         return {}
     path = os.environ.get("PYTHONPATH")
-    return {"PYTHONPATH": f"{code}{os.pathsep}{path}" if path else str(code), "PYTHONSAFEPATH": "1",
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(config.cpus_per_task or 1)}
+    return {
+        "PYTHONPATH": f"{code}{os.pathsep}{path}" if path else str(code),
+        "PYTHONSAFEPATH": "1",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(config.cpus_per_task or 1),
+    }
 
 
-def _slurm_parameters(config: LaunchConfig, name: str, code: Path, after: Sequence[str]) -> dict[str, Any]:
-    given = {"mem": config.mem_gb and f"{round(1024 * config.mem_gb)}MB", "cpus_per_task": config.cpus_per_task,
-             "gpus_per_node": config.gpus_per_node or None}
-    given |= {key: getattr(config, key) for key in ("partition", "account", "qos", "constraint", "exclude")}
-    more: dict[str, Any] = {"requeue": True, **config.options}  # queued again also where the cluster's default is not to
+def _slurm_parameters(
+    config: LaunchConfig, name: str, code: Path, after: Sequence[str]
+) -> dict[str, Any]:
+    given = {
+        "mem": config.mem_gb and f"{round(1024 * config.mem_gb)}MB",
+        "cpus_per_task": config.cpus_per_task,
+        "gpus_per_node": config.gpus_per_node or None,
+    }
+    given |= {
+        key: getattr(config, key)
+        for key in ("partition", "account", "qos", "constraint", "exclude")
+    }
+    more: dict[str, Any] = {
+        "requeue": True,
+        **config.options,
+    }  # queued again also where the cluster's default is not to
     if after:
         more |= {"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"}
-    return {"job_name": name, "nodes": config.nodes, "ntasks_per_node": config.ranks_per_node, "time": config.minutes,
-            "signal_delay_s": config.grace_seconds, "additional_parameters": more, "wckey": None,  # submitit's own may be unknown
-            "srun_args": ["--kill-on-bad-exit=1"],  # no rank outlives one that failed
-            "setup": [*_setup(config, code),
-                      '[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK'],  # srun does not inherit it
-            **{key: value for key, value in given.items() if value is not None}}
+    return {
+        "job_name": name,
+        "nodes": config.nodes,
+        "ntasks_per_node": config.ranks_per_node,
+        "time": config.minutes,
+        "signal_delay_s": config.grace_seconds,
+        "additional_parameters": more,
+        "wckey": None,  # submitit's own may be unknown
+        "srun_args": ["--kill-on-bad-exit=1"],  # no rank outlives one that failed
+        "setup": [
+            *_setup(config, code),
+            '[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK',
+        ],  # srun does not inherit it
+        **{key: value for key, value in given.items() if value is not None},
+    }
 
 
 def _setup(config: LaunchConfig, code: Path) -> list[str]:
     kept = [f"export {name}={shlex.quote(os.environ[name])}" for name in KEPT if name in os.environ]
-    return [*config.setup, f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
-            "export PYTHONSAFEPATH=1",  # the folder that we are in may hold another version
-            *kept,
-            "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"]
+    return [
+        *config.setup,
+        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        "export PYTHONSAFEPATH=1",  # the folder that we are in may hold another version
+        *kept,
+        "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}",
+    ]
 
 
 def _python(code: Path) -> str:
     """This Python, which keeps notices (SIGUSR2, SIGTERM) until it listens: one that comes while it imports would end it."""
-    return shlex.join([sys.executable, "-IS", str(code / "imsvd_core" / "launch" / "shield.py"), sys.executable])
+    return shlex.join(
+        [sys.executable, "-IS", str(code / "imsvd_core" / "launch" / "shield.py"), sys.executable]
+    )

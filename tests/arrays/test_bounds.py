@@ -6,15 +6,33 @@ from itertools import product
 import pytest
 import torch
 
-from imsvd_core.arrays import (agreement_cost, balanced_entropy, expected_entropy, fano_bound, fano_entropy, hard_bound, hard_packing,
-                               one_hot_codes, orthogonal_array, plotkin_bound, population_bound, rao_bound, simulated_entropy,
-                               smoothed_packing_loss, smoothed_packing_optimum, suggest_units, visible_share)
+from imsvd_core.arrays import (
+    agreement_cost,
+    balanced_entropy,
+    expected_entropy,
+    fano_bound,
+    fano_entropy,
+    hard_bound,
+    hard_packing,
+    one_hot_codes,
+    orthogonal_array,
+    plotkin_bound,
+    population_bound,
+    rao_bound,
+    simulated_entropy,
+    smoothed_packing_loss,
+    smoothed_packing_optimum,
+    suggest_units,
+    visible_share,
+)
 from imsvd_core.discretization import soft_discretize, split_variables
 from imsvd_core.information import entropy
 from imsvd_core.loss import cross_joint_entropy
 
 
-@pytest.mark.parametrize(("units", "weight"), [(3, 0.0), (80, 0.0), (80, 1.0), (2, 1.0), (2, 1 - math.log(2))])
+@pytest.mark.parametrize(
+    ("units", "weight"), [(3, 0.0), (80, 0.0), (80, 1.0), (2, 1.0), (2, 1 - math.log(2))]
+)
 def test_the_bound_is_three_logarithms_under_its_condition(units, weight):
     assert population_bound(units, weight) == pytest.approx(-3 * math.log(units), abs=1e-12)
 
@@ -28,10 +46,15 @@ def test_disagreement_costs_what_the_formula_says_and_never_less(units, weight):
 
     torch.manual_seed(0)
     for scale in (0.3, 1.0, 3.0):
-        p1, p2 = (soft_discretize(scale * torch.randn(7, units, dtype=torch.float64), units).repeat(1, 2) for _ in range(2))
+        p1, p2 = (
+            soft_discretize(scale * torch.randn(7, units, dtype=torch.float64), units).repeat(1, 2)
+            for _ in range(2)
+        )
         value, agreement = diagonal_terms(p1, p2)
         assert value > agreement_cost(agreement, units, weight)
-    even = torch.eye(units, dtype=torch.float64) * 0.7 + 0.3 / units  # every value once, equally soft
+    even = (
+        torch.eye(units, dtype=torch.float64) * 0.7 + 0.3 / units
+    )  # every value once, equally soft
     value, agreement = diagonal_terms(even.repeat(1, 2), even.repeat(1, 2))
     assert value == pytest.approx(agreement_cost(agreement, units, weight), abs=1e-12)
 
@@ -67,7 +90,7 @@ def test_random_codes_stay_above_every_bound():
 @pytest.mark.parametrize(("samples", "cells"), [(1, 5), (5, 5), (7, 3), (20, 36), (30, 4)])
 def test_balanced_counts_have_the_largest_entropy(samples, cells):
     counts = torch.full((cells,), samples // cells)
-    counts[:samples % cells] += 1
+    counts[: samples % cells] += 1
     largest = balanced_entropy(samples, cells)
     assert largest == pytest.approx(entropy(counts.double() / samples).item(), abs=1e-12)
     generator = torch.Generator().manual_seed(0)
@@ -77,7 +100,15 @@ def test_balanced_counts_have_the_largest_entropy(samples, cells):
 
 
 def test_hard_bounds_of_known_sizes():
-    known = {(2, 2): -1.3863, (6, 3): -2.8904, (12, 4): -3.8712, (20, 6): -4.7778, (30, 6): -5.1930, (80, 16): -7.1546, (10, 3): -3.2529}
+    known = {
+        (2, 2): -1.3863,
+        (6, 3): -2.8904,
+        (12, 4): -3.8712,
+        (20, 6): -4.7778,
+        (30, 6): -5.1930,
+        (80, 16): -7.1546,
+        (10, 3): -3.2529,
+    }
     for sizes, value in known.items():
         assert hard_bound(*sizes) == pytest.approx(value, abs=5e-5)
     assert hard_bound(36, 6) == pytest.approx(population_bound(6), abs=1e-12)
@@ -100,7 +131,9 @@ def test_fano_entropy_is_the_largest_for_its_agreement(units):
     p, q = split_variables(codes, units).unbind(1)
     for one, other in zip(p, q, strict=True):
         assert entropy(one).item() <= fano_entropy((one * other).sum().item(), units) + 1e-9
-    s = (1 + 1 / units) / 2  # attained: the top probability s, the rest spread evenly, against the sure code
+    s = (
+        1 + 1 / units
+    ) / 2  # attained: the top probability s, the rest spread evenly, against the sure code
     spread = torch.tensor([s] + [(1 - s) / (units - 1)] * (units - 1), dtype=torch.float64)
     assert fano_entropy(s, units) == pytest.approx(entropy(spread).item(), abs=1e-12)
     assert fano_entropy(1.0, units) == 0
@@ -109,8 +142,12 @@ def test_fano_entropy_is_the_largest_for_its_agreement(units):
 
 def test_fano_bound_at_the_defaults():
     assert fano_bound(2048, 80) == pytest.approx(-12.8276, abs=5e-4)
-    assert fano_bound(10**6, 4) == pytest.approx(population_bound(4), abs=1e-9), "many samples hide nothing"
-    assert population_bound(4) < fano_bound(1, 4) < fano_bound(1, 4, 2.0), "one sample shows noise alone, and agreement forbids that"
+    assert fano_bound(10**6, 4) == pytest.approx(population_bound(4), abs=1e-9), (
+        "many samples hide nothing"
+    )
+    assert population_bound(4) < fano_bound(1, 4) < fano_bound(1, 4, 2.0), (
+        "one sample shows noise alone, and agreement forbids that"
+    )
 
 
 @pytest.mark.parametrize(("samples", "units"), [(6, 3), (20, 5), (24, 8)])
@@ -120,7 +157,9 @@ def test_smoothing_a_packing_has_the_loss_that_the_formula_says(samples, units, 
     p = a * one_hot_codes(hard_packing(samples, units, 3), units) + (1 - a) / units
     for weight in (1.0, 0.5):
         brute = cross_joint_entropy(p.log(), p.log(), units, invariance_weight=weight).total.item()
-        assert smoothed_packing_loss(theta, samples, units, weight) == pytest.approx(brute, abs=1e-12)
+        assert smoothed_packing_loss(theta, samples, units, weight) == pytest.approx(
+            brute, abs=1e-12
+        )
 
 
 @pytest.mark.parametrize(("samples", "units"), [(6, 3), (20, 5), (512, 32), (2048, 64)])
@@ -148,7 +187,10 @@ def test_the_bias_of_a_pair_is_exact(samples, units, bias):
 def test_expected_entropy_of_three_samples_in_two_cells_by_enumeration():
     outcomes = [(3, 0), (2, 1), (1, 2), (0, 3)]
     ways = [1, 3, 3, 1]
-    mean = sum(way / 8 * entropy(torch.tensor(counts).double() / 3).item() for way, counts in zip(ways, outcomes, strict=True))
+    mean = sum(
+        way / 8 * entropy(torch.tensor(counts).double() / 3).item()
+        for way, counts in zip(ways, outcomes, strict=True)
+    )
     assert expected_entropy(3, 2) == pytest.approx(mean, abs=1e-12)
     assert expected_entropy(1, 7) == pytest.approx(0.0, abs=1e-12)
     assert expected_entropy(7, 1) == 0
@@ -156,12 +198,17 @@ def test_expected_entropy_of_three_samples_in_two_cells_by_enumeration():
 
 def test_the_mean_entropy_of_a_batch_rises_with_every_sample_towards_the_truth():
     def by_enumeration(samples, cells):
-        outcomes = [torch.tensor(draw).bincount(minlength=cells).double() / samples for draw in product(range(cells), repeat=samples)]
+        outcomes = [
+            torch.tensor(draw).bincount(minlength=cells).double() / samples
+            for draw in product(range(cells), repeat=samples)
+        ]
         return torch.stack([entropy(outcome) for outcome in outcomes]).mean().item()
 
     for cells in (2, 4):
         means = [expected_entropy(samples, cells) for samples in range(1, 6)]
-        assert means == pytest.approx([by_enumeration(samples, cells) for samples in range(1, 6)], abs=1e-12)
+        assert means == pytest.approx(
+            [by_enumeration(samples, cells) for samples in range(1, 6)], abs=1e-12
+        )
         assert all(later > earlier for earlier, later in zip(means, means[1:], strict=False))
         assert expected_entropy(3, 1) == 0
         assert expected_entropy(20_000, cells) == pytest.approx(math.log(cells), abs=1e-4)
@@ -170,11 +217,16 @@ def test_the_mean_entropy_of_a_batch_rises_with_every_sample_towards_the_truth()
 @pytest.mark.parametrize(("samples", "units"), [(2, 2), (3, 3), (5, 2)])
 def test_the_visible_share_by_enumeration_of_all_batches(samples, units):
     def mean_entropy(cells):
-        draws = [torch.tensor(draw).bincount(minlength=cells).double() / samples for draw in product(range(cells), repeat=samples)]
+        draws = [
+            torch.tensor(draw).bincount(minlength=cells).double() / samples
+            for draw in product(range(cells), repeat=samples)
+        ]
         return torch.stack([entropy(draw) for draw in draws]).mean().item()
 
     added = mean_entropy(units**2) - mean_entropy((units - 1) ** 2)
-    assert visible_share(samples, units) == pytest.approx(added / (2 * math.log(units / (units - 1))), abs=1e-12)
+    assert visible_share(samples, units) == pytest.approx(
+        added / (2 * math.log(units / (units - 1))), abs=1e-12
+    )
 
 
 def test_the_visible_share_falls_from_one_to_nothing():
@@ -205,14 +257,28 @@ def test_the_suggestion_divides_the_embedding():
         suggest_units(512, dim=7)
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: suggest_units(1), "batch_size=1"), (lambda: suggest_units(64.0), "batch_size=64.0"),
-    (lambda: suggest_units(64, visible=1.0), "visible=1.0"), (lambda: suggest_units(64, visible=0), "visible=0"),
-    (lambda: population_bound(1), "units=1"), (lambda: population_bound(3, -1.0), "invariance_weight=-1.0"),
-    (lambda: population_bound(3, strength=1), "strength=1"), (lambda: balanced_entropy(0, 3), "samples=0"),
-    (lambda: expected_entropy(3, 0), "cells=0"), (lambda: simulated_entropy(3, 3, draws=1), "draws=1"),
-    (lambda: smoothed_packing_loss(1.2, 6, 3), "theta=1.2"), (lambda: smoothed_packing_loss(0.5, 10, 3), "samples=10"),
-    (lambda: agreement_cost(0.0, 3), "s=0.0"), (lambda: fano_entropy(1.5, 3), "agreement=1.5"), (lambda: rao_bound(9, 1), "units=1"), (lambda: plotkin_bound(9, True), "units=True"), (lambda: visible_share(9, 1), "units=1")])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: suggest_units(1), "batch_size=1"),
+        (lambda: suggest_units(64.0), "batch_size=64.0"),
+        (lambda: suggest_units(64, visible=1.0), "visible=1.0"),
+        (lambda: suggest_units(64, visible=0), "visible=0"),
+        (lambda: population_bound(1), "units=1"),
+        (lambda: population_bound(3, -1.0), "invariance_weight=-1.0"),
+        (lambda: population_bound(3, strength=1), "strength=1"),
+        (lambda: balanced_entropy(0, 3), "samples=0"),
+        (lambda: expected_entropy(3, 0), "cells=0"),
+        (lambda: simulated_entropy(3, 3, draws=1), "draws=1"),
+        (lambda: smoothed_packing_loss(1.2, 6, 3), "theta=1.2"),
+        (lambda: smoothed_packing_loss(0.5, 10, 3), "samples=10"),
+        (lambda: agreement_cost(0.0, 3), "s=0.0"),
+        (lambda: fano_entropy(1.5, 3), "agreement=1.5"),
+        (lambda: rao_bound(9, 1), "units=1"),
+        (lambda: plotkin_bound(9, True), "units=True"),
+        (lambda: visible_share(9, 1), "units=1"),
+    ],
+)
 def test_what_makes_no_sense_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -5,8 +5,15 @@ import math
 import pytest
 import torch
 
-from imsvd_core.arrays import (fano_bound, hard_bound, hard_packing, one_hot_codes, optimise_tables, orthogonal_array,
-                               search_hard_codes)
+from imsvd_core.arrays import (
+    fano_bound,
+    hard_bound,
+    hard_packing,
+    one_hot_codes,
+    optimise_tables,
+    orthogonal_array,
+    search_hard_codes,
+)
 from imsvd_core.loss import cross_joint_entropy
 
 
@@ -21,7 +28,9 @@ def test_soft_tables_beat_the_best_hard_codes():
 
 def test_the_loss_found_is_that_of_the_codes_given_back():
     found = optimise_tables(6, 3, 2, restarts=4, steps=100, invariance_weight=0.5)
-    again = cross_joint_entropy(found.p1.log(), found.p2.log(), 3, invariance_weight=0.5).total.item()
+    again = cross_joint_entropy(
+        found.p1.log(), found.p2.log(), 3, invariance_weight=0.5
+    ).total.item()
     assert found.loss == pytest.approx(again, abs=1e-10)
     assert found.loss == pytest.approx(found.restarts.min().item(), abs=1e-12)
     tops = [p.reshape(6, 2, 3).amax(-1).mean().item() for p in (found.p1, found.p2)]
@@ -34,7 +43,9 @@ def test_a_search_is_repeatable():
     assert not torch.equal(first.p1, optimise_tables(4, 2, 2, restarts=3, steps=20, seed=6).p1)
 
 
-@pytest.mark.parametrize(("samples", "units", "variables"), [(9, 3, 4), (12, 4, 3), (10, 3, 3), (30, 6, 3)])
+@pytest.mark.parametrize(
+    ("samples", "units", "variables"), [(9, 3, 4), (12, 4, 3), (10, 3, 3), (30, 6, 3)]
+)
 def test_annealing_finds_hard_codes_that_attain_their_bound(samples, units, variables):
     loss, values = search_hard_codes(samples, units, variables, target=hard_bound(samples, units))
     z = 1000 * one_hot_codes(values, units)
@@ -72,11 +83,18 @@ def _logits(p):
     return p.log().clamp_min(-1e4)
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: optimise_tables(0, 3, 2), "samples=0"), (lambda: optimise_tables(4, 1, 2), "units=1"),
-    (lambda: optimise_tables(4, 2, 1), "variables=1"), (lambda: optimise_tables(4, 2, 2, steps=0), "steps=0"),
-    (lambda: optimise_tables(4, 2, 2, restarts=0), "restarts=0"), (lambda: search_hard_codes(4, 2, 1), "variables=1"),
-    (lambda: search_hard_codes(4, 2, 2, restarts=0), "restarts=0")])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: optimise_tables(0, 3, 2), "samples=0"),
+        (lambda: optimise_tables(4, 1, 2), "units=1"),
+        (lambda: optimise_tables(4, 2, 1), "variables=1"),
+        (lambda: optimise_tables(4, 2, 2, steps=0), "steps=0"),
+        (lambda: optimise_tables(4, 2, 2, restarts=0), "restarts=0"),
+        (lambda: search_hard_codes(4, 2, 1), "variables=1"),
+        (lambda: search_hard_codes(4, 2, 2, restarts=0), "restarts=0"),
+    ],
+)
 def test_searches_that_cannot_be_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()

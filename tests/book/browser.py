@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 from playwright.sync_api import Browser, Page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -31,8 +33,12 @@ class Visit:
     tex_errors: list[str] = field(default_factory=list)
     formulas: int = 0
     alts: list[str] = field(default_factory=list)
-    themed: list[dict] = field(default_factory=list)  #: per two-theme figure: which of its images are seen
-    faint: list[str] = field(default_factory=list)  #: texts whose contrast to what lies behind them is below 4.5
+    themed: list[dict] = field(
+        default_factory=list
+    )  #: per two-theme figure: which of its images are seen
+    faint: list[str] = field(
+        default_factory=list
+    )  #: texts whose contrast to what lies behind them is below 4.5
     overflow: int = 0  #: pixels by which the page is wider than the window
 
 
@@ -52,7 +58,10 @@ def visit(browser: Browser, url: str, *, theme: str = "light", width: int = WIDE
     context.add_init_script(f"localStorage.mode = localStorage.theme = '{theme}'")
     page = context.new_page()
     local = (origin, "data:", "blob:", "about:")
-    page.on("request", lambda r: None if r.url.startswith(local) else seen.foreign_requests.append(r.url))
+    page.on(
+        "request",
+        lambda r: None if r.url.startswith(local) else seen.foreign_requests.append(r.url),
+    )
     page.on("requestfailed", lambda r: seen.failed_requests.append(r.url))
     page.on("response", lambda r: seen.failed_requests.append(r.url) if r.status >= 400 else None)
     page.on("console", lambda m: seen.console_errors.append(m.text) if m.type == "error" else None)

@@ -19,13 +19,17 @@ from playwright.sync_api import Browser, sync_playwright
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def build(folder: Path, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def build(
+    folder: Path, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Render the book laid out in `folder` into `folder`/_build/html as `make book` does: warnings are errors."""
     command = [str(Path(sys.executable).with_name("jupyter-book")), "build", str(folder / "book")]
     command += ["--config", str(folder / "_config.yml"), "--toc", str(folder / "_toc.yml")]
     command += ["--path-output", str(folder), "-W", "-n", "--keep-going"]
     environment = {**os.environ, **(environment or {})}
-    return subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.run(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +41,9 @@ def rendering() -> tuple[Path, subprocess.CompletedProcess[str]]:
         if "IMSVD_BOOK" in os.environ:
             pytest.fail(reason)
         pytest.skip(reason)
-    return folder / "_build" / "html", build(folder, json.loads((folder / "environment.json").read_text()))
+    return folder / "_build" / "html", build(
+        folder, json.loads((folder / "environment.json").read_text())
+    )
 
 
 @pytest.fixture(scope="session")

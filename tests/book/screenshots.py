@@ -1,6 +1,6 @@
 """Photograph rendered pages, light and dark, wide and narrow, for people to look at.
 
-    python tests/book/screenshots.py _build/html /tmp/shots
+python tests/book/screenshots.py _build/html /tmp/shots
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 sys.path.insert(0, str(Path(__file__).parent))
-from browser import CHROMIUM, FLAGS, settled  # noqa: E402
+from browser import CHROMIUM, FLAGS, settled
 
 WIDTHS = {"wide": 1400, "narrow": 390}
 

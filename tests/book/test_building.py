@@ -26,7 +26,9 @@ def small_book(folder: Path, cell: str) -> Path:
     """A book of one page with one cell, built by the real configuration."""
     (folder / "book").mkdir(exist_ok=True)
     (folder / "book" / "references.bib").write_text("")
-    (folder / "book" / "index.md").write_text(f"{HEADER}# One page\n\n```{{code-cell}} ipython3\n{cell}\n```\n")
+    (folder / "book" / "index.md").write_text(
+        f"{HEADER}# One page\n\n```{{code-cell}} ipython3\n{cell}\n```\n"
+    )
     (folder / "_toc.yml").write_text("format: jb-book\nroot: index\n")
     config = yaml.safe_load((REPOSITORY / "_config.yml").read_text())
     config["sphinx"]["local_extensions"] = {"imsvd_book": str(REPOSITORY / "book" / "_ext")}
@@ -90,7 +92,9 @@ def test_only_the_caches_used_last_are_kept(tmp_path: Path) -> None:
         folder.mkdir()
         os.utime(folder, (1e9 - age, 1e9 - age))
     imsvd_book.prune(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"age-{age}" for age in range(imsvd_book.KEPT_CACHES)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"age-{age}" for age in range(imsvd_book.KEPT_CACHES)
+    ]
 
 
 def test_every_page_that_computes_becomes_a_notebook_with_all_its_cells(tmp_path: Path) -> None:
@@ -102,14 +106,21 @@ def test_every_page_that_computes_becomes_a_notebook_with_all_its_cells(tmp_path
 
 def test_links_between_chapters_lead_from_notebook_to_notebook() -> None:
     def rewritten(link: str) -> str:
-        return notebooks._LINK.sub(lambda match: notebooks._to_notebook({"04-the-loss"}, match), link)
+        return notebooks._LINK.sub(
+            lambda match: notebooks._to_notebook({"04-the-loss"}, match), link
+        )
 
     assert rewritten("[x](04-the-loss.md)") == "[x](04-the-loss.ipynb)"
     assert rewritten("[x](../04-the-loss.md#terms)") == "[x](../04-the-loss.ipynb#terms)"
     assert rewritten("[x](notation.md)") == "[x](notation.md)"
 
 
-@pytest.mark.parametrize(("text", "answer"), [(f"{HEADER}# A", True), ("# A\n\n---\nkernelspec: no", False), ("# A", False)])
-def test_a_page_computes_if_its_header_names_a_kernel(tmp_path: Path, text: str, answer: bool) -> None:
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [(f"{HEADER}# A", True), ("# A\n\n---\nkernelspec: no", False), ("# A", False)],
+)
+def test_a_page_computes_if_its_header_names_a_kernel(
+    tmp_path: Path, text: str, answer: bool
+) -> None:
     (tmp_path / "page.md").write_text(text)
     assert notebooks.is_notebook(tmp_path / "page.md") is answer

@@ -21,7 +21,10 @@ UNITS = 3
 
 def codes(samples: int = 7, dim: int = 12, units: int = UNITS) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [soft_discretize(torch.randn(samples, dim, generator=generator, dtype=torch.float64), units) for _ in "12"]
+    return [
+        soft_discretize(torch.randn(samples, dim, generator=generator, dtype=torch.float64), units)
+        for _ in "12"
+    ]
 
 
 def entropies(cells: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,7 +65,7 @@ def test_the_operations_are_those_of_the_textbook_versions_products() -> None:
 
 def test_the_slope_in_the_matrix_is_that_of_autograd() -> None:
     cells = table(*codes()).requires_grad_()
-    truth, = torch.autograd.grad(sum(entropies(cells)), cells)
+    (truth,) = torch.autograd.grad(sum(entropies(cells)), cells)
     torch.testing.assert_close(of_chapter(CHAPTER, "matrix_slope")(cells.detach(), UNITS), truth)
 
 
@@ -74,7 +77,9 @@ def test_the_slopes_in_the_tables_are_those_of_autograd() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 5, 12])
-def test_the_stream_has_the_value_and_up_to_constants_the_slopes_of_the_whole_matrix(rows: int) -> None:
+def test_the_stream_has_the_value_and_up_to_constants_the_slopes_of_the_whole_matrix(
+    rows: int,
+) -> None:
     p1, p2 = (p.requires_grad_() for p in codes())
     _, truth = entropies(table(p1, p2))
     value, *slopes = of_chapter(CHAPTER, "streamed")(p1.detach(), p2.detach(), UNITS, rows)
@@ -96,20 +101,32 @@ def test_the_costs_of_a_rank_are_what_its_exchanges_and_products_add_up_to() -> 
 
         gathered = sum(2 * mine * dim for _ in others)
         everything = multiply(dim, samples, dim) + 2 * multiply(mine, dim, dim)
-        ring = sum(2 * dim * dim / ranks for _ in others)  # a chunk of the sum to the next rank, in each round of two
+        ring = sum(
+            2 * dim * dim / ranks for _ in others
+        )  # a chunk of the sum to the next rank, in each round of two
         own_samples = multiply(dim, mine, dim) + 2 * multiply(mine, dim, dim)
         shared = sum(mine * columns + mine * dim + mine * columns + mine * dim for _ in others)
-        own_rows = multiply(columns, samples, dim) + multiply(samples, dim, columns) + multiply(samples, columns, dim)
+        own_rows = (
+            multiply(columns, samples, dim)
+            + multiply(samples, dim, columns)
+            + multiply(samples, columns, dim)
+        )
         assert of_chapter(CHAPTER, "costs")(samples, dim, ranks, entry) == {
-            "all compute all": (everything, entry * gathered), "add matrices": (own_samples, entry * ring),
-            "share rows": (own_rows, entry * shared)}
+            "all compute all": (everything, entry * gathered),
+            "add matrices": (own_samples, entry * ring),
+            "share rows": (own_rows, entry * shared),
+        }
 
 
 def test_at_the_break_even_bandwidth_both_ways_take_equally_long() -> None:
     for ranks, dim, rate, entry in ((2, 40, 1e9, 4), (8, 64, 3e6, 2)):
         bandwidth = of_chapter(CHAPTER, "break_even_bandwidth")(rate, dim, ranks, entry)
-        seconds = {way: operations / rate + sent / bandwidth
-                   for way, (operations, sent) in of_chapter(CHAPTER, "costs")(24, dim, ranks, entry).items()}
+        seconds = {
+            way: operations / rate + sent / bandwidth
+            for way, (operations, sent) in of_chapter(CHAPTER, "costs")(
+                24, dim, ranks, entry
+            ).items()
+        }
         assert seconds["all compute all"] == pytest.approx(seconds["share rows"], rel=1e-12)
 
 
@@ -117,30 +134,57 @@ def test_block_rows_are_sums_over_their_cells() -> None:
     p1, p2 = codes()
     cells = table(p1, p2)
     for v, row in enumerate(of_chapter(CHAPTER, "block_rows")(p1, p2, UNITS).tolist()):
-        mine = [cells[v * UNITS + b, c].item() for b in range(UNITS) for c in range(12) if c // UNITS != v]
+        mine = [
+            cells[v * UNITS + b, c].item()
+            for b in range(UNITS)
+            for c in range(12)
+            if c // UNITS != v
+        ]
         assert row == pytest.approx(sum(x * math.log(x) for x in mine) / 3, abs=1e-12)
 
 
 @pytest.mark.parametrize("drawn", [1, 2, 4, 5])
 def test_the_variance_of_drawing_is_that_of_all_draws(drawn: int) -> None:
     x = torch.randn(5, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    draws = [(x[list(chosen)].mean(0) - x.mean(0)).square().sum().item() for chosen in combinations(range(5), drawn)]
-    assert of_chapter(CHAPTER, "sampling_variance")(x, drawn).item() == pytest.approx(sum(draws) / len(draws), abs=1e-14)
+    draws = [
+        (x[list(chosen)].mean(0) - x.mean(0)).square().sum().item()
+        for chosen in combinations(range(5), drawn)
+    ]
+    assert of_chapter(CHAPTER, "sampling_variance")(x, drawn).item() == pytest.approx(
+        sum(draws) / len(draws), abs=1e-14
+    )
 
 
 def test_the_scatter_of_view_ones_gradient_is_known_beforehand() -> None:
-    z = [torch.randn(7, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(seed), requires_grad=True) for seed in (0, 1)]
+    z = [
+        torch.randn(
+            7,
+            12,
+            dtype=torch.float64,
+            generator=torch.Generator().manual_seed(seed),
+            requires_grad=True,
+        )
+        for seed in (0, 1)
+    ]
     rows = of_chapter(CHAPTER, "block_rows")(*(soft_discretize(view, UNITS) for view in z), UNITS)
     x = torch.stack([torch.autograd.grad(row, z[0], retain_graph=True)[0] for row in rows])
     for drawn in (1, 2, 3, 4):
         expected = (4 - drawn) / drawn * x.mean(0).square().sum()
-        torch.testing.assert_close(of_chapter(CHAPTER, "sampling_variance")(x, drawn), expected, rtol=1e-12, atol=1e-18)
+        torch.testing.assert_close(
+            of_chapter(CHAPTER, "sampling_variance")(x, drawn), expected, rtol=1e-12, atol=1e-18
+        )
 
 
-def test_the_collision_bound_is_the_log_of_the_mean_sum_of_squares_and_exact_for_even_cells() -> None:
+def test_the_collision_bound_is_the_log_of_the_mean_sum_of_squares_and_exact_for_even_cells() -> (
+    None
+):
     for p1, p2 in (codes(), [torch.full((4, 12), 1 / UNITS, dtype=torch.float64)] * 2):
         cells = table(p1, p2)
-        squares = [cells[row, column].item()**2 for row, column in product(range(12), repeat=2) if row // UNITS != column // UNITS]
+        squares = [
+            cells[row, column].item() ** 2
+            for row, column in product(range(12), repeat=2)
+            if row // UNITS != column // UNITS
+        ]
         bound = log_mean_collision(p1, p2, UNITS).item()
         assert bound == pytest.approx(math.log(sum(squares) / 12), abs=1e-12)
         assert bound >= entropies(cells)[1].item() - 1e-12
@@ -149,7 +193,9 @@ def test_the_collision_bound_is_the_log_of_the_mean_sum_of_squares_and_exact_for
 
 def test_two_passes_leave_the_gradient_of_the_whole_batch() -> None:
     torch.manual_seed(0)
-    network = torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.Tanh(), torch.nn.Linear(6, 12)).double()
+    network = torch.nn.Sequential(
+        torch.nn.Linear(5, 6), torch.nn.Tanh(), torch.nn.Linear(6, 12)
+    ).double()
     x1, x2 = torch.randn(2, 10, 5, dtype=torch.float64)
     loss = CrossJointEntropyLoss(UNITS)
     whole = loss(network(x1), network(x2)).total

@@ -73,7 +73,9 @@ def test_every_image_of_a_page_says_what_is_seen(name: str, look: Callable[..., 
 
 @every_page
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_a_page_can_be_read_in_both_themes(name: str, theme: str, look: Callable[..., Visit]) -> None:
+def test_a_page_can_be_read_in_both_themes(
+    name: str, theme: str, look: Callable[..., Visit]
+) -> None:
     seen = look(name, theme=theme)
     assert seen.faint == []
     for figure in filter(lambda figure: figure["both"], seen.themed):
@@ -124,14 +126,20 @@ def test_every_exercise_has_a_collapsed_solution_below_it(name: str, site: Path)
 def test_every_stored_result_is_listed_and_can_be_had(site: Path) -> None:
     page = soup(site / "appendix" / "results.html")
     listed = {link.get_text() for link in page.select("table a.download")}
-    stored = {json.loads(path.read_text())["name"] for path in (REPOSITORY / "book" / "results").glob("*.json")}
+    stored = {
+        json.loads(path.read_text())["name"]
+        for path in (REPOSITORY / "book" / "results").glob("*.json")
+    }
     assert listed == stored
 
 
 def test_the_animated_picture_obeys_mouse_and_keyboard(address: str, chromium: Browser) -> None:
     page = chromium.new_page()
     page.goto(f"{address}/index.html")
-    picture, slider = page.locator(".imsvd-animation img").first, page.locator(".imsvd-animation input")
+    picture, slider = (
+        page.locator(".imsvd-animation img").first,
+        page.locator(".imsvd-animation input"),
+    )
     label = page.locator(".imsvd-animation output")
     last = picture.get_attribute("src")
     last_label = label.inner_text()
@@ -143,12 +151,17 @@ def test_the_animated_picture_obeys_mouse_and_keyboard(address: str, chromium: B
     assert picture.get_attribute("src") == last
     button = page.get_by_role("button", name="Play")
     button.click()
-    page.wait_for_function("first => document.querySelector('.imsvd-animation output').innerText !== first", arg=last_label)
+    page.wait_for_function(
+        "first => document.querySelector('.imsvd-animation output').innerText !== first",
+        arg=last_label,
+    )
     page.get_by_role("button", name="Pause").click()
     page.close()
 
 
-def test_readers_who_ask_for_less_motion_get_the_slider_alone(address: str, chromium: Browser) -> None:
+def test_readers_who_ask_for_less_motion_get_the_slider_alone(
+    address: str, chromium: Browser
+) -> None:
     context = chromium.new_context(reduced_motion="reduce")
     page = context.new_page()
     page.goto(f"{address}/index.html")
@@ -208,8 +221,10 @@ def broken_links(root: Path, page: Path) -> list[str]:
             continue
         target = (page.parent / unquote(urlsplit(url).path)).resolve() if url else page.resolve()
         target = target / "index.html" if target.is_dir() else target
-        if not target.is_relative_to(root.resolve()) or not target.exists():
-            broken.append(tag["href"])
-        elif place and target.suffix == ".html" and unquote(place) not in anchors(target):
+        if (
+            not target.is_relative_to(root.resolve())
+            or not target.exists()
+            or (place and target.suffix == ".html" and unquote(place) not in anchors(target))
+        ):
             broken.append(tag["href"])
     return broken

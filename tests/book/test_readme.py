@@ -16,7 +16,9 @@ def test_the_python_lines_run_as_they_stand() -> None:
 
 
 def test_every_make_target_that_is_named_exists_and_is_listed() -> None:
-    listed = subprocess.run(["make", "-s"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["make", "-s"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout
     named = set(re.findall(r"\bmake ([a-z]+)", README))
     assert {"book", "test"} <= named
     for target in named | {"notebooks", "serve", "bench", "clean"}:

@@ -34,8 +34,13 @@ def test_the_grid_of_units_runs_every_setting_once(tmp_path, monkeypatch):
     study.main(tmp_path)
     first = read_result(tmp_path / "result.json")["figures"]
     assert [run["units"] for run in first["runs"]] == [4, 8]
-    assert len({run["knn_20"] for run in first["runs"]} | {run["mean_top"] for run in first["runs"]}) > 2
-    monkeypatch.setattr(study.Pretraining, "__iter__", lambda self: 1 / 0)  # nothing is trained again
+    assert (
+        len({run["knn_20"] for run in first["runs"]} | {run["mean_top"] for run in first["runs"]})
+        > 2
+    )
+    monkeypatch.setattr(
+        study.Pretraining, "__iter__", lambda self: 1 / 0
+    )  # nothing is trained again
     study.main(tmp_path)
     assert read_result(tmp_path / "result.json")["figures"] == first
 
@@ -57,14 +62,25 @@ def test_a_run_is_kept_with_its_model_and_its_matrices(tmp_path):
     pretrain(small, tmp_path / "run", progress=False)
     (tmp_path / "store").mkdir()
     load("keep").main(tmp_path / "run", "kept", tmp_path / "store")
-    before, after = read_result(tmp_path / "run" / "result.json"), read_result(tmp_path / "store" / "kept.json")
+    before, after = (
+        read_result(tmp_path / "run" / "result.json"),
+        read_result(tmp_path / "store" / "kept.json"),
+    )
     assert after["name"] == "kept"
     assert after["provenance"] == before["provenance"]
     assert after["figures"].items() >= before["figures"].items()
-    assert abs(after["figures"]["knn_20_as_kept"] - before["figures"]["knn_20"]) <= 2  # of 200 queries
+    assert (
+        abs(after["figures"]["knn_20_as_kept"] - before["figures"]["knn_20"]) <= 2
+    )  # of 200 queries
     matrices = load_file(tmp_path / "store" / "kept-joints.safetensors")
     assert len(matrices) == 1 + small.loop.epochs
-    trained, kept = (load_backbone(path) for path in (tmp_path / "run" / "backbone.safetensors", tmp_path / "store" / "kept.safetensors"))
+    trained, kept = (
+        load_backbone(path)
+        for path in (
+            tmp_path / "run" / "backbone.safetensors",
+            tmp_path / "store" / "kept.safetensors",
+        )
+    )
     images = torch.rand(2, 3, 32, 32)
     assert torch.allclose(trained.eval()(images), kept.eval()(images), rtol=0.02, atol=0.02)
 
@@ -79,7 +95,8 @@ def test_the_recorded_launch_tells_what_a_log_says_by_the_names_of_folders_alone
     study, run_dir = load("launch"), tmp_path / "runs" / "run"
     (run_dir / "jobs").mkdir(parents=True)
     (run_dir / "jobs" / "7_0_log.err").write_text(
-        f"srun: error\n2026-11-23 03:36:53,148 resumed {run_dir} at step 51 of 160, data {tmp_path}/runs/cifar10\n")
+        f"srun: error\n2026-11-23 03:36:53,148 resumed {run_dir} at step 51 of 160, data {tmp_path}/runs/cifar10\n"
+    )
     watch = study.Watch(None, run_dir)
     watch.job, watch.began = "7", datetime(2026, 11, 23, 3, 36, 50).timestamp()
     assert study.log(watch) == [(3.148, "resumed run at step 51 of 160, data cifar10")]

@@ -15,13 +15,17 @@ from imsvd_core.views import EvalView
 def planted(n, classes, noise, seed):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (n,), generator=generator)
-    features = torch.nn.functional.one_hot(labels, classes) + noise * torch.randn(n, classes, generator=generator)
+    features = torch.nn.functional.one_hot(labels, classes) + noise * torch.randn(
+        n, classes, generator=generator
+    )
     return features, labels
 
 
 def brute_force(gallery, labels, queries, classes, k, temperature):
     """In float64, one query at a time, by sorting everything."""
-    gallery, queries = (x.double() / x.double().norm(dim=1, keepdim=True) for x in (gallery, queries))
+    gallery, queries = (
+        x.double() / x.double().norm(dim=1, keepdim=True) for x in (gallery, queries)
+    )
     predicted = []
     for query in queries:
         similarity = gallery @ query
@@ -54,14 +58,26 @@ def test_weights_matter_and_cannot_overflow():
 
 def test_a_vote_is_the_sum_of_exponentials_written_out():
     """Two near neighbours of class 2, or five farther ones of class 1 and three of class 0; in float64, term by term."""
-    similarity = torch.tensor([[.95, .9, .7, .68, .66, .64, .62, .6, .58, .5], [.8, .75, .745, .74, .73, .72, .71, .7, .69, .68]])
+    similarity = torch.tensor(
+        [
+            [0.95, 0.9, 0.7, 0.68, 0.66, 0.64, 0.62, 0.6, 0.58, 0.5],
+            [0.8, 0.75, 0.745, 0.74, 0.73, 0.72, 0.71, 0.7, 0.69, 0.68],
+        ]
+    )
     labels = torch.tensor([[2, 2, 1, 1, 0, 1, 0, 1, 1, 0], [0, 2, 1, 1, 1, 2, 0, 2, 2, 0]])
-    for temperature in (.03, .07, .1, .2, .5, 2.):
+    for temperature in (0.03, 0.07, 0.1, 0.2, 0.5, 2.0):
         found = vote(similarity, labels, 3, neighbors=(1, 3, 5, 8, 10), temperature=temperature)
         assert set(found) == {1, 3, 5, 8, 10}
         for k, predicted in found.items():
             for row, near in enumerate(similarity.double()):
-                scores = [sum(torch.exp(near[i] / temperature).item() for i in range(k) if labels[row, i] == c) for c in range(3)]
+                scores = [
+                    sum(
+                        torch.exp(near[i] / temperature).item()
+                        for i in range(k)
+                        if labels[row, i] == c
+                    )
+                    for c in range(3)
+                ]
                 assert predicted[row] == scores.index(max(scores)), (temperature, k, row)
 
 
@@ -72,7 +88,9 @@ def test_planted_labels_are_found_and_shuffled_ones_are_chance():
     assert (found == truth).float().mean() > 0.99
     shuffled = labels[torch.randperm(4000, generator=torch.Generator().manual_seed(2))]
     found = weighted_knn(gallery, shuffled, queries, 20, neighbors=(200,))[200]
-    assert (found == truth).float().mean() < 0.2  # chance is 0.05; all queries of a cluster err alike, so it scatters
+    assert (
+        found == truth
+    ).float().mean() < 0.2  # chance is 0.05; all queries of a cluster err alike, so it scatters
 
 
 def test_memory_does_not_grow_with_gallery_times_queries():
@@ -83,7 +101,10 @@ def test_memory_does_not_grow_with_gallery_times_queries():
             nonlocal largest
             out = func(*args, **(kwargs or {}))
             for item in out if isinstance(out, tuple | list) else (out,):
-                largest = max(largest, item.untyped_storage().nbytes() if isinstance(item, torch.Tensor) else 0)
+                largest = max(
+                    largest,
+                    item.untyped_storage().nbytes() if isinstance(item, torch.Tensor) else 0,
+                )
             return out
 
     gallery, labels = planted(6000, 5, 0.8, seed=0)
@@ -106,7 +127,14 @@ def test_what_cannot_be_is_refused():
 def test_no_temperature_makes_every_vote_vanish():
     """With similarity 0.7 at best and a tiny temperature, the nearest neighbour still decides: class 2, never 0."""
     gallery = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.9, 0.9]])
-    found = weighted_knn(gallery, torch.tensor([2, 1]), torch.tensor([[1.0, 0.0, 0.0]]), 3, neighbors=(2,), temperature=1e-3)
+    found = weighted_knn(
+        gallery,
+        torch.tensor([2, 1]),
+        torch.tensor([[1.0, 0.0, 0.0]]),
+        3,
+        neighbors=(2,),
+        temperature=1e-3,
+    )
     assert found[2].tolist() == [2]
 
 
@@ -129,14 +157,16 @@ def test_of_equal_neighbours_the_first_in_the_gallery_is_nearer_however_it_is_cu
         for part in gallery.split(fed):
             found.add(part)
         similarity, index = by_sorting(gallery, queries, most)
-        assert torch.equal(found.nearest()[1], index) and torch.equal(found.nearest()[0], similarity)
+        assert torch.equal(found.nearest()[1], index) and torch.equal(
+            found.nearest()[0], similarity
+        )
 
 
 @pytest.mark.parametrize("cuts", [(400, 700), (3, 1097), (550, 550)])
 def test_what_two_found_in_their_parts_merges_to_what_one_finds(cuts):
     gallery, queries = tying(1100, 0), tying(33, 1)
     first, second = (Neighbors(queries, 50, 16, start) for start in (0, cuts[0]))
-    first.add(gallery[:cuts[0]]), second.add(gallery[cuts[0]:])
+    first.add(gallery[: cuts[0]]), second.add(gallery[cuts[0] :])
     second.merge(first)
     assert torch.equal(second.nearest()[1], by_sorting(gallery, queries, 50)[1])
     with pytest.raises(ValueError, match="other has 5 queries, and this 33"):
@@ -147,7 +177,9 @@ def test_a_look_into_groups_finds_what_a_look_at_all_does():
     """Real numbers, and galleries whose widths leave a rest beside the groups."""
     generator = torch.Generator().manual_seed(0)
     for rows in (83, 84, 85, 500, 1013):
-        gallery, queries = (torch.randn(n, 12, generator=generator, dtype=torch.float64) for n in (rows, 40))
+        gallery, queries = (
+            torch.randn(n, 12, generator=generator, dtype=torch.float64) for n in (rows, 40)
+        )
         similarity = nn.functional.normalize(queries) @ nn.functional.normalize(gallery).T
         found = Neighbors(queries, 20, 200)
         found.add(gallery)
@@ -174,7 +206,14 @@ def images(n, seed, classes=3):
     labels = torch.randint(classes, (n,), generator=generator)
     pixels = torch.randint(100, (n, 3, 2, 2), generator=generator)
     pixels[torch.arange(n), labels] += 120
-    return ImageData("planted", "planted", "train" if seed == 0 else "test", pixels.to(torch.uint8), labels, tuple("rgb"))
+    return ImageData(
+        "planted",
+        "planted",
+        "train" if seed == 0 else "test",
+        pixels.to(torch.uint8),
+        labels,
+        tuple("rgb"),
+    )
 
 
 def evaluate(**settings):
@@ -195,7 +234,9 @@ def _on_rank(gallery: int, run_dir: str | None, rank: int, size: int) -> tuple:
 @pytest.mark.parametrize("gallery", [103, 4])
 def test_ranks_share_the_work_and_find_what_one_process_does(ranks, tmp_path, gallery):
     """Shares of 51 and 52 images of the gallery, 15 and 16 queries; or of two images, fewer than k."""
-    (shared, alone, seen), (other, _, also_seen) = ranks(partial(_on_rank, gallery, str(tmp_path / "kept")), 2)
+    (shared, alone, seen), (other, _, also_seen) = ranks(
+        partial(_on_rank, gallery, str(tmp_path / "kept")), 2
+    )
     assert shared == other == alone and shared["gallery"] == gallery
     assert (seen, also_seen) == (gallery // 2 + 15, gallery - gallery // 2 + 16)
     assert not list((tmp_path / "kept").iterdir())
@@ -205,7 +246,9 @@ def _merged_of_three(rank: int, size: int) -> tuple:
     gallery, queries = tying(100, 0), tying(10, 1)
     found = Neighbors(queries, 40, 4, features.share(100).start)
     found.add(gallery[features.share(100)])
-    return *knn.merge_over_ranks(*found.nearest(), 40), by_sorting(gallery, queries[features.share(10)], 40)
+    return *knn.merge_over_ranks(*found.nearest(), 40), by_sorting(
+        gallery, queries[features.share(10)], 40
+    )
 
 
 @pytest.mark.slow  # three processes start
@@ -231,25 +274,39 @@ class Dying(nn.Module):
 def test_a_killed_evaluation_goes_on_where_it_was_and_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(knn, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(features, "KEPT_ROWS", 10)
-    monkeypatch.setattr(features.embed, "__kwdefaults__", features.embed.__kwdefaults__ | {"batch_size": 5})
-    monkeypatch.setattr(features.batches, "__kwdefaults__", features.batches.__kwdefaults__ | {"batch_size": 5})
+    monkeypatch.setattr(
+        features.embed, "__kwdefaults__", features.embed.__kwdefaults__ | {"batch_size": 5}
+    )
+    monkeypatch.setattr(
+        features.batches, "__kwdefaults__", features.batches.__kwdefaults__ | {"batch_size": 5}
+    )
     compared = []
     plain = Neighbors._compare
-    monkeypatch.setattr(Neighbors, "_compare", lambda self: (compared.append(self.seen), plain(self)))
+    monkeypatch.setattr(
+        Neighbors, "_compare", lambda self: (compared.append(self.seen), plain(self))
+    )
     whole = evaluate(run_dir=None)
     in_one_go = list(compared)
-    for lives, left in ((17, 103 + 31), (60, 103 + 21), (10**6, None)):  # in the queries; in the gallery; not at all
+    for lives, left in (
+        (17, 103 + 31),
+        (60, 103 + 21),
+        (10**6, None),
+    ):  # in the queries; in the gallery; not at all
         compared.clear()
         backbone = Dying(lives)
         try:
             found = evaluate(backbone=backbone, run_dir=tmp_path)
         except KeyboardInterrupt:
             assert lives < 10**6 and len(list(tmp_path.iterdir())) == 1
-    assert found == whole and compared == in_one_go[1:]  # the first block was compared before the kill
+    assert (
+        found == whole and compared == in_one_go[1:]
+    )  # the first block was compared before the kill
     assert backbone.seen == 103 - 32 and not list(tmp_path.iterdir())
 
 
-def test_what_is_kept_belongs_to_backbone_data_and_settings_and_to_one_process(tmp_path, monkeypatch):
+def test_what_is_kept_belongs_to_backbone_data_and_settings_and_to_one_process(
+    tmp_path, monkeypatch
+):
     def folder(**settings):
         with pytest.raises(KeyboardInterrupt):
             evaluate(run_dir=tmp_path, **settings)
@@ -270,8 +327,11 @@ def test_streamed_images_are_embedded_from_where_a_share_begins(tmp_path):
     from torchvision.io import write_png
 
     from imsvd_core.folders import open_folder
+
     for split, there in (("train", images(90, 0)), ("val", images(20, 1))):
-        for number, (image, label) in enumerate(zip(there.images, there.labels.tolist(), strict=True)):
+        for number, (image, label) in enumerate(
+            zip(there.images, there.labels.tolist(), strict=True)
+        ):
             home = tmp_path / split / there.classes[label]
             home.mkdir(parents=True, exist_ok=True)
             write_png(image, str(home / f"{number:03}.png"))
@@ -279,5 +339,7 @@ def test_streamed_images_are_embedded_from_where_a_share_begins(tmp_path):
     whole = features.embed(nn.Flatten(), data[0], VIEW)
     part = torch.cat(list(features.batches(nn.Flatten(), data[0], VIEW, range(70, 88))))
     assert torch.equal(part, whole[70:88])
-    found = knn.evaluate(nn.Flatten(), data, KNNConfig(neighbors=(5,)), view=VIEW, run_dir=tmp_path / "kept")
+    found = knn.evaluate(
+        nn.Flatten(), data, KNNConfig(neighbors=(5,)), view=VIEW, run_dir=tmp_path / "kept"
+    )
     assert found["knn_5"] > 95

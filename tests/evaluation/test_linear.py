@@ -19,8 +19,10 @@ from imsvd_core.loop import LoopConfig
 from imsvd_core.optim import OptimConfig
 from imsvd_core.views import EvalView, ViewConfig
 
-CONFIG = linear.LinearConfig(OptimConfig(name="sgd", lr=1.0, weight_decay=0.0, warmup_epochs=0),
-                             LoopConfig(epochs=5, batch_size=50, precision="fp32", device="cpu"))
+CONFIG = linear.LinearConfig(
+    OptimConfig(name="sgd", lr=1.0, weight_decay=0.0, warmup_epochs=0),
+    LoopConfig(epochs=5, batch_size=50, precision="fp32", device="cpu"),
+)
 VIEW = EvalView(resize=8, size=8)
 
 
@@ -47,7 +49,9 @@ def make_backbone():
 def plant(folder: Path, train: int = 120, test: int = 59, shuffled: bool = False) -> Path:
     """The images of `data` as a tree of files."""
     for name, there in (("train", data("train", train, shuffled)), ("val", data("test", test))):
-        for number, (image, label) in enumerate(zip(there.images, there.labels.tolist(), strict=True)):
+        for number, (image, label) in enumerate(
+            zip(there.images, there.labels.tolist(), strict=True)
+        ):
             home = folder / name / there.classes[label]
             home.mkdir(parents=True, exist_ok=True)
             write_png(image, str(home / f"{number:03}.png"))
@@ -63,27 +67,50 @@ AUGMENTED = replace(CONFIG, augment=True, view=ViewConfig(size=8, scale=(0.8, 1.
 
 @pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, normalize=True), AUGMENTED])
 def test_a_planted_answer_is_found(backbone, tmp_path, config):
-    found = linear.evaluate(backbone, (data("train", 400), data("test", 200)), config, view=VIEW, run_dir=tmp_path, progress=False)
+    found = linear.evaluate(
+        backbone,
+        (data("train", 400), data("test", 200)),
+        config,
+        view=VIEW,
+        run_dir=tmp_path,
+        progress=False,
+    )
     assert found["linear"] > 97
 
 
 def test_shuffled_labels_give_chance(backbone, tmp_path):
-    found = linear.evaluate(backbone, (data("train", 400, shuffled=True), data("test", 200)), CONFIG, view=VIEW, run_dir=tmp_path,
-                            progress=False)
-    assert found["linear"] < 60  # a third is chance; a classifier that has learned nothing may favour one class
+    found = linear.evaluate(
+        backbone,
+        (data("train", 400, shuffled=True), data("test", 200)),
+        CONFIG,
+        view=VIEW,
+        run_dir=tmp_path,
+        progress=False,
+    )
+    assert (
+        found["linear"] < 60
+    )  # a third is chance; a classifier that has learned nothing may favour one class
 
 
 @pytest.mark.parametrize("config", [CONFIG, AUGMENTED])
 def test_the_backbone_is_frozen_batch_norm_too(backbone, tmp_path, config):
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    linear.evaluate(backbone, (data("train", 100), data("test", 50)), config, view=VIEW, run_dir=tmp_path,
-                    progress=False)
+    linear.evaluate(
+        backbone,
+        (data("train", 100), data("test", 50)),
+        config,
+        view=VIEW,
+        run_dir=tmp_path,
+        progress=False,
+    )
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
 
 
 def test_the_last_epoch_is_reported_not_the_best(backbone, tmp_path, monkeypatch):
     """A rate that explodes at the end must show: the best epoch on the test set was perfect."""
-    monkeypatch.setattr("imsvd_core.loop.learning_rate", lambda config, step, *rest: 1.0 if step < 32 else -5e3)
+    monkeypatch.setattr(
+        "imsvd_core.loop.learning_rate", lambda config, step, *rest: 1.0 if step < 32 else -5e3
+    )
     pair = (data("train", 400), data("test", 200))
     found = linear.evaluate(backbone, pair, CONFIG, view=VIEW, run_dir=tmp_path, progress=False)
     assert found["linear"] < 60
@@ -94,44 +121,80 @@ def test_normalizing_augmented_features_is_refused():
         replace(AUGMENTED, normalize=True)
 
 
-def test_a_finished_probe_is_reused_for_the_same_backbone_and_data_only(backbone, tmp_path, monkeypatch):
+def test_a_finished_probe_is_reused_for_the_same_backbone_and_data_only(
+    backbone, tmp_path, monkeypatch
+):
     pair = (data("train", 200), data("test", 100))
     swapped = tuple(replace(part, labels=(part.labels + 1) % 3) for part in pair)
     for _ in range(2):
-        assert linear.evaluate(backbone, pair, CONFIG, view=VIEW, run_dir=tmp_path, progress=False)["linear"] > 97
+        assert (
+            linear.evaluate(backbone, pair, CONFIG, view=VIEW, run_dir=tmp_path, progress=False)[
+                "linear"
+            ]
+            > 97
+        )
     assert len(list(tmp_path.iterdir())) == 1
-    assert linear.evaluate(backbone, swapped, CONFIG, view=VIEW, run_dir=tmp_path, progress=False)["linear"] > 97
+    assert (
+        linear.evaluate(backbone, swapped, CONFIG, view=VIEW, run_dir=tmp_path, progress=False)[
+            "linear"
+        ]
+        > 97
+    )
     with torch.no_grad():
         backbone[0].weight.neg_()
-    assert linear.evaluate(backbone, pair, CONFIG, view=VIEW, run_dir=tmp_path, progress=False)["linear"] > 97
+    assert (
+        linear.evaluate(backbone, pair, CONFIG, view=VIEW, run_dir=tmp_path, progress=False)[
+            "linear"
+        ]
+        > 97
+    )
     assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.parametrize("config", [CONFIG, AUGMENTED])
-def test_a_planted_answer_is_found_in_streamed_images_and_none_in_shuffled_ones(backbone, tmp_path, config):
+def test_a_planted_answer_is_found_in_streamed_images_and_none_in_shuffled_ones(
+    backbone, tmp_path, config
+):
     config = replace(config, loop=replace(config.loop, batch_size=40))
-    pair, lost = streamed(plant(tmp_path / "planted")), streamed(plant(tmp_path / "shuffled", shuffled=True))
-    found = linear.evaluate(backbone, pair, config, view=VIEW, run_dir=tmp_path / "a", progress=False)
+    pair, lost = (
+        streamed(plant(tmp_path / "planted")),
+        streamed(plant(tmp_path / "shuffled", shuffled=True)),
+    )
+    found = linear.evaluate(
+        backbone, pair, config, view=VIEW, run_dir=tmp_path / "a", progress=False
+    )
     assert found["linear"] > 95 and (found["train_images"], found["test_images"]) == (120, 59)
-    assert linear.evaluate(backbone, lost, config, view=VIEW, run_dir=tmp_path / "b", progress=False)["linear"] < 60
+    assert (
+        linear.evaluate(backbone, lost, config, view=VIEW, run_dir=tmp_path / "b", progress=False)[
+            "linear"
+        ]
+        < 60
+    )
 
 
 def weights(run_dir: Path) -> torch.Tensor:
-    home, = run_dir.iterdir()
+    (home,) = run_dir.iterdir()
     return checkpoints.load_latest(home / "checkpoints")[0]["modules"]["head"]["weight"]
 
 
 def _probe(config, tree: str, run_dir: str, rank: int, size: int) -> tuple[dict, torch.Tensor]:
-    multiprocessing.set_start_method("fork", force=True)  # a spawned rank would spawn its workers, seconds each
-    found = linear.evaluate(make_backbone(), streamed(Path(tree)), config, view=VIEW, run_dir=run_dir, progress=False)
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # a spawned rank would spawn its workers, seconds each
+    found = linear.evaluate(
+        make_backbone(), streamed(Path(tree)), config, view=VIEW, run_dir=run_dir, progress=False
+    )
     return found, weights(Path(run_dir))
 
 
 @pytest.mark.parametrize("augment", [False, True])
 def test_two_ranks_equal_one_process(tmp_path, ranks, augment):
     """Their test shares are of 30 and 29 images, the last step's gradients the mean of two of 20; crops are drawn by image."""
-    config = replace(AUGMENTED if augment else CONFIG, loop=replace(CONFIG.loop, epochs=3, batch_size=40),
-                     view=ViewConfig(size=8, scale=(0.3, 1.0), flip=0.0))
+    config = replace(
+        AUGMENTED if augment else CONFIG,
+        loop=replace(CONFIG.loop, epochs=3, batch_size=40),
+        view=ViewConfig(size=8, scale=(0.3, 1.0), flip=0.0),
+    )
     tree = str(plant(tmp_path / "tree"))
     (found, ours), (other, _) = ranks(partial(_probe, config, tree, str(tmp_path / "two")), 2)
     alone, theirs = _probe(config, tree, str(tmp_path / "one"), 0, 1)
@@ -142,7 +205,9 @@ def test_two_ranks_equal_one_process(tmp_path, ranks, augment):
 def test_a_cut_run_on_streamed_images_ends_as_an_uncut_one(backbone, tmp_path, monkeypatch):
     config = replace(AUGMENTED, loop=replace(CONFIG.loop, epochs=2, batch_size=30, save_every=1))
     pair, steps = streamed(plant(tmp_path / "tree")), 0
-    whole = linear.evaluate(backbone, pair, config, view=VIEW, run_dir=tmp_path / "whole", progress=False)
+    whole = linear.evaluate(
+        backbone, pair, config, view=VIEW, run_dir=tmp_path / "whole", progress=False
+    )
 
     def cut(*args):
         nonlocal steps
@@ -154,12 +219,16 @@ def test_a_cut_run_on_streamed_images_ends_as_an_uncut_one(backbone, tmp_path, m
     monkeypatch.setattr(linear, "cross_entropy", cut)
     with pytest.raises(KeyboardInterrupt):
         linear.evaluate(backbone, pair, config, view=VIEW, run_dir=tmp_path / "cut", progress=False)
-    found = linear.evaluate(backbone, pair, config, view=VIEW, run_dir=tmp_path / "cut", progress=False)
+    found = linear.evaluate(
+        backbone, pair, config, view=VIEW, run_dir=tmp_path / "cut", progress=False
+    )
     assert steps == 6 + 3 and found["linear"] == whole["linear"]
     assert torch.equal(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
 
 
-def test_a_streamed_epoch_sees_every_image_once_and_crops_it_anew_in_the_next(tmp_path, monkeypatch):
+def test_a_streamed_epoch_sees_every_image_once_and_crops_it_anew_in_the_next(
+    tmp_path, monkeypatch
+):
     seen = []
 
     class Watch(nn.Module):
@@ -170,9 +239,14 @@ def test_a_streamed_epoch_sees_every_image_once_and_crops_it_anew_in_the_next(tm
     pair = streamed(plant(tmp_path / "tree", train=40, test=7))
     for scale, distinct in (((1.0, 1.0), 40), ((0.2, 0.5), 80)):
         seen.clear()
-        config = replace(AUGMENTED, loop=replace(CONFIG.loop, epochs=2, batch_size=10),
-                         view=ViewConfig(size=8, scale=scale, ratio=(1, 1), flip=0.0))
-        linear.evaluate(Watch(), pair, config, view=VIEW, run_dir=tmp_path / str(distinct), progress=False)
+        config = replace(
+            AUGMENTED,
+            loop=replace(CONFIG.loop, epochs=2, batch_size=10),
+            view=ViewConfig(size=8, scale=scale, ratio=(1, 1), flip=0.0),
+        )
+        linear.evaluate(
+            Watch(), pair, config, view=VIEW, run_dir=tmp_path / str(distinct), progress=False
+        )
         assert len(seen) == 80 and len({round(one, 2) for one in seen}) > 0.95 * distinct
         assert distinct == 80 or sorted(seen[:40]) == sorted(seen[40:])
 
@@ -181,10 +255,14 @@ def test_subsets_are_balanced_and_named_where_they_cannot_be_had(backbone, tmp_p
     pair = (data("train", 400), data("test", 200))
     config = replace(CONFIG, train_images=90, test_images=30)
     train, test = config.choose(*pair)
-    assert train.labels.bincount().tolist() == [30] * 3 and test.labels.bincount().tolist() == [10] * 3
+    assert (
+        train.labels.bincount().tolist() == [30] * 3 and test.labels.bincount().tolist() == [10] * 3
+    )
     found = linear.evaluate(backbone, pair, config, view=VIEW, run_dir=tmp_path, progress=False)
     assert (found["train_images"], found["test_images"]) == (90, 30)
-    with pytest.raises(ValueError, match=r"linear.test_images=201 exceeds the 200 images of planted \(test\)"):
+    with pytest.raises(
+        ValueError, match=r"linear.test_images=201 exceeds the 200 images of planted \(test\)"
+    ):
         replace(CONFIG, test_images=201).choose(*pair)
     with pytest.raises(ValueError, match="train_images=0 must be at least 1"):
         replace(CONFIG, train_images=0)
@@ -192,21 +270,26 @@ def test_subsets_are_balanced_and_named_where_they_cannot_be_had(backbone, tmp_p
 
 def test_top5_counts_a_class_among_the_first_five():
     """The classifier's logits are the features, once they are divided by their scale; image i has its class in place i % 7."""
+
     class Given(nn.Module):
         def forward(self, x):
-            return table[:len(x)] * scale
+            return table[: len(x)] * scale
 
     scale = torch.arange(7, 0, -1)
     table = torch.stack([torch.arange(7.0).roll(i) for i in range(70)])
     places = torch.arange(70) % 7
-    labels = torch.stack([row.argsort(descending=True)[place] for row, place in zip(table, places, strict=True)])
+    labels = torch.stack(
+        [row.argsort(descending=True)[place] for row, place in zip(table, places, strict=True)]
+    )
     images = torch.zeros(70, 3, 8, 8, dtype=torch.uint8)
     test = ImageData("x", "x", "test", images, labels, tuple("abcdefg"))
     head = nn.Linear(7, 7)
     nn.init.eye_(head.weight), nn.init.zeros_(head.bias)
     right = linear._test(head, scale, Given(), test, VIEW, torch.device("cpu"), None, False)
     assert right == {"linear": 10, "linear_top5": 50}
-    few = linear._test(nn.Linear(7, 5), torch.ones(()), Given(), test, VIEW, torch.device("cpu"), None, False)
+    few = linear._test(
+        nn.Linear(7, 5), torch.ones(()), Given(), test, VIEW, torch.device("cpu"), None, False
+    )
     assert few.keys() == {"linear"}
 
 

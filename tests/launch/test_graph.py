@@ -32,15 +32,25 @@ def test_everything_is_fifteen_tasks_and_a_pretraining_that_several_need_is_one(
     graph = build((1, 2), (3,), "smoke", Path("out"), DATA)
     names = [one.name for one in graph]
     assert len(graph) == 15 and sum(name.endswith("/pretrain") for name in names) == 6
-    assert graph["imsvd-2-epochs/linear"].needs == graph["imsvd-2-epochs/knn"].needs == ("imsvd-2-epochs/pretrain",)
+    assert (
+        graph["imsvd-2-epochs/linear"].needs
+        == graph["imsvd-2-epochs/knn"].needs
+        == ("imsvd-2-epochs/pretrain",)
+    )
     assert "vicreg-1-epoch/linear" in names and "vicreg-1-epoch/knn" not in names
     assert len(build((2,), (), "smoke", Path("out"), DATA)) == 6
-    assert [one.name for one in build((), (3,), "smoke", Path("out"), DATA)] == ["imsvd-2-epochs/pretrain"]
+    assert [one.name for one in build((), (3,), "smoke", Path("out"), DATA)] == [
+        "imsvd-2-epochs/pretrain"
+    ]
 
 
 def test_lengths_are_half_and_all_of_the_epochs_and_one_if_they_are_the_same():
     runs = {one.run_dir.name for one in build((1,), (), "full", Path("out"), DATA)}
-    assert runs == {f"{method}-{epochs}-epochs" for method in ("imsvd", "vicreg", "barlow-twins") for epochs in (400, 800)}
+    assert runs == {
+        f"{method}-{epochs}-epochs"
+        for method in ("imsvd", "vicreg", "barlow-twins")
+        for epochs in (400, 800)
+    }
     assert len(build((1, 2), (), "full", Path("out"), (*DATA, "--loop.epochs", "1"))) == 9
 
 
@@ -51,29 +61,50 @@ def test_a_pretraining_reads_its_command_as_the_settings_that_its_result_must_ha
             command = cli._parse_pretrain(one.argv[1:], "imsvd")
             assert plain(command.recipe) == one.settings and command.run_dir == one.run_dir
             assert one.settings["optim"]["lr"] == 0.003 and one.settings["loop"]["epochs"] in (3, 6)
-            assert one.settings["data"] == "attributes"  # what auto stands for is settled once, for all
+            assert (
+                one.settings["data"] == "attributes"
+            )  # what auto stands for is settled once, for all
 
 
-@pytest.mark.parametrize(("tables", "figures", "message"), [
-    ((3,), (), "table=3 is not held here yet; there are table 1: "), ((), (9,), "figure=9 is not held"),
-    ((), (), "neither a table nor a figure")])
+@pytest.mark.parametrize(
+    ("tables", "figures", "message"),
+    [
+        ((3,), (), "table=3 is not held here yet; there are table 1: "),
+        ((), (9,), "figure=9 is not held"),
+        ((), (), "neither a table nor a figure"),
+    ],
+)
 def test_what_is_not_held_is_refused(tables, figures, message):
     with pytest.raises(ValueError, match=message):
         build(tables, figures, "smoke", Path("out"), DATA)
 
 
-@pytest.mark.parametrize(("tasks", "message"), [
-    ([task("a/x", "b/x"), task("b/x", "a/x")], "needs go in a circle"),
-    ([task("a/x", "c/x")], r"needs=\['c/x'\] of a/x are no tasks; there are: a/x"),
-    ([task("a/x"), task("a/x", result="other")], "name='a/x' is that of two tasks"),
-    ([task("a/x", result="r"), task("b/x", result="r")], "result='out/r' is that of two tasks, a/x and b/x")])
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ([task("a/x", "b/x"), task("b/x", "a/x")], "needs go in a circle"),
+        ([task("a/x", "c/x")], r"needs=\['c/x'\] of a/x are no tasks; there are: a/x"),
+        ([task("a/x"), task("a/x", result="other")], "name='a/x' is that of two tasks"),
+        (
+            [task("a/x", result="r"), task("b/x", result="r")],
+            "result='out/r' is that of two tasks, a/x and b/x",
+        ),
+    ],
+)
 def test_a_graph_that_cannot_be_is_refused(tasks, message):
     with pytest.raises(ValueError, match=message):
         Graph(tasks)
 
 
 def test_a_task_comes_after_what_it_needs():
-    graph = Graph([task("a/knn", "a/pretrain", "b/knn"), task("b/knn", "b/pretrain"), task("a/pretrain"), task("b/pretrain")])
+    graph = Graph(
+        [
+            task("a/knn", "a/pretrain", "b/knn"),
+            task("b/knn", "b/pretrain"),
+            task("a/pretrain"),
+            task("b/pretrain"),
+        ]
+    )
     order = [one.name for one in graph]
     assert all(order.index(need) < order.index(one.name) for one in graph for need in one.needs)
 
@@ -89,14 +120,23 @@ def test_a_graph_keeps_the_tasks_of_other_calls_in_its_file(tmp_path):
 def test_a_result_counts_if_its_run_had_the_settings_asked_for(tmp_path):
     first = next(iter(build((), (3,), "smoke", tmp_path, DATA)))
     assert not finished(first)
-    write_json(first.run_dir / "config.json", {**first.settings, "loop": first.settings["loop"] | {"keep": 9}})
+    write_json(
+        first.run_dir / "config.json",
+        {**first.settings, "loop": first.settings["loop"] | {"keep": 9}},
+    )
     assert not finished(first)
     write_json(first.result, {})
     assert finished(first)  # how many checkpoints were kept is no matter
-    write_json(first.run_dir / "config.json", {name: value for name, value in first.settings.items() if name != "on_corrupt"})
+    write_json(
+        first.run_dir / "config.json",
+        {name: value for name, value in first.settings.items() if name != "on_corrupt"},
+    )
     assert finished(first)  # nor is a setting that the run did not know yet
     write_json(first.run_dir / "config.json", {**first.settings, "samples": 99})
-    with pytest.raises(ValueError, match=r"samples: 99 there, 256 asked for\): give the same ones, another --out, or remove"):
+    with pytest.raises(
+        ValueError,
+        match=r"samples: 99 there, 256 asked for\): give the same ones, another --out, or remove",
+    ):
         finished(first)
     first.result.unlink()
     assert not finished(first)  # a run that has left nothing is no loss
@@ -112,14 +152,20 @@ def test_an_evaluation_by_other_settings_is_refused(tmp_path):
     write_result(knn)
     assert finished(knn)
     write_result(knn, {**knn.settings, "knn": knn.settings["knn"] | {"neighbors": [7]}})
-    with pytest.raises(ValueError, match=r"knn.json' was given by other settings than the run's own: remove it"):
+    with pytest.raises(
+        ValueError, match=r"knn.json' was given by other settings than the run's own: remove it"
+    ):
         finished(knn)
 
 
 # Submission, with a queue that answers as Slurm does
 
+
 def write_result(one: Task, settings=None) -> None:
-    origin = {"config_hash": evaluation_hash("knn", settings or one.settings) if one.settings else "", "seconds": 1}
+    origin = {
+        "config_hash": evaluation_hash("knn", settings or one.settings) if one.settings else "",
+        "seconds": 1,
+    }
     write_json(one.result, {"name": "x", "figures": {}, "provenance": origin})
 
 
@@ -132,19 +178,33 @@ class Slurm:
     def submit(self, argv, *, name, folder, config, code, after=()):
         number = str(100 + len(self.jobs))
         self.jobs[number] = [name, "PENDING", "Dependency" if after else "Priority"]
-        self.sent.append((name.split("@")[0], tuple(self.jobs[job][0].split("@")[0] for job in after), config))
+        self.sent.append(
+            (name.split("@")[0], tuple(self.jobs[job][0].split("@")[0] for job in after), config)
+        )
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / f"{number}_submitted.pkl").touch()
-        submission = Submission(name, tuple(argv), number, "slurm", str(folder), 1, "2026-01-01T00:00:00+00:00")
-        write_json(Path(folder) / "submission.json", {key: value for key, value in vars(submission).items() if key != "job"})
+        submission = Submission(
+            name, tuple(argv), number, "slurm", str(folder), 1, "2026-01-01T00:00:00+00:00"
+        )
+        write_json(
+            Path(folder) / "submission.json",
+            {key: value for key, value in vars(submission).items() if key != "job"},
+        )
         return submission
 
     def ask(self, jobs, names=()):
-        return {number: queue.Entry(number, *facts) for number, facts in self.jobs.items()
-                if facts[0] in names or jobs.get(number) == facts[0]}
+        return {
+            number: queue.Entry(number, *facts)
+            for number, facts in self.jobs.items()
+            if facts[0] in names or jobs.get(number) == facts[0]
+        }
 
     def number(self, name):
-        return next(number for number, facts in reversed(self.jobs.items()) if facts[0].startswith(f"{name}@"))
+        return next(
+            number
+            for number, facts in reversed(self.jobs.items())
+            if facts[0].startswith(f"{name}@")
+        )
 
     def end(self, one, state):
         self.jobs[self.number(one.name)][1:] = [state, ""]
@@ -164,13 +224,21 @@ def slurm(monkeypatch):
 
 @pytest.fixture
 def graph(tmp_path):
-    return Graph([task("a/pretrain", out=tmp_path), task("b/pretrain", out=tmp_path), task("a/linear", "a/pretrain", out=tmp_path),
-                  task("a/knn", "a/pretrain", out=tmp_path), task("b/knn", "b/pretrain", out=tmp_path)])
+    return Graph(
+        [
+            task("a/pretrain", out=tmp_path),
+            task("b/pretrain", out=tmp_path),
+            task("a/linear", "a/pretrain", out=tmp_path),
+            task("a/knn", "a/pretrain", out=tmp_path),
+            task("b/knn", "b/pretrain", out=tmp_path),
+        ]
+    )
 
 
 @pytest.fixture
 def again(graph, tmp_path, slurm):
     """Call `reproduce` once more; what it sent then: {task: needs whose jobs it waits for}."""
+
     def call(**settings) -> dict[str, tuple[str, ...]]:
         before = len(slurm.sent)
         call.console = Console(record=True, width=200, file=open(tmp_path / "said", "w"))
@@ -180,17 +248,29 @@ def again(graph, tmp_path, slurm):
     return call
 
 
-def test_a_second_call_submits_what_failed_and_what_waited_for_it_alone(graph, slurm, again, tmp_path):
-    assert again() == {"a/pretrain": (), "b/pretrain": (), "a/linear": ("a/pretrain",), "a/knn": ("a/pretrain",),
-                       "b/knn": ("b/pretrain",)}
+def test_a_second_call_submits_what_failed_and_what_waited_for_it_alone(
+    graph, slurm, again, tmp_path
+):
+    assert again() == {
+        "a/pretrain": (),
+        "b/pretrain": (),
+        "a/linear": ("a/pretrain",),
+        "a/knn": ("a/pretrain",),
+        "b/knn": ("b/pretrain",),
+    }
     assert again() == {}  # all is on its way
     slurm.end(graph["a/pretrain"], "FAILED")
     for name in ("a/linear", "a/knn"):
         slurm.end(graph[name], "CANCELLED")
     slurm.end(graph["b/pretrain"], "COMPLETED")
-    (graph["a/pretrain"].folder / f"{slurm.number('a/pretrain')}_0_log.err").write_text("it was so cold\n")
+    (graph["a/pretrain"].folder / f"{slurm.number('a/pretrain')}_0_log.err").write_text(
+        "it was so cold\n"
+    )
     assert again() == {"a/pretrain": (), "a/linear": ("a/pretrain",), "a/knn": ("a/pretrain",)}
-    assert "it was so cold" in again.console.export_text() or "it was so cold" in (tmp_path / "said").read_text()
+    assert (
+        "it was so cold" in again.console.export_text()
+        or "it was so cold" in (tmp_path / "said").read_text()
+    )
     for one in graph:
         slurm.end(one, "COMPLETED")
     assert again() == {} and "nothing left to do" in again.console.export_text()
@@ -210,7 +290,11 @@ def test_a_job_that_we_were_cut_off_from_recording_is_adopted(graph, slurm, agai
     again()
     record = graph["a/pretrain"].folder / "submission.json"
     record.unlink()
-    assert again() == {} and json.loads(record.read_text())["job_id"] == slurm.number("a/pretrain") and not slurm.cancelled
+    assert (
+        again() == {}
+        and json.loads(record.read_text())["job_id"] == slurm.number("a/pretrain")
+        and not slurm.cancelled
+    )
 
 
 def test_a_job_that_we_were_cut_off_from_giving_its_work_is_replaced(graph, slurm, again):
@@ -231,19 +315,27 @@ def test_a_job_that_waits_for_what_has_failed_is_replaced(graph, slurm, again):
 def test_an_evaluation_gets_one_process_and_one_gpu(slurm, again):
     again(nodes=4, gpus_per_node=8)
     configs = {name: config for name, _, config in slurm.sent}
-    assert (configs["a/pretrain"].ranks, configs["a/knn"].ranks, configs["a/knn"].gpus) == (32, 1, 1)
+    assert (configs["a/pretrain"].ranks, configs["a/knn"].ranks, configs["a/knn"].gpus) == (
+        32,
+        1,
+        1,
+    )
 
 
 def test_what_is_on_its_way_otherwise_is_left_alone(graph, slurm, again, tmp_path):
     again()
-    with pytest.raises(ValueError, match=r"executor='local': a/pretrain is on its way by slurm \(job 100\)"):
+    with pytest.raises(
+        ValueError, match=r"executor='local': a/pretrain is on its way by slurm \(job 100\)"
+    ):
         again(executor="local")
     other = Graph([replace(one, argv=(*one.argv, "--more")) for one in graph])
     with pytest.raises(ValueError, match="a/pretrain is on its way with other settings: stop it"):
         reproduce(other, tmp_path, LaunchConfig(), Console())
 
 
-def test_nothing_is_submitted_while_another_call_is_at_work_or_slurm_is_silent(graph, slurm, again, monkeypatch, tmp_path):
+def test_nothing_is_submitted_while_another_call_is_at_work_or_slurm_is_silent(
+    graph, slurm, again, monkeypatch, tmp_path
+):
     def silent(*_):
         raise queue.NoAnswer("squeue failed: nobody there")
 
@@ -264,7 +356,11 @@ def test_nothing_is_submitted_while_another_call_is_at_work_or_slurm_is_silent(g
 def test_a_dry_run_does_nothing(graph, slurm, tmp_path):
     console = Console(record=True, width=200)
     reproduce(graph, tmp_path / "new", LaunchConfig(), console, dry_run=True)
-    assert "would submit 5: a/pretrain" in console.export_text() and not slurm.sent and not (tmp_path / "new").exists()
+    assert (
+        "would submit 5: a/pretrain" in console.export_text()
+        and not slurm.sent
+        and not (tmp_path / "new").exists()
+    )
 
 
 def test_a_job_s_name_is_its_task_s_and_its_folder_s_alone(graph, tmp_path):
@@ -273,6 +369,7 @@ def test_a_job_s_name_is_its_task_s_and_its_folder_s_alone(graph, tmp_path):
 
 
 # And for once in earnest, on this machine
+
 
 @pytest.fixture
 def pictures(tmp_path):
@@ -283,14 +380,19 @@ def pictures(tmp_path):
             folder = tmp_path / "pictures" / split / label
             folder.mkdir(parents=True)
             for number in range(count):
-                noise = generator.integers(0, 160, (32, 32, 3), dtype=np.uint8) + 90 * (label == "light")
+                noise = generator.integers(0, 160, (32, 32, 3), dtype=np.uint8) + 90 * (
+                    label == "light"
+                )
                 Image.fromarray(noise.astype(np.uint8)).save(folder / f"{number}.png")
     return tmp_path / "pictures"
 
 
 def test_debugging_goes_on_after_a_failure_in_this_process(tmp_path, pictures):
-    first, knn = (one for one in build((2,), (), "smoke", tmp_path, ("--data", f"folder:{pictures}"))
-                  if one.name.startswith("imsvd"))
+    first, knn = (
+        one
+        for one in build((2,), (), "smoke", tmp_path, ("--data", f"folder:{pictures}"))
+        if one.name.startswith("imsvd")
+    )
     (first.run_dir / "checkpoints").mkdir(parents=True)
     (first.run_dir / "checkpoints" / "step-000000001.pt").write_text("torn")
     console = Console(record=True, width=200, file=open(tmp_path / "said", "w"))
@@ -301,8 +403,26 @@ def test_debugging_goes_on_after_a_failure_in_this_process(tmp_path, pictures):
 @pytest.mark.slow  # five processes, one after the other, that import torch
 def test_a_graph_that_runs_here_goes_on_where_a_failure_left_it(tmp_path, pictures, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    small = ("--data", f"folder:{pictures}", "--samples", "64", "--loop.epochs", "1", "--knn.neighbors", "5",
-             "--knn.gallery", "96", "--knn.queries", "32", "--watch.gallery", "32", "--watch.queries", "32", "--look", "32")
+    small = (
+        "--data",
+        f"folder:{pictures}",
+        "--samples",
+        "64",
+        "--loop.epochs",
+        "1",
+        "--knn.neighbors",
+        "5",
+        "--knn.gallery",
+        "96",
+        "--knn.queries",
+        "32",
+        "--watch.gallery",
+        "32",
+        "--watch.queries",
+        "32",
+        "--look",
+        "32",
+    )
     whole = build((2,), (), "smoke", tmp_path / "out", small)
     graph = Graph([one for one in whole if not one.name.startswith("barlow")])
     torn = graph["vicreg-1-epoch/pretrain"].run_dir / "checkpoints" / "step-000000001.pt"
@@ -311,7 +431,10 @@ def test_a_graph_that_runs_here_goes_on_where_a_failure_left_it(tmp_path, pictur
 
     def call() -> dict[str, tuple[str, str]]:
         reproduce(graph, tmp_path / "out", LaunchConfig(executor="local"), Console())
-        return {name: (one.state, one.words, " ".join(one.log), one.job) for name, one in look(graph).items()}
+        return {
+            name: (one.state, one.words, " ".join(one.log), one.job)
+            for name, one in look(graph).items()
+        }
 
     first = call()
     assert [first[one.name][0] for one in graph] == ["done", "failed", "done", "not run"]
@@ -321,5 +444,7 @@ def test_a_graph_that_runs_here_goes_on_where_a_failure_left_it(tmp_path, pictur
     torn.unlink()
     second = call()
     assert {state for state, *_ in second.values()} == {"done"}
-    assert all(second[name] == first[name] for name in first if name.startswith("imsvd"))  # not run again
+    assert all(
+        second[name] == first[name] for name in first if name.startswith("imsvd")
+    )  # not run again
     assert second["vicreg-1-epoch/pretrain"][3] != first["vicreg-1-epoch/pretrain"][3]

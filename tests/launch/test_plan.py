@@ -29,9 +29,14 @@ def test_the_papers_own_launch_is_quoted_from_table_iv(imagenet, tmp_path):
     one = plan("imagenet-200", recipe("imagenet-200", "full"), FULL, tmp_path)
     assert one.hours == 17.0 and one.memory_gb == pytest.approx(10.4) and one.batch_per_rank == 64
     assert one.steps == 200 * (1_281_167 // 2048) and not one.refused
-    assert one.attempts == 1 and replace(one, config=replace(FULL, time="2:00:00")).attempts == 9  # of 118 minutes
+    assert (
+        one.attempts == 1 and replace(one, config=replace(FULL, time="2:00:00")).attempts == 9
+    )  # of 118 minutes
     text = str(one)
-    assert "quoted: Table IV, 8.5 hours for 100 epochs on 32 V100" in text and "GPU hours 544; 1,088 USD at 2" in text
+    assert (
+        "quoted: Table IV, 8.5 hours for 100 epochs on 32 V100" in text
+        and "GPU hours 544; 1,088 USD at 2" in text
+    )
 
 
 def test_time_and_memory_scale_with_the_gpus_but_not_what_every_gpu_holds(imagenet, tmp_path):
@@ -44,52 +49,108 @@ def test_time_and_memory_scale_with_the_gpus_but_not_what_every_gpu_holds(imagen
 
 @pytest.mark.parametrize("ranks", [32, 16])
 def test_a_run_that_has_begun_on_as_many_ranks_tells_its_own_time(imagenet, tmp_path, ranks):
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": step, "samples_per_second": speed}) + "\n"
-                                                    for step, speed in ((1, 10.0), (2, 1000.0), (3, 1100.0))))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps({"step": step, "samples_per_second": speed}) + "\n"
+            for step, speed in ((1, 10.0), (2, 1000.0), (3, 1100.0))
+        )
+    )
     (tmp_path / "jobs").mkdir()
-    (tmp_path / "jobs" / "submission.json").write_text(json.dumps({
-        "name": "run", "argv": [], "job_id": "1", "executor": "slurm", "folder": "", "tasks": ranks, "submitted": ""}))
+    (tmp_path / "jobs" / "submission.json").write_text(
+        json.dumps(
+            {
+                "name": "run",
+                "argv": [],
+                "job_id": "1",
+                "executor": "slurm",
+                "folder": "",
+                "tasks": ranks,
+                "submitted": "",
+            }
+        )
+    )
     one = plan("imagenet-100", recipe("imagenet-100", "full"), FULL, tmp_path)
     if ranks == FULL.ranks:
-        assert one.hours == pytest.approx(100 * 1_281_167 / 1000 / 3600) and one.hours_source == "measured: this run so far"
+        assert (
+            one.hours == pytest.approx(100 * 1_281_167 / 1000 / 3600)
+            and one.hours_source == "measured: this run so far"
+        )
     else:
         assert "quoted" in one.hours_source
 
 
 def test_a_stored_measurement_goes_before_the_papers(imagenet, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.import_module("imsvd_core.launch.plan"), "STORE", tmp_path)
-    stored = {"name": "benchmark", "provenance": {"device": "NVIDIA H100"},
-              "figures": {"setting": {"recipe": "imagenet-100"}, "two_view_images_per_second": 2500.0}}
+    stored = {
+        "name": "benchmark",
+        "provenance": {"device": "NVIDIA H100"},
+        "figures": {"setting": {"recipe": "imagenet-100"}, "two_view_images_per_second": 2500.0},
+    }
     (tmp_path / "benchmark-training-cuda.json").write_text(json.dumps(stored))
     one = plan("imagenet-100", recipe("imagenet-100", "full"), FULL, tmp_path)
     assert one.hours == pytest.approx(100 * 1_281_167 / 2500 / 32 / 3600)
     assert one.hours_source == "measured: one NVIDIA H100, divided by 32"
-    assert "quoted" in plan("imagenet-200", recipe("imagenet-200", "full"), FULL, tmp_path).hours_source
+    assert (
+        "quoted"
+        in plan("imagenet-200", recipe("imagenet-200", "full"), FULL, tmp_path).hours_source
+    )
 
 
 def test_idle_gpus_save_no_time_and_cost_all_the_same(imagenet, tmp_path):
-    one = plan("imagenet-100", recipe("imagenet-100", "full"), replace(FULL, tasks_per_node=4), tmp_path)
+    one = plan(
+        "imagenet-100", recipe("imagenet-100", "full"), replace(FULL, tasks_per_node=4), tmp_path
+    )
     assert one.hours == 17.0 and one.batch_per_rank == 128 and "GPU hours 544" in str(one)
 
 
 def test_one_core_to_decode_a_gpu_s_images_is_remarked_upon(imagenet, tmp_path):
-    assert "set cpus_per_task" in str(plan("imagenet-100", recipe("imagenet-100", "full"), FULL, tmp_path))
-    assert "set cpus_per_task" not in str(plan("imagenet-100", recipe("imagenet-100", "full"), replace(FULL, cpus_per_task=10), tmp_path))
+    assert "set cpus_per_task" in str(
+        plan("imagenet-100", recipe("imagenet-100", "full"), FULL, tmp_path)
+    )
+    assert "set cpus_per_task" not in str(
+        plan(
+            "imagenet-100",
+            recipe("imagenet-100", "full"),
+            replace(FULL, cpus_per_task=10),
+            tmp_path,
+        )
+    )
 
 
 def test_what_nobody_measured_is_unknown(tmp_path):
-    one = plan("cifar10", replace(recipe("cifar10", "smoke"), data="attributes"), LaunchConfig(), tmp_path)
-    assert one.hours is None and one.memory_gb is None and "time      unknown" in str(one) and one.steps == 8
+    one = plan(
+        "cifar10", replace(recipe("cifar10", "smoke"), data="attributes"), LaunchConfig(), tmp_path
+    )
+    assert (
+        one.hours is None
+        and one.memory_gb is None
+        and "time      unknown" in str(one)
+        and one.steps == 8
+    )
 
 
-@pytest.mark.parametrize(("config", "settings", "words"), [
-    (replace(FULL, nodes=3), {}, "batch_size=2048 cannot be cut into equal pieces, accumulate=1 on each of 24 ranks"),
-    (replace(FULL, time="0:12:00"), {}, "time='0:12:00' leaves 10.0 minutes before the notice, and a checkpoint is due every "
-                                        "save_minutes=15"),
-    (FULL, {"data": "tree:nowhere"}, "nowhere is not a folder"),
-    (FULL, {"data": "folder:nowhere"}, "nowhere is not a folder")])
+@pytest.mark.parametrize(
+    ("config", "settings", "words"),
+    [
+        (
+            replace(FULL, nodes=3),
+            {},
+            "batch_size=2048 cannot be cut into equal pieces, accumulate=1 on each of 24 ranks",
+        ),
+        (
+            replace(FULL, time="0:12:00"),
+            {},
+            "time='0:12:00' leaves 10.0 minutes before the notice, and a checkpoint is due every "
+            "save_minutes=15",
+        ),
+        (FULL, {"data": "tree:nowhere"}, "nowhere is not a folder"),
+        (FULL, {"data": "folder:nowhere"}, "nowhere is not a folder"),
+    ],
+)
 def test_what_would_fail_later_is_refused_now(imagenet, tmp_path, config, settings, words):
-    refused = plan("imagenet-100", replace(recipe("imagenet-100", "full"), **settings), config, tmp_path).refused
+    refused = plan(
+        "imagenet-100", replace(recipe("imagenet-100", "full"), **settings), config, tmp_path
+    ).refused
     assert len(refused) == 1 and words in refused[0]
 
 
@@ -98,9 +159,15 @@ def test_data_that_were_not_checked_or_found_wanting_are_refused(imagenet, tmp_p
     stamp = json.loads((imagenet / prepared.STAMP).read_text())
     stamp["problems"] = [{"what": "unreadable", "remedy": "replace them"}]
     (imagenet / prepared.STAMP).write_text(json.dumps(stamp))
-    assert "was found wanting: run imsvd data check imagenet" in plan("imagenet-100", full, FULL, tmp_path).refused[0]
+    assert (
+        "was found wanting: run imsvd data check imagenet"
+        in plan("imagenet-100", full, FULL, tmp_path).refused[0]
+    )
     (imagenet / prepared.STAMP).unlink()
-    assert "has not been checked: run imsvd data check imagenet" in plan("imagenet-100", full, FULL, tmp_path).refused[0]
+    assert (
+        "has not been checked: run imsvd data check imagenet"
+        in plan("imagenet-100", full, FULL, tmp_path).refused[0]
+    )
 
 
 def test_a_folders_images_are_counted_without_being_read(tmp_path, monkeypatch):

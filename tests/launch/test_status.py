@@ -11,7 +11,16 @@ from rich.console import Console
 from imsvd_core.launch import queue, status
 from imsvd_core.launch.graph import Graph, Task
 from imsvd_core.launch.queue import alive
-from imsvd_core.launch.status import Standing, graphs_under, last_words, look, progress, stand, summary, watch
+from imsvd_core.launch.status import (
+    Standing,
+    graphs_under,
+    last_words,
+    look,
+    progress,
+    stand,
+    summary,
+    watch,
+)
 from imsvd_core.launch.submit import Submission
 from imsvd_core.results import write_json
 
@@ -41,7 +50,15 @@ SACCT = """\
 24|FAILED|0:9|2026-11-23T03:17:57|00:00:09|a/signal
 25|FAILED|2:0|2026-11-23T03:17:57|00:00:09|another
 """
-NAMES = {"20": "a/nothing", "21": "a/node", "22": "a/canc", "23": "a/purged", "24": "a/signal", "25": "a/mine", "26": "a/unknown"}
+NAMES = {
+    "20": "a/nothing",
+    "21": "a/node",
+    "22": "a/canc",
+    "23": "a/purged",
+    "24": "a/signal",
+    "25": "a/mine",
+    "26": "a/unknown",
+}
 
 
 def task(name: str, *needs: str, out: Path = Path("nowhere")) -> Task:
@@ -50,12 +67,17 @@ def task(name: str, *needs: str, out: Path = Path("nowhere")) -> Task:
     return Task(name, argv, out / run, out / run / f"{kind}.json", needs)
 
 
-def sent(job: str, name: str = "a/x", executor: str = "slurm", folder: object = "nowhere", tasks: int = 1) -> Submission:
+def sent(
+    job: str, name: str = "a/x", executor: str = "slurm", folder: object = "nowhere", tasks: int = 1
+) -> Submission:
     return Submission(name, ("pretrain",), job, executor, str(folder), tasks, "")
 
 
 def record(folder: Path, submission: Submission) -> None:
-    write_json(folder / "submission.json", {key: value for key, value in vars(submission).items() if key != "job"})
+    write_json(
+        folder / "submission.json",
+        {key: value for key, value in vars(submission).items() if key != "job"},
+    )
 
 
 @pytest.fixture
@@ -111,27 +133,33 @@ def test_commands_that_fail_are_named(monkeypatch, tmp_path):
         queue.ask(NAMES)
 
 
-@pytest.mark.parametrize(("job", "state", "words"), [
-    ("1", "running", "starting, attempt 3"),
-    ("2", "failed", "exit code 2, job 2, after 0:01"),
-    ("3", "cancelled", "job 3, after 0:00"),
-    ("5", "pending", "waits for a/pretrain"),
-    ("6", "pending", "waits for free resources, expected at 2026-11-23 04:17:32"),
-    ("7", "pending", "begins at 2026-11-23 03:27:30"),
-    ("10", "pending", "begins at 2026-11-23 03:18:36, requeued, attempt 2"),
-    ("12", "failed", "signal 9, job 12, after 0:02"),
-    ("13", "running", "starting, completing"),
-    ("14", "not run", "an earlier job that it waits for has failed"),
-    ("15", "pending", "held: scontrol release 15"),
-    ("16", "pending", "waits: QOSMaxJobsPerUserLimit"),
-    ("20", "failed", "completed, but left no result, job 20, after 00:00:08"),
-    ("21", "failed", "TIMEOUT, job 21, after 00:10:08"),
-    ("22", "cancelled", "job 22, after 00:00:00"),
-    ("23", "failed", "left the queue, RUNNING when last heard of, job 23, after 00:00:09"),
-    ("24", "failed", "signal 9, job 24, after 00:00:09"),
-    ("26", "failed", "Slurm does not know job 26 any more")])
+@pytest.mark.parametrize(
+    ("job", "state", "words"),
+    [
+        ("1", "running", "starting, attempt 3"),
+        ("2", "failed", "exit code 2, job 2, after 0:01"),
+        ("3", "cancelled", "job 3, after 0:00"),
+        ("5", "pending", "waits for a/pretrain"),
+        ("6", "pending", "waits for free resources, expected at 2026-11-23 04:17:32"),
+        ("7", "pending", "begins at 2026-11-23 03:27:30"),
+        ("10", "pending", "begins at 2026-11-23 03:18:36, requeued, attempt 2"),
+        ("12", "failed", "signal 9, job 12, after 0:02"),
+        ("13", "running", "starting, completing"),
+        ("14", "not run", "an earlier job that it waits for has failed"),
+        ("15", "pending", "held: scontrol release 15"),
+        ("16", "pending", "waits: QOSMaxJobsPerUserLimit"),
+        ("20", "failed", "completed, but left no result, job 20, after 00:00:08"),
+        ("21", "failed", "TIMEOUT, job 21, after 00:10:08"),
+        ("22", "cancelled", "job 22, after 00:00:00"),
+        ("23", "failed", "left the queue, RUNNING when last heard of, job 23, after 00:00:09"),
+        ("24", "failed", "signal 9, job 24, after 00:00:09"),
+        ("26", "failed", "Slurm does not know job 26 any more"),
+    ],
+)
 def test_the_state_of_an_unfinished_task(job, state, words):
-    entries = {entry.job_id: entry for entry in [*queue.read_sacct(SACCT), *queue.read_squeue(SQUEUE)]}
+    entries = {
+        entry.job_id: entry for entry in [*queue.read_sacct(SACCT), *queue.read_squeue(SQUEUE)]
+    }
     running = Standing(task("a/pretrain"), "running")
     standing = stand(task("a/x"), [running], sent(job), entries.get(job))
     assert (standing.state, standing.words) == (state, words)
@@ -140,7 +168,9 @@ def test_the_state_of_an_unfinished_task(job, state, words):
 
 @pytest.mark.parametrize("job", ["3", "5", "22", "14"])
 def test_what_a_failed_task_should_have_given_is_not_run_and_says_so(job):
-    entry = next(one for one in [*queue.read_sacct(SACCT), *queue.read_squeue(SQUEUE)] if one.job_id == job)
+    entry = next(
+        one for one in [*queue.read_sacct(SACCT), *queue.read_squeue(SQUEUE)] if one.job_id == job
+    )
     failed = Standing(task("a/pretrain"), "failed", "exit code 2")
     first = stand(task("a/linear", "a/pretrain"), [failed], sent(job), entry)
     assert (first.state, first.words) == ("not run", "a/pretrain failed")
@@ -154,11 +184,22 @@ def test_a_result_is_what_counts_and_not_what_slurm_says_of_its_job(tmp_path, sl
     graph = Graph([task("a/pretrain", out=tmp_path), task("a/knn", "a/pretrain", out=tmp_path)])
     record(graph["a/pretrain"].folder, sent("13", "a/ending"))
     record(graph["a/knn"].folder, sent("5", "a/knn"))
-    write_json(graph["a/knn"].result, {"name": "", "figures": {"knn_20": 31.0, "gallery": 9}, "provenance": {"seconds": 4.44}})
-    assert [one.state for one in look(graph).values()] == ["running", "pending"]  # the result is of a pretraining that is gone
-    write_json(graph["a/pretrain"].result, {"name": "", "figures": {"knn_20": 30.5}, "provenance": {"seconds": 75}})
+    write_json(
+        graph["a/knn"].result,
+        {"name": "", "figures": {"knn_20": 31.0, "gallery": 9}, "provenance": {"seconds": 4.44}},
+    )
+    assert [one.state for one in look(graph).values()] == [
+        "running",
+        "pending",
+    ]  # the result is of a pretraining that is gone
+    write_json(
+        graph["a/pretrain"].result,
+        {"name": "", "figures": {"knn_20": 30.5}, "provenance": {"seconds": 75}},
+    )
     assert [(one.state, one.words) for one in look(graph).values()] == [
-        ("done", "kNN-20 30.5 %, 1 min 15 s"), ("done", "kNN-20 31 %, 4.4 s")]
+        ("done", "kNN-20 30.5 %, 1 min 15 s"),
+        ("done", "kNN-20 31 %, 4.4 s"),
+    ]
 
 
 def test_where_slurm_does_not_answer_nothing_is_said_of_its_jobs(tmp_path, slurm):
@@ -166,24 +207,33 @@ def test_where_slurm_does_not_answer_nothing_is_said_of_its_jobs(tmp_path, slurm
     answers["squeue"] = queue.NoAnswer("squeue cannot be asked")
     graph = Graph([task("a/pretrain", out=tmp_path)])
     record(graph["a/pretrain"].folder, sent("1"))
-    assert look(graph)["a/pretrain"] == Standing(graph["a/pretrain"], "unknown", "squeue cannot be asked", "1")
+    assert look(graph)["a/pretrain"] == Standing(
+        graph["a/pretrain"], "unknown", "squeue cannot be asked", "1"
+    )
 
 
 def test_progress_is_the_last_step_and_what_remains_at_its_speed(tmp_path):
     one = task("a/pretrain", out=tmp_path)
     write_json(one.run_dir / "config.json", {"loop": {"epochs": 4, "batch_size": 64}})
-    lines = [{"step": 10, "epoch": 1.0, "knn_20": 25.5, "gallery": 200}, {"step": 11, "epoch": 1.1, "loss": 9.0},
-             {"step": 12, "epoch": 1.2, "loss": 3.14159, "samples_per_second": 28.0}]
+    lines = [
+        {"step": 10, "epoch": 1.0, "knn_20": 25.5, "gallery": 200},
+        {"step": 11, "epoch": 1.1, "loss": 9.0},
+        {"step": 12, "epoch": 1.2, "loss": 3.14159, "samples_per_second": 28.0},
+    ]
     assert progress(one) == ""
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (one.run_dir / "metrics.jsonl").write_text(text + '{"step": 13, "epo')
     assert progress(one) == "step 12 of 40, loss 3.142, kNN-20 25.5 %, 28 images/s, 1 min 04 s left"
-    (one.run_dir / "metrics.jsonl").write_text('{"step": 1, "epoch": 0.1, "loss": 7}\n' * 20_000 + text)  # more than is read
+    (one.run_dir / "metrics.jsonl").write_text(
+        '{"step": 1, "epoch": 0.1, "loss": 7}\n' * 20_000 + text
+    )  # more than is read
     assert progress(one).startswith("step 12 of 40, loss 3.142, kNN-20 25.5 %")
     probe = task("a/linear", out=tmp_path)
     write_json(one.run_dir / "config.json", {"linear": {"loop": {"epochs": 8, "batch_size": 64}}})
     (one.run_dir / "linear" / "abc").mkdir(parents=True)
-    (one.run_dir / "linear" / "abc" / "metrics.jsonl").write_text('{"step": 5, "epoch": 0.5, "loss": null}\n')
+    (one.run_dir / "linear" / "abc" / "metrics.jsonl").write_text(
+        '{"step": 5, "epoch": 0.5, "loss": null}\n'
+    )
     assert progress(probe) == "step 5 of 80, loss not finite"
     assert progress(task("a/knn", out=tmp_path)) == ""
 
@@ -195,17 +245,23 @@ def test_last_words_are_the_job_s_own_and_of_the_first_rank_that_has_any(tmp_pat
     assert last_words(job) == ("from standard output",)
     (tmp_path / "7_0_log.err").write_text("srun: error: n1: task 0: Exited with exit code 2\n")
     assert last_words(job) == ("srun: error: n1: task 0: Exited with exit code 2",)
-    (tmp_path / "7_0_log.err").write_text("a\nb\n\nc\nimsvd pretrain: no\nsrun: error: n1: task 0: Exited with exit code 2\n")
+    (tmp_path / "7_0_log.err").write_text(
+        "a\nb\n\nc\nimsvd pretrain: no\nsrun: error: n1: task 0: Exited with exit code 2\n"
+    )
     assert last_words(job) == ("b", "c", "imsvd pretrain: no")
 
 
 def test_last_words_are_those_of_the_rank_that_failed_first(tmp_path):
     job = sent("7", folder=tmp_path, tasks=2)
-    (tmp_path / "7_0_log.err").write_text("Connection reset by peer\nsrun: error: n2: task 1: Killed\nsrun: error: n1: task 0: Exited "
-                                          "with exit code 1\n")
+    (tmp_path / "7_0_log.err").write_text(
+        "Connection reset by peer\nsrun: error: n2: task 1: Killed\nsrun: error: n1: task 0: Exited "
+        "with exit code 1\n"
+    )
     (tmp_path / "7_1_log.err").write_text("resumed run at step 7\n")
     assert last_words(job) == ("resumed run at step 7", "n2: task 1: Killed")
-    (tmp_path / "7_0_log.err").write_text("Connection reset by peer\nsrun: error: n2: task 1: Exited with exit code 2\n")
+    (tmp_path / "7_0_log.err").write_text(
+        "Connection reset by peer\nsrun: error: n2: task 1: Exited with exit code 2\n"
+    )
     assert last_words(job) == ("resumed run at step 7",)
 
 
@@ -213,13 +269,17 @@ def test_a_process_is_a_job_s_own_if_it_works_in_its_folder(tmp_path):
     with subprocess.Popen(["sleep", "60"]) as other:
         while not Path(f"/proc/{other.pid}/cmdline").read_bytes():  # it is still being started
             pass
-        assert not alive(sent(str(other.pid), folder=tmp_path))  # the number has gone to somebody else
+        assert not alive(
+            sent(str(other.pid), folder=tmp_path)
+        )  # the number has gone to somebody else
         other.kill()
     with subprocess.Popen(["sh", "-c", f"read line # {tmp_path}"], stdin=subprocess.PIPE) as ours:
         assert alive(sent(str(ours.pid), folder=tmp_path))
         ours.kill()
         os.waitid(os.P_PID, ours.pid, os.WEXITED | os.WNOWAIT)
-        assert not alive(sent(str(ours.pid), folder=tmp_path))  # dead, though nobody has asked after it yet
+        assert not alive(
+            sent(str(ours.pid), folder=tmp_path)
+        )  # dead, though nobody has asked after it yet
     assert not alive(sent("DEBUG_1", folder=tmp_path))
 
 
@@ -228,18 +288,33 @@ def test_status_finds_graphs_and_runs_that_were_launched(tmp_path):
         graphs_under(tmp_path)
     Graph([task("a/pretrain", out=tmp_path / "table")]).save(tmp_path / "table")
     record(tmp_path / "run" / "jobs", sent("1", "run"))
-    assert [[one.name for one in graph] for graph in graphs_under(tmp_path)] == [["run"], ["a/pretrain"]]
-    launched, = graphs_under(tmp_path / "run")
-    assert launched["run"].folder == tmp_path / "run" / "jobs" and launched["run"].result == tmp_path / "run" / "result.json"
+    assert [[one.name for one in graph] for graph in graphs_under(tmp_path)] == [
+        ["run"],
+        ["a/pretrain"],
+    ]
+    (launched,) = graphs_under(tmp_path / "run")
+    assert (
+        launched["run"].folder == tmp_path / "run" / "jobs"
+        and launched["run"].result == tmp_path / "run" / "result.json"
+    )
 
 
 def test_what_is_shown(tmp_path, monkeypatch):
-    done, failed = Standing(task("b/pretrain"), "done", "linear 45 %"), Standing(task("a/knn"), "failed", "exit code 2", log=("why [red]",))
+    done, failed = (
+        Standing(task("b/pretrain"), "done", "linear 45 %"),
+        Standing(task("a/knn"), "failed", "exit code 2", log=("why [red]",)),
+    )
     standings = [Standing(task("a/pretrain"), "running", "step 1 of 9"), done, failed]
     console = Console(record=True, width=100, file=open(tmp_path / "shown", "w"))
     watch(lambda: standings, console)
     lines = [line.rstrip() for line in console.export_text().splitlines()]
-    assert [line.split()[0] for line in lines[1:]] == ["a/pretrain", "a/knn", "why", "b/pretrain", "3"]  # a run's tasks together
+    assert [line.split()[0] for line in lines[1:]] == [
+        "a/pretrain",
+        "a/knn",
+        "why",
+        "b/pretrain",
+        "3",
+    ]  # a run's tasks together
     assert lines[3].endswith("  why [red]") and lines[-1] == "3 tasks: 1 done, 1 running, 1 failed"
     assert summary([done]) == "1 task: 1 done"
 
@@ -248,7 +323,7 @@ def test_watching_ends_when_nothing_is_on_its_way_any_more(tmp_path, monkeypatch
     monkeypatch.setattr(status.time, "sleep", lambda seconds: None)
     states = iter(["pending", "running", "unknown", "done", "never looked at"])
     console = Console(force_terminal=True, width=100, file=open(tmp_path / "shown", "w"))
-    last, = watch(lambda: [Standing(task("a/pretrain"), next(states))], console)
+    (last,) = watch(lambda: [Standing(task("a/pretrain"), next(states))], console)
     assert last.state == "done" and next(states) == "never looked at"
     console.file.close()
     assert "1 task: 1 running" in (tmp_path / "shown").read_text()

@@ -20,21 +20,77 @@ from imsvd_core.networks import NetworkConfig
 from imsvd_core.results import read_result
 from imsvd_core.training import build_network, save_backbone
 
-OPTIONS = ["cifar10", "--scale", "smoke", "--data", "attributes", "--samples", "80", "--loop.batch-size", "16", "--loop.epochs", "10", "--look", "16",
-           "--loop.log-every", "1", "--knn.neighbors", "20", "--knn.gallery", "40", "--knn.queries", "20", "--watch.gallery", "40",
-           "--watch.queries", "20"]
+OPTIONS = [
+    "cifar10",
+    "--scale",
+    "smoke",
+    "--data",
+    "attributes",
+    "--samples",
+    "80",
+    "--loop.batch-size",
+    "16",
+    "--loop.epochs",
+    "10",
+    "--look",
+    "16",
+    "--loop.log-every",
+    "1",
+    "--knn.neighbors",
+    "20",
+    "--knn.gallery",
+    "40",
+    "--knn.queries",
+    "20",
+    "--watch.gallery",
+    "40",
+    "--watch.queries",
+    "20",
+]
 
 
 def test_the_batch_script_asks_for_what_was_configured(tmp_path, monkeypatch):
     monkeypatch.setenv("IMSVD_DATA", "/data of ours")
-    config = LaunchConfig(nodes=4, gpus_per_node=8, cpus_per_task=10, mem_gb=200, partition="gpu", account="vision", qos="long",
-                          constraint="v100", exclude="n7", options={"reservation": "night"}, time="1-00:00:00", grace_seconds=300, setup=("module load cuda",))
+    config = LaunchConfig(
+        nodes=4,
+        gpus_per_node=8,
+        cpus_per_task=10,
+        mem_gb=200,
+        partition="gpu",
+        account="vision",
+        qos="long",
+        constraint="v100",
+        exclude="n7",
+        options={"reservation": "night"},
+        time="1-00:00:00",
+        grace_seconds=300,
+        setup=("module load cuda",),
+    )
     lines = batch_script("run", tmp_path, config, tmp_path / "code", after=("7", "8")).splitlines()
-    for option in ("nodes=4", "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=10", "mem=204800MB", "partition=gpu", "account=vision",
-                   "qos=long", "constraint=v100", "exclude=n7", "reservation=night", "time=1440", "signal=USR2@300", "requeue", "dependency=afterok:7:8",
-                   "kill-on-invalid-dep=yes", "job-name=run", "open-mode=append"):
+    for option in (
+        "nodes=4",
+        "ntasks-per-node=8",
+        "gpus-per-node=8",
+        "cpus-per-task=10",
+        "mem=204800MB",
+        "partition=gpu",
+        "account=vision",
+        "qos=long",
+        "constraint=v100",
+        "exclude=n7",
+        "reservation=night",
+        "time=1440",
+        "signal=USR2@300",
+        "requeue",
+        "dependency=afterok:7:8",
+        "kill-on-invalid-dep=yes",
+        "job-name=run",
+        "open-mode=append",
+    ):
         assert f"#SBATCH --{option}" in lines, option
-    assert lines.index("module load cuda") < next(number for number, line in enumerate(lines) if "export SRUN_CPUS_PER_TASK=" in line)
+    assert lines.index("module load cuda") < next(
+        number for number, line in enumerate(lines) if "export SRUN_CPUS_PER_TASK=" in line
+    )
     assert "export IMSVD_DATA='/data of ours'" in lines
     assert any(line.startswith("srun ") and "--kill-on-bad-exit=1" in line for line in lines)
 
@@ -43,19 +99,33 @@ def test_a_snapshot_is_what_runs_whatever_happens_to_the_code_after_it(tmp_path)
     code = snapshot(tmp_path)
     assert snapshot(tmp_path) == code  # once
     assert [path.name for path in tmp_path.iterdir()] == [code.name]
-    told = subprocess.run([sys.executable, "-c", "import imsvd_core.results as r; print(r.__file__); print(r.code_version())"],
-                          capture_output=True, text=True, cwd=Path(imsvd_core.__file__).parents[1],  # whose code must not be taken
-                          env={**os.environ, **_environment(LaunchConfig(executor="local"), code)}).stdout.split()
+    told = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import imsvd_core.results as r; print(r.__file__); print(r.code_version())",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=Path(imsvd_core.__file__).parents[1],  # whose code must not be taken
+        env={**os.environ, **_environment(LaunchConfig(executor="local"), code)},
+    ).stdout.split()
     assert Path(told[0]).is_relative_to(code) and told[1] == imsvd_core.results.code_version()
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
 def test_a_notice_that_comes_while_python_still_imports_waits_until_it_is_heeded(number):
     shield = Path(job.__file__).with_name("shield.py")
-    listens = ("import os, signal, time; print('here', flush=True); input(); from imsvd_core import signals\n"
-               "with signals.heed(override=True): print(signals.told() == " + f"{int(number)})")
-    with subprocess.Popen([sys.executable, "-IS", shield, sys.executable, "-c", listens], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          text=True) as process:
+    listens = (
+        "import os, signal, time; print('here', flush=True); input(); from imsvd_core import signals\n"
+        "with signals.heed(override=True): print(signals.told() == " + f"{int(number)})"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-IS", shield, sys.executable, "-c", listens],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
         assert process.stdout.readline() == "here\n"
         process.send_signal(number)
         assert process.communicate("\n")[0] == "True\n" and process.returncode == 0
@@ -71,7 +141,10 @@ def test_a_dry_run_prints_script_and_plan_and_writes_nothing(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     main(["launch", *OPTIONS, "--dry-run", "--nodes", "2", "--partition", "main"])
     told = capsys.readouterr().out
-    assert "#SBATCH --partition=main" in told and "cifar10: 2 processes without GPU (2 × 1), 8 images on each" in told
+    assert (
+        "#SBATCH --partition=main" in told
+        and "cifar10: 2 processes without GPU (2 × 1), 8 images on each" in told
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -79,7 +152,10 @@ def test_what_the_plan_refuses_is_not_sent(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         main(["launch", *OPTIONS, "--executor", "local", "--tasks-per-node", "3"])
-    assert stop.value.code == 2 and "not sent:\n  batch_size=16 cannot be cut" in capsys.readouterr().err
+    assert (
+        stop.value.code == 2
+        and "not sent:\n  batch_size=16 cannot be cut" in capsys.readouterr().err
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -88,7 +164,9 @@ def test_a_job_told_by_usr2_saves_starts_again_and_ends_as_if_nothing_was(tmp_pa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for name in ("told", "whole"):
-        main(["launch", *OPTIONS, "--executor", "local", "--tasks-per-node", "2", "--run-dir", name])
+        main(
+            ["launch", *OPTIONS, "--executor", "local", "--tasks-per-node", "2", "--run-dir", name]
+        )
     sent = {name: Submission.read(tmp_path / name / "jobs") for name in ("whole", "told")}
     records = tmp_path / "told" / "metrics.jsonl"
     wait_for(lambda: records.exists() and records.read_text().count("loss") > 5)
@@ -98,10 +176,16 @@ def test_a_job_told_by_usr2_saves_starts_again_and_ends_as_if_nothing_was(tmp_pa
         wait_for((tmp_path / name / "result.json").exists)
     log = (tmp_path / "told" / "jobs" / f"{sent['told'].job_id}_0_log.err").read_text()
     assert log.count("run the same command to go on") == 1 and log.count("resumed ") == 1
-    ends = [torch.load(tmp_path / name / "checkpoints" / "step-000000050.pt", weights_only=True)["state"]["modules"]["network"]
-            for name in sent]
+    ends = [
+        torch.load(tmp_path / name / "checkpoints" / "step-000000050.pt", weights_only=True)[
+            "state"
+        ]["modules"]["network"]
+        for name in sent
+    ]
     assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
-    origins = [json.loads((tmp_path / name / "result.json").read_text())["provenance"] for name in sent]
+    origins = [
+        json.loads((tmp_path / name / "result.json").read_text())["provenance"] for name in sent
+    ]
     assert [origin["commit"] for origin in origins] == [imsvd_core.results.code_version()] * 2
     assert all(origin["command"].startswith("imsvd pretrain cifar10 ") for origin in origins)
 
@@ -109,7 +193,18 @@ def test_a_job_told_by_usr2_saves_starts_again_and_ends_as_if_nothing_was(tmp_pa
 def test_debug_trains_in_this_process(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "ATTRIBUTES_SIZES", {"train": 600, "test": 200})
     before = dict(os.environ)
-    main(["launch", *OPTIONS, "--executor", "debug", "--loop.epochs", "1", "--run-dir", str(tmp_path / "run")])
+    main(
+        [
+            "launch",
+            *OPTIONS,
+            "--executor",
+            "debug",
+            "--loop.epochs",
+            "1",
+            "--run-dir",
+            str(tmp_path / "run"),
+        ]
+    )
     assert (tmp_path / "run" / "result.json").exists() and dict(os.environ) == before
 
 
@@ -118,7 +213,22 @@ def test_an_evaluation_is_launched_like_a_training(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     network = NetworkConfig("narrow", cifar_stem=True)
     save_backbone("theirs.safetensors", build_network(network, 0).backbone, network)
-    main(["launch", "evaluate", "knn", "theirs.safetensors", "--executor", "debug", "--scale", "smoke", "--data", "attributes", "--out", "here"])
+    main(
+        [
+            "launch",
+            "evaluate",
+            "knn",
+            "theirs.safetensors",
+            "--executor",
+            "debug",
+            "--scale",
+            "smoke",
+            "--data",
+            "attributes",
+            "--out",
+            "here",
+        ]
+    )
     assert read_result("here/knn-attributes.json")["figures"]["gallery"] == 400
     capsys.readouterr()
     main(["status", "here"])
@@ -130,14 +240,31 @@ def test_an_evaluation_is_launched_like_a_training(tmp_path, monkeypatch, capsys
 
 @pytest.mark.slow  # two Pythons, one after the other
 def test_a_local_job_outlives_our_pipes_and_ends_when_it_is_told(tmp_path):
-    words = ["launch", *OPTIONS, "--loop.epochs", "10000", "--executor", "local", "--run-dir", str(tmp_path)]
-    done = subprocess.run([sys.executable, "-m", "imsvd_core.cli", *words], capture_output=True, text=True, timeout=120)  # reads to the end
+    words = [
+        "launch",
+        *OPTIONS,
+        "--loop.epochs",
+        "10000",
+        "--executor",
+        "local",
+        "--run-dir",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "imsvd_core.cli", *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )  # reads to the end
     assert done.returncode == 0 and "sent; its logs are in" in done.stdout, done.stderr
     sent = Submission.read(tmp_path / "jobs")
     assert queue.alive(sent)
     os.kill(int(sent.job_id), signal.SIGTERM)
     wait_for(lambda: not queue.alive(sent))
-    assert "told to stop" in (log := (tmp_path / "jobs" / f"{sent.job_id}_0_log.err").read_text()) or "stopped at step" in log
+    assert (
+        "told to stop" in (log := (tmp_path / "jobs" / f"{sent.job_id}_0_log.err").read_text())
+        or "stopped at step" in log
+    )
 
 
 def wait_for(what, seconds=120):
@@ -148,14 +275,29 @@ def wait_for(what, seconds=120):
 
 
 def ranks_of(controller):
-    return [int(pid) for pid in Path(f"/proc/{controller}/task/{controller}/children").read_text().split()]
+    return [
+        int(pid)
+        for pid in Path(f"/proc/{controller}/task/{controller}/children").read_text().split()
+    ]
 
 
-@pytest.mark.parametrize(("state", "restarts", "expected"), [("RUNNING", 2, True), ("RUNNING", 3, False), ("COMPLETING", 2, False),
-                                                              ("CANCELLED", 2, False), ("PENDING", 3, False)])
-def test_only_the_attempt_that_slurm_counts_as_running_asks_to_be_queued_again(monkeypatch, tmp_path, state, restarts, expected):
+@pytest.mark.parametrize(
+    ("state", "restarts", "expected"),
+    [
+        ("RUNNING", 2, True),
+        ("RUNNING", 3, False),
+        ("COMPLETING", 2, False),
+        ("CANCELLED", 2, False),
+        ("PENDING", 3, False),
+    ],
+)
+def test_only_the_attempt_that_slurm_counts_as_running_asks_to_be_queued_again(
+    monkeypatch, tmp_path, state, restarts, expected
+):
     scontrol = tmp_path / "scontrol"
-    scontrol.write_text(f"#!/bin/sh\necho 'JobId=5 JobName=run\n   JobState={state} Reason=None\n   Requeue=1 Restarts={restarts} BatchFlag=1'\n")
+    scontrol.write_text(
+        f"#!/bin/sh\necho 'JobId=5 JobName=run\n   JobState={state} Reason=None\n   Requeue=1 Restarts={restarts} BatchFlag=1'\n"
+    )
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert job._is_running("5", 2) is expected
@@ -163,17 +305,34 @@ def test_only_the_attempt_that_slurm_counts_as_running_asks_to_be_queued_again(m
 
 def test_a_run_whose_job_is_on_its_way_is_not_launched_again(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with subprocess.Popen([sys.executable, "-c", "input()", str(tmp_path / "jobs")], stdin=subprocess.PIPE) as alive:
-        told = {"name": tmp_path.name, "argv": ["pretrain"], "job_id": str(alive.pid), "executor": "local", "tasks": 1,
-                "folder": str(tmp_path / "jobs"), "submitted": ""}
+    with subprocess.Popen(
+        [sys.executable, "-c", "input()", str(tmp_path / "jobs")], stdin=subprocess.PIPE
+    ) as alive:
+        told = {
+            "name": tmp_path.name,
+            "argv": ["pretrain"],
+            "job_id": str(alive.pid),
+            "executor": "local",
+            "tasks": 1,
+            "folder": str(tmp_path / "jobs"),
+            "submitted": "",
+        }
         (tmp_path / "jobs").mkdir()
         (tmp_path / "jobs" / "submission.json").write_text(json.dumps(told))
         with pytest.raises(SystemExit):
             main(["launch", *OPTIONS, "--executor", "local", "--run-dir", str(tmp_path)])
         alive.communicate(b"\n")
-    assert f"has a job on its way, {alive.pid} (starting): wait for its end" in capsys.readouterr().err
+    assert (
+        f"has a job on its way, {alive.pid} (starting): wait for its end" in capsys.readouterr().err
+    )
 
 
 def test_a_job_s_name_is_one_name_to_squeue(tmp_path):
-    sent = submit(["status", "--help"], name="k,1 of mine", folder=tmp_path / "k,1", config=LaunchConfig(executor="local"), code=tmp_path)
+    sent = submit(
+        ["status", "--help"],
+        name="k,1 of mine",
+        folder=tmp_path / "k,1",
+        config=LaunchConfig(executor="local"),
+        code=tmp_path,
+    )
     assert sent.name == "k_1_of_mine" and Submission.read(tmp_path / "k,1").name == sent.name

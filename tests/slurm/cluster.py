@@ -18,8 +18,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NODES = ("n1", "n2")
-PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "mariadb-install-db", "sbatch", "unshare", "nsenter", "setpriv")
-ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+PROGRAMS = (
+    "slurmctld",
+    "slurmd",
+    "slurmdbd",
+    "munged",
+    "mariadbd",
+    "mariadb-install-db",
+    "sbatch",
+    "unshare",
+    "nsenter",
+    "setpriv",
+)
+ENDS = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "PREEMPTED",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+)
 TIED = ("setpriv", "--pdeathsig", "KILL")  # ends with the process that started it
 INIT = """
 mount --bind "$1" /etc/hosts && hostname "$2" && touch "$3" || exit 1
@@ -35,8 +56,11 @@ def missing() -> str:
     absent = [program for program in PROGRAMS if not shutil.which(program, path=PATH)]
     if absent:
         return f"no {', '.join(absent)}: apt-get install slurm-wlm munge slurmdbd mariadb-server"
-    tried = subprocess.run(["unshare", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "true"],
-                           capture_output=True, text=True)
+    tried = subprocess.run(
+        ["unshare", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "true"],
+        capture_output=True,
+        text=True,
+    )
     return f"no namespaces for the nodes: {tried.stderr.strip()}" if tried.returncode else ""
 
 
@@ -53,12 +77,24 @@ class Cluster:
 
     def __init__(self, folder: Path, cpus: int = 2):
         self.folder = folder.resolve()
-        ports = dict(zip(("controller", "database", *NODES), _free_ports(2 + len(NODES)), strict=True))
+        ports = dict(
+            zip(("controller", "database", *NODES), _free_ports(2 + len(NODES)), strict=True)
+        )
         self._values = {"folder": self.folder, "cpus": cpus, **ports}
-        self.env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "SUBMITIT_"))}
-        self.env |= {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": PATH, "MYSQL_UNIX_PORT": str(self.folder / "db.socket")}
+        self.env = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("SLURM_", "SBATCH_", "SUBMITIT_"))
+        }
+        self.env |= {
+            "SLURM_CONF": str(self.folder / "slurm.conf"),
+            "PATH": PATH,
+            "MYSQL_UNIX_PORT": str(self.folder / "db.socket"),
+        }
         self._stack = ExitStack()  # of what is to be ended, the latest first
-        self._machines: dict[str, int] = {}  # of each node, the first process, as this machine counts
+        self._machines: dict[
+            str, int
+        ] = {}  # of each node, the first process, as this machine counts
 
     # start and end
 
@@ -86,31 +122,81 @@ class Cluster:
                 text = text.replace(f"@{key}@", str(value))
             (folder / name).write_text(text)
         (folder / "slurmdbd.conf").chmod(0o600)
-        (folder / "hosts").write_text(f"127.0.0.1 localhost {socket.gethostname()}\n127.0.0.1 {' '.join(NODES)}\n")
+        (folder / "hosts").write_text(
+            f"127.0.0.1 localhost {socket.gethostname()}\n127.0.0.1 {' '.join(NODES)}\n"
+        )
         (folder / "munge.key").touch(0o600)
         (folder / "munge.key").write_bytes(os.urandom(1024))
 
-        self._daemon("munged", "--foreground", "--force", "--num-threads=2", *(
-            f"--{option}={folder}/munge{suffix}" for option, suffix in
-            (("key-file", ".key"), ("socket", ".socket"), ("pid-file", ".pid"), ("log-file", ".log"), ("seed-file", ".seed"))))
+        self._daemon(
+            "munged",
+            "--foreground",
+            "--force",
+            "--num-threads=2",
+            *(
+                f"--{option}={folder}/munge{suffix}"
+                for option, suffix in (
+                    ("key-file", ".key"),
+                    ("socket", ".socket"),
+                    ("pid-file", ".pid"),
+                    ("log-file", ".log"),
+                    ("seed-file", ".seed"),
+                )
+            ),
+        )
         self._stack.callback(shutil.rmtree, database, ignore_errors=True)  # a hundred megabytes
-        self.run("mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={database}", "--skip-test-db",
-                 "--auth-root-authentication-method=normal")
-        self._daemon("mariadbd", "--no-defaults", "--user=root", f"--datadir={database}", "--skip-networking",
-                     f"--socket={folder}/db.socket", f"--pid-file={folder}/db.pid", "--innodb-buffer-pool-size=64M",
-                     "--innodb-log-file-size=8M", "--innodb-flush-log-at-trx-commit=0", "--innodb-lock-wait-timeout=900")
-        self._until("MariaDB answers", lambda: self._works(
-            "mariadb", "--no-defaults", "-uroot", f"--socket={folder}/db.socket", "-e", "create database slurm_acct"))
+        self.run(
+            "mariadb-install-db",
+            "--no-defaults",
+            "--user=root",
+            f"--datadir={database}",
+            "--skip-test-db",
+            "--auth-root-authentication-method=normal",
+        )
+        self._daemon(
+            "mariadbd",
+            "--no-defaults",
+            "--user=root",
+            f"--datadir={database}",
+            "--skip-networking",
+            f"--socket={folder}/db.socket",
+            f"--pid-file={folder}/db.pid",
+            "--innodb-buffer-pool-size=64M",
+            "--innodb-log-file-size=8M",
+            "--innodb-flush-log-at-trx-commit=0",
+            "--innodb-lock-wait-timeout=900",
+        )
+        self._until(
+            "MariaDB answers",
+            lambda: self._works(
+                "mariadb",
+                "--no-defaults",
+                "-uroot",
+                f"--socket={folder}/db.socket",
+                "-e",
+                "create database slurm_acct",
+            ),
+        )
         self._daemon("slurmdbd", "-D", SLURM_CONF=str(folder / "slurmdbd.conf"))
-        self._until("slurmdbd answers", lambda: self._works("sacctmgr", "-i", "-Q", "add", "cluster", "book"))
+        self._until(
+            "slurmdbd answers",
+            lambda: self._works("sacctmgr", "-i", "-Q", "add", "cluster", "book"),
+        )
         self._daemon("slurmctld", "-D", "-f", self.env["SLURM_CONF"], "-c")
         for node in NODES:
             self.start_node(node)
 
     def _daemon(self, *command: str, **environment: str) -> int:
         with open(self.folder / f"{command[0]}.out", "ab") as log:
-            process = subprocess.Popen([*TIED, *command], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder,
-                                       env={**self.env, **environment}, start_new_session=True)
+            process = subprocess.Popen(
+                [*TIED, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                env={**self.env, **environment},
+                start_new_session=True,
+            )
         self._stack.callback(_end, process)
         return process.pid
 
@@ -121,13 +207,43 @@ class Cluster:
         if node not in self._machines:
             up = self.folder / f"{node}.up"
             up.unlink(missing_ok=True)
-            shell = self._daemon("unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc",
-                                 "sh", "-c", INIT, "sh", str(self.folder / "hosts"), node, str(up))
+            shell = self._daemon(
+                "unshare",
+                "--uts",
+                "--mount",
+                "--pid",
+                "--fork",
+                "--kill-child",
+                "--mount-proc",
+                "sh",
+                "-c",
+                INIT,
+                "sh",
+                str(self.folder / "hosts"),
+                node,
+                str(up),
+            )
             self._until(f"{node} has started", up.exists)
-            self._machines[node] = next(process.pid for process in _processes() if process.parent == shell)
-        self._daemon("nsenter", f"--target={self._machines[node]}", "--uts", "--mount", "--pid",
-                     "slurmd", "-D", "-f", self.env["SLURM_CONF"], "-N", node)
-        self._until(f"{node} is idle", lambda: self.run("sinfo", "-h", "-n", node, "-p", "main", "-o", "%T").strip() == "idle")
+            self._machines[node] = next(
+                process.pid for process in _processes() if process.parent == shell
+            )
+        self._daemon(
+            "nsenter",
+            f"--target={self._machines[node]}",
+            "--uts",
+            "--mount",
+            "--pid",
+            "slurmd",
+            "-D",
+            "-f",
+            self.env["SLURM_CONF"],
+            "-N",
+            node,
+        )
+        self._until(
+            f"{node} is idle",
+            lambda: self.run("sinfo", "-h", "-n", node, "-p", "main", "-o", "%T").strip() == "idle",
+        )
 
     def kill_node(self, node: str) -> None:
         """Kill everything that runs on a node at one blow: slurmd, slurmstepd, ranks."""
@@ -135,13 +251,21 @@ class Cluster:
 
     def kill_slurmd(self, node: str) -> None:
         """Kill a node's slurmd alone; what it had started lives on."""
-        os.kill(next(process.pid for process in self._on(node) if process.name == "slurmd"), signal.SIGKILL)
+        os.kill(
+            next(process.pid for process in self._on(node) if process.name == "slurmd"),
+            signal.SIGKILL,
+        )
 
     def processes(self, node: str) -> list[str]:
         """The command lines of what jobs have running on a node, slurmstepd included."""
         init = self._machines.get(node)
-        return [process.command for process in self._on(node)
-                if process.name != "slurmd" and init != process.pid and not (process.parent == init and process.name == "sleep")]
+        return [
+            process.command
+            for process in self._on(node)
+            if process.name != "slurmd"
+            and init != process.pid
+            and not (process.parent == init and process.name == "sleep")
+        ]
 
     def _on(self, node: str) -> list["Process"]:
         if node not in self._machines:
@@ -153,15 +277,27 @@ class Cluster:
 
     def run(self, *command: str, check: bool = True, **options: object) -> str:
         """What a command says on its standard output. Raises RuntimeError with its complaint if it fails."""
-        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60, **options)
+        done = subprocess.run(
+            command, env=self.env, capture_output=True, text=True, timeout=60, **options
+        )
         if check and done.returncode:
-            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip() or done.stdout.strip()}")
+            raise RuntimeError(
+                f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip() or done.stdout.strip()}"
+            )
         return done.stdout
 
     def sbatch(self, script: str, *options: str) -> str:
         """Send a shell script as a job; returns its id."""
-        output = () if any(option.startswith("--output") for option in options) else (f"--output={self.folder}/job-%j.out",)
-        return self.run("sbatch", "--parsable", *output, *options, input=f"#!/bin/sh\n{script}\n").strip().split(";")[0]
+        output = (
+            ()
+            if any(option.startswith("--output") for option in options)
+            else (f"--output={self.folder}/job-%j.out",)
+        )
+        return (
+            self.run("sbatch", "--parsable", *output, *options, input=f"#!/bin/sh\n{script}\n")
+            .strip()
+            .split(";")[0]
+        )
 
     def scancel(self, *options: str) -> None:
         self.run("scancel", *options)
@@ -187,7 +323,12 @@ class Cluster:
     def wait_for(self, job: str, states: str | tuple[str, ...] = ENDS, timeout: float = 60) -> str:
         """Wait until a job is in one of `states`; returns that. Raises TimeoutError telling all about the job."""
         wanted = (states,) if isinstance(states, str) else states
-        self._until(f"job {job} is {' or '.join(wanted)}", lambda: self.state(job) in wanted, timeout, lambda: self.job(job))
+        self._until(
+            f"job {job} is {' or '.join(wanted)}",
+            lambda: self.state(job) in wanted,
+            timeout,
+            lambda: self.job(job),
+        )
         return self.state(job)
 
     def settings(self, *names: str) -> dict[str, str]:
@@ -206,13 +347,23 @@ class Cluster:
         self._until("the queue is empty", lambda: not self.squeue(), 30, self.squeue)
 
     def _works(self, *command: str) -> bool:
-        return subprocess.run(command, env=self.env, capture_output=True, timeout=60).returncode == 0
+        return (
+            subprocess.run(command, env=self.env, capture_output=True, timeout=60).returncode == 0
+        )
 
-    def _until(self, what: str, happened: Callable[[], bool], timeout: float = 60, about: Callable[[], object] | None = None) -> None:
+    def _until(
+        self,
+        what: str,
+        happened: Callable[[], bool],
+        timeout: float = 60,
+        about: Callable[[], object] | None = None,
+    ) -> None:
         end = time.monotonic() + timeout
         while not happened():
             if time.monotonic() > end:
-                raise TimeoutError(f"not within {timeout:g} s: {what}; {about() if about else 'the logs'} in {self.folder}")
+                raise TimeoutError(
+                    f"not within {timeout:g} s: {what}; {about() if about else 'the logs'} in {self.folder}"
+                )
             time.sleep(0.1)
 
 
@@ -229,11 +380,26 @@ def _processes() -> Iterator[Process]:
     """All processes of this machine, as it counts them; the dead that nobody has asked after yet are left out."""
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has just ended
-            status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines() if ":" in line)
-            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            status = dict(
+                line.split(":", 1)
+                for line in (folder / "status").read_text().splitlines()
+                if ":" in line
+            )
+            command = (
+                (folder / "cmdline")
+                .read_bytes()
+                .replace(b"\0", b" ")
+                .decode(errors="replace")
+                .strip()
+            )
             if command:
-                yield Process(int(folder.name), int(status["PPid"]), status["Name"].strip(), command,
-                              os.readlink(folder / "ns" / "pid"))
+                yield Process(
+                    int(folder.name),
+                    int(status["PPid"]),
+                    status["Name"].strip(),
+                    command,
+                    os.readlink(folder / "ns" / "pid"),
+                )
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -33,7 +33,13 @@ def figures(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
         rows = {row["fault"]: row for row in [*before.get("faults", []), *seen["faults"]]}
         kept["faults"] = list(rows.values())
         setting = kept.get("setting", {})
-        origin = provenance(config=setting, seed=0, device="cpu", dataset=setting.get("dataset", "none"),
-                            seconds=time.monotonic() - start, world_size=setting.get("ranks", 1),
-                            command=f"python -m pytest -m slurm tests/slurm --record {path.name}")
+        origin = provenance(
+            config=setting,
+            seed=0,
+            device="cpu",
+            dataset=setting.get("dataset", "none"),
+            seconds=time.monotonic() - start,
+            world_size=setting.get("ranks", 1),
+            command=f"python -m pytest -m slurm tests/slurm --record {path.name}",
+        )
         write_result(path, "launch-faults", kept, origin, overwrite=True)

@@ -57,7 +57,10 @@ class Run:
     @property
     def log(self) -> str:
         """What all ranks of all attempts have said."""
-        return "\n".join(path.read_text(errors="replace") for path in sorted(self.logs.glob("*.err")) + sorted(self.logs.glob("*.out")))
+        return "\n".join(
+            path.read_text(errors="replace")
+            for path in sorted(self.logs.glob("*.err")) + sorted(self.logs.glob("*.out"))
+        )
 
     @property
     def resumed(self) -> list[int]:
@@ -68,7 +71,11 @@ class Run:
     def seconds_per_step(self) -> float:
         """The median over what the first attempt did, as far as it was kept."""
         last = min(self.resumed, default=self.step)
-        speeds = sorted(line["samples_per_second"] for line in self.records if "samples_per_second" in line and line["step"] <= last)
+        speeds = sorted(
+            line["samples_per_second"]
+            for line in self.records
+            if "samples_per_second" in line and line["step"] <= last
+        )
         batch = json.loads((self.run_dir / "config.json").read_text())["loop"]["batch_size"]
         return batch / speeds[len(speeds) // 2]
 
@@ -90,11 +97,19 @@ class Run:
 
     def until_imports(self) -> None:
         """Wait until every node has started its Python, which does not listen yet."""
-        self.until("started", lambda: all(any("_submit" in command for command in self.cluster.processes(node)) for node in NODES))
+        self.until(
+            "started",
+            lambda: all(
+                any("_submit" in command for command in self.cluster.processes(node))
+                for node in NODES
+            ),
+        )
         time.sleep(0.3)
 
     def until_state(self, *states: str) -> float:
-        return self.until(f"state {' or '.join(states)}", lambda: self.cluster.state(self.job) in states)
+        return self.until(
+            f"state {' or '.join(states)}", lambda: self.cluster.state(self.job) in states
+        )
 
     def until_quiet(self, timeout: float = 30) -> None:
         """Wait until no node runs anything of any job."""
@@ -102,20 +117,34 @@ class Run:
 
     def about(self) -> str:
         processes = {node: self.cluster.processes(node) for node in NODES}
-        return (f"job {self.cluster.job(self.job)}\nattempts {self.cluster.sacct(self.job)}\nprocesses {processes}\n"
-                f"step {self.step}, reached {self.reached}, checkpoints {self.checkpoints}\n{self.log[-6000:]}")
+        return (
+            f"job {self.cluster.job(self.job)}\nattempts {self.cluster.sacct(self.job)}\nprocesses {processes}\n"
+            f"step {self.step}, reached {self.reached}, checkpoints {self.checkpoints}\n{self.log[-6000:]}"
+        )
 
     def assert_ended_like(self, other: "Run") -> None:
         """Every weight, every statistic of the optimizer and every record but the speed are those of `other`."""
-        ends = [torch.load(max(run.run_dir.glob("checkpoints/step-*.pt")), weights_only=True)["state"] for run in (self, other)]
+        ends = [
+            torch.load(max(run.run_dir.glob("checkpoints/step-*.pt")), weights_only=True)["state"]
+            for run in (self, other)
+        ]
         assert ends[0]["step"] == ends[1]["step"]
         for part in ("modules", "optimizer"):
             mine, others = (dict(_leaves(end[part])) for end in ends)
             assert mine.keys() == others.keys() and len(mine) > 10
             for name, value in mine.items():
-                assert torch.equal(value, others[name]) if isinstance(value, torch.Tensor) else value == others[name], name
-        mine, others = ([{name: value for name, value in line.items() if name != "samples_per_second"} for line in run.records]
-                        for run in (self, other))
+                assert (
+                    torch.equal(value, others[name])
+                    if isinstance(value, torch.Tensor)
+                    else value == others[name]
+                ), name
+        mine, others = (
+            [
+                {name: value for name, value in line.items() if name != "samples_per_second"}
+                for line in run.records
+            ]
+            for run in (self, other)
+        )
         assert mine == others
 
 

@@ -18,7 +18,9 @@ def running(folder: Path) -> list[str]:
     for environment in Path("/proc").glob("[0-9]*/environ"):
         try:
             if mark in environment.read_bytes():
-                found.append((environment.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+                found.append(
+                    (environment.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                )
         except OSError:  # it has just ended
             continue
     return [command for command in found if command]
@@ -40,9 +42,15 @@ def test_nothing_is_left_of_a_cluster_that_could_not_start(tmp_path, monkeypatch
 
 
 def test_nothing_is_left_of_a_cluster_whose_owner_was_killed(tmp_path):
-    script = "import os, sys; from pathlib import Path; from cluster import Cluster\n" \
-             f"with Cluster(Path(sys.argv[1])) as cluster:\n    cluster.wait_for(cluster.sbatch({STUBBORN!r}), 'RUNNING'); os.abort()"
-    owner = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=Path(__file__).parent, capture_output=True)
+    script = (
+        "import os, sys; from pathlib import Path; from cluster import Cluster\n"
+        f"with Cluster(Path(sys.argv[1])) as cluster:\n    cluster.wait_for(cluster.sbatch({STUBBORN!r}), 'RUNNING'); os.abort()"
+    )
+    owner = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+    )
     assert owner.returncode < 0, owner.stderr
     time.sleep(1)
     assert (tmp_path / "slurmctld.log").exists() and not running(tmp_path)
@@ -52,7 +60,9 @@ def test_a_job_outlives_a_slurmd_and_not_its_node(cluster):
     job = cluster.sbatch("exec sleep 300", "--nodelist=n1")
     cluster.wait_for(job, "RUNNING")
     cluster.kill_slurmd("n1")
-    assert any("sleep 300" in command for command in cluster.processes("n1")) and not cluster.processes("n2")
+    assert any(
+        "sleep 300" in command for command in cluster.processes("n1")
+    ) and not cluster.processes("n2")
     cluster.kill_node("n1")
     assert not cluster.processes("n1")
     cluster.wait_for(job, "PENDING")  # given up, and requeued

@@ -14,15 +14,31 @@ from runs import Run, few_pictures
 
 from imsvd_core.launch import LaunchConfig, snapshot, submit
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow]  # each trains a run to its end, most of them in two attempts
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.slow,
+]  # each trains a run to its end, most of them in two attempts
 
 EPOCHS, BATCH, SAMPLES = 4, 64, 1600
 EPOCH = SAMPLES // BATCH
 STEPS = EPOCHS * EPOCH
 SAVE_SECONDS = 3.0
 MIDDLE = 35  #: a step in the middle of an epoch
-TRAINING = ["pretrain", "cifar10", "--scale", "smoke", "--samples", str(SAMPLES), "--loop.epochs", str(EPOCHS),
-            "--loop.save-minutes", str(SAVE_SECONDS / 60), "--loop.log-every", "1", "--no-progress"]
+TRAINING = [
+    "pretrain",
+    "cifar10",
+    "--scale",
+    "smoke",
+    "--samples",
+    str(SAMPLES),
+    "--loop.epochs",
+    str(EPOCHS),
+    "--loop.save-minutes",
+    str(SAVE_SECONDS / 60),
+    "--loop.log-every",
+    "1",
+    "--no-progress",
+]
 TWO_NODES = LaunchConfig(nodes=2, tasks_per_node=1, time="30")
 
 SLOWLY = """
@@ -64,14 +80,23 @@ Launch = Callable[..., Run]
 @pytest.fixture(scope="module")
 def launch(speaking_to: Cluster, data: str, tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """Send a training, with `added` at the end of its loop's source if given; other words are further arguments of `submit`."""
-    def send(config: LaunchConfig = TWO_NODES, added: str = "", argv: tuple[str, ...] = (), **more: Any) -> Run:
+
+    def send(
+        config: LaunchConfig = TWO_NODES, added: str = "", argv: tuple[str, ...] = (), **more: Any
+    ) -> Run:
         folder = tmp_path_factory.mktemp("run")
         code = snapshot(folder / "code")
         with open(code / "imsvd_core" / "loop.py", "a") as loop:
             loop.write(added)
         sent = time.time()
-        told = submit([*TRAINING, "--data", data, "--run-dir", str(folder / "run"), *argv], name=folder.name,
-                      folder=folder / "logs", config=config, code=code, **more)
+        told = submit(
+            [*TRAINING, "--data", data, "--run-dir", str(folder / "run"), *argv],
+            name=folder.name,
+            folder=folder / "logs",
+            config=config,
+            code=code,
+            **more,
+        )
         return Run(speaking_to, told.job_id, folder / "run", folder / "logs", sent)
 
     return send
@@ -92,10 +117,25 @@ def undisturbed(launch: Launch, data: str, figures: dict[str, Any]) -> Run:
     assert finish(run) == "COMPLETED", run.about()
     assert run.attempts == 1 and max(run.checkpoints) == STEPS == run.step
     assert [line["step"] for line in run.records if "loss" in line] == list(range(1, STEPS + 1))
-    slurm = {"version": run.cluster.run("sinfo", "-V").strip(), "nodes": len(NODES), **run.cluster.settings("SlurmdTimeout", "KillWait")}
-    figures["setting"] |= {"recipe": "cifar10 at scale smoke", "dataset": "attributes (drawn)" if data == "attributes" else "CIFAR-10 (JPEG)",
-                           "samples": SAMPLES, "steps": STEPS, "ranks": 2, "save_interval_s": SAVE_SECONDS, "slurm": slurm}
-    figures["faults"].append(row(run, "none", sent_to_running_s=running - run.sent, sent_to_first_step_s=first - run.sent))
+    slurm = {
+        "version": run.cluster.run("sinfo", "-V").strip(),
+        "nodes": len(NODES),
+        **run.cluster.settings("SlurmdTimeout", "KillWait"),
+    }
+    figures["setting"] |= {
+        "recipe": "cifar10 at scale smoke",
+        "dataset": "attributes (drawn)" if data == "attributes" else "CIFAR-10 (JPEG)",
+        "samples": SAMPLES,
+        "steps": STEPS,
+        "ranks": 2,
+        "save_interval_s": SAVE_SECONDS,
+        "slurm": slurm,
+    }
+    figures["faults"].append(
+        row(
+            run, "none", sent_to_running_s=running - run.sent, sent_to_first_step_s=first - run.sent
+        )
+    )
     return run
 
 
@@ -108,9 +148,15 @@ def finish(run: Run) -> str:
 
 def row(run: Run, fault: str, lost: int = 0, **times: float) -> dict[str, Any]:
     """What the book's table says of a fault."""
-    return {"fault": fault, "outcome": run.cluster.state(run.job), "attempts": run.attempts, "steps_lost": lost,
-            "seconds_lost": round(lost * run.seconds_per_step, 2), "save_interval_s": SAVE_SECONDS,
-            "seconds_per_step": round(run.seconds_per_step, 3)} | {name: round(value, 2) for name, value in times.items()}
+    return {
+        "fault": fault,
+        "outcome": run.cluster.state(run.job),
+        "attempts": run.attempts,
+        "steps_lost": lost,
+        "seconds_lost": round(lost * run.seconds_per_step, 2),
+        "save_interval_s": SAVE_SECONDS,
+        "seconds_per_step": round(run.seconds_per_step, 3),
+    } | {name: round(value, 2) for name, value in times.items()}
 
 
 def follow(run: Run, since: float) -> dict[str, float]:
@@ -120,8 +166,13 @@ def follow(run: Run, since: float) -> dict[str, float]:
     saved = max(run.checkpoints.values())
     running = run.until_state("RUNNING")
     first = run.until("a new step", lambda: run.step and run.resumed and run.step > run.resumed[0])
-    return {"lost": run.reached - run.resumed[0], "signal_to_saved_s": saved - since, "signal_to_requeued_s": requeued - since,
-            "requeued_to_running_s": running - requeued, "running_to_step_s": first - running}
+    return {
+        "lost": run.reached - run.resumed[0],
+        "signal_to_saved_s": saved - since,
+        "signal_to_requeued_s": requeued - since,
+        "requeued_to_running_s": running - requeued,
+        "running_to_step_s": first - running,
+    }
 
 
 def assert_unmarked(run: Run, undisturbed: Run, attempts: int | None = 2) -> None:
@@ -133,7 +184,10 @@ def assert_unmarked(run: Run, undisturbed: Run, attempts: int | None = 2) -> Non
 
 
 def test_two_nodes_undisturbed(undisturbed):
-    assert json.loads((undisturbed.run_dir / "result.json").read_text())["provenance"]["world_size"] == 2
+    assert (
+        json.loads((undisturbed.run_dir / "result.json").read_text())["provenance"]["world_size"]
+        == 2
+    )
 
 
 def test_usr2_in_the_middle_of_an_epoch(launch, undisturbed, figures):
@@ -154,7 +208,12 @@ def test_usr2_while_workers_decode(launch, data, figures):
     argv = ("--data", data.replace("folder:", "tree:"), "--loop.epochs", "2")
     whole, run = launch(argv=argv), launch(argv=argv)
     run.until_step(EPOCH // 2)
-    pythons = [one for node in NODES for one in run.cluster.processes(node) if one.startswith(sys.executable)]
+    pythons = [
+        one
+        for node in NODES
+        for one in run.cluster.processes(node)
+        if one.startswith(sys.executable)
+    ]
     assert len(pythons) > 4, pythons  # more than the two runs' ranks: their workers, forked
     told = time.time()
     run.cluster.scancel("--signal=USR2", run.job)
@@ -195,11 +254,16 @@ def test_a_higher_partition_while_it_still_imports(launch, undisturbed, figures)
     run.cluster.sbatch("sleep 3", "--partition=high", "--nodes=2", "--exclusive")
     requeued = run.until("requeued", lambda: run.attempts > 1)
     assert_unmarked(run, undisturbed)
-    figures["faults"].append(row(run, "preempted while it starts", signal_to_requeued_s=requeued - told))
+    figures["faults"].append(
+        row(run, "preempted while it starts", signal_to_requeued_s=requeued - told)
+    )
 
 
 def test_a_time_limit(launch, undisturbed, figures):
-    run = launch(replace(TWO_NODES, time="1", grace_seconds=5), added=SLOWLY.format(attempts=("0", "1"), seconds=0.4))
+    run = launch(
+        replace(TWO_NODES, time="1", grace_seconds=5),
+        added=SLOWLY.format(attempts=("0", "1"), seconds=0.4),
+    )
     run.until_step(1)
     run.until("requeued", lambda: run.attempts > 1)
     reached = run.step
@@ -237,8 +301,15 @@ def test_slurmd_alone_is_killed(launch, undisturbed, figures):
     run.cluster.kill_slurmd(node)
     try:
         seen = follow(run, lost)
-        run.until("the superseded ranks have ended", lambda: not any("_submit" in one for one in run.cluster.processes(node)), 20)
-        assert run.cluster.job(run.job)["NodeList"] != node and "this process writes no more" in run.log
+        run.until(
+            "the superseded ranks have ended",
+            lambda: not any("_submit" in one for one in run.cluster.processes(node)),
+            20,
+        )
+        assert (
+            run.cluster.job(run.job)["NodeList"] != node
+            and "this process writes no more" in run.log
+        )
     finally:
         run.cluster.start_node(node)
     assert_unmarked(run, undisturbed)
@@ -256,15 +327,29 @@ def test_a_cancelled_job(launch, figures):
     assert run.step == step and saved > told and run.attempts == 1
     time.sleep(8)  # as long as a requeue takes
     assert run.job not in run.cluster.squeue() and run.cluster.state(run.job) == "CANCELLED"
-    figures["faults"].append(row(run, "cancelled", signal_to_saved_s=saved - told, signal_to_ended_s=ended - told))
+    figures["faults"].append(
+        row(run, "cancelled", signal_to_saved_s=saved - told, signal_to_ended_s=ended - told)
+    )
 
 
 def test_a_failing_parent(launch, figures):
     parent = launch(argv=("--loop.epochs", "0"))
     child = launch(after=(parent.job,))
     assert finish(parent) == "FAILED" and "epochs=0 must be at least 1" in parent.log
-    assert finish(child) == "CANCELLED" and not child.run_dir.exists() and child.job not in child.cluster.squeue()
-    figures["faults"].append({"fault": "its parent fails", "outcome": "CANCELLED", "attempts": 0, "steps_lost": 0, "seconds_lost": 0})
+    assert (
+        finish(child) == "CANCELLED"
+        and not child.run_dir.exists()
+        and child.job not in child.cluster.squeue()
+    )
+    figures["faults"].append(
+        {
+            "fault": "its parent fails",
+            "outcome": "CANCELLED",
+            "attempts": 0,
+            "steps_lost": 0,
+            "seconds_lost": 0,
+        }
+    )
 
 
 def test_one_rank_fails(launch, figures):
@@ -284,8 +369,20 @@ def test_starting_up(launch, data, figures, tmp_path, request):
         run.cluster.empty()
         plain = Run(run.cluster, "", tmp_path / str(number), tmp_path, time.time())
         srun = ["srun", "--nodes=2", "--ntasks-per-node=1", "--quiet", sys.executable]
-        command = [*srun, "-m", "imsvd_core.cli", *TRAINING, "--data", data, "--run-dir", str(plain.run_dir)]
-        with open(tmp_path / "srun.err", "w") as log, subprocess.Popen(command, stderr=log) as process:
+        command = [
+            *srun,
+            "-m",
+            "imsvd_core.cli",
+            *TRAINING,
+            "--data",
+            data,
+            "--run-dir",
+            str(plain.run_dir),
+        ]
+        with (
+            open(tmp_path / "srun.err", "w") as log,
+            subprocess.Popen(command, stderr=log) as process,
+        ):
             first = plain.until("the first step", lambda: plain.step or process.poll())
             run.cluster.empty()
         assert plain.step, (tmp_path / "srun.err").read_text()
@@ -293,5 +390,7 @@ def test_starting_up(launch, data, figures, tmp_path, request):
         start = time.time()
         subprocess.run([*srun, "-c", "import imsvd_core.training"], check=True)
         seconds["srun_imports"].append(time.time() - start)
-    figures["start_up"] |= {f"{name}_s": [round(value, 2) for value in values] for name, values in seconds.items()}
+    figures["start_up"] |= {
+        f"{name}_s": [round(value, 2) for value in values] for name, values in seconds.items()
+    }
     assert seconds["launched"][-1] < seconds["srun"][-1] + 10

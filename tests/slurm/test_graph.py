@@ -16,7 +16,11 @@ import imsvd_core
 from imsvd_core.launch.graph import Graph
 from imsvd_core.launch.status import Standing, look, read_submission
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]  # eighteen jobs, each of which imports torch
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+]  # eighteen jobs, each of which imports torch
 
 LOST = "vicreg-2-epochs"
 
@@ -28,7 +32,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def environment(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    added = cluster.env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(imsvd_core.__file__).parent.parent)}
+    added = cluster.env | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(imsvd_core.__file__).parent.parent),
+    }
     for name, value in added.items():
         monkeypatch.setenv(name, value)
     yield dict(os.environ)
@@ -48,19 +55,41 @@ def until_quiet(cluster: Cluster, out: Path, timeout: float = 600) -> dict[str, 
 
 
 def test_a_graph_with_a_failing_parent_runs_as_designed_and_a_second_call_runs_what_failed_alone(
-        cluster: Cluster, environment: dict[str, str], data: str, tmp_path: Path, figures: dict[str, Any]) -> None:
+    cluster: Cluster,
+    environment: dict[str, str],
+    data: str,
+    tmp_path: Path,
+    figures: dict[str, Any],
+) -> None:
     out, calls = tmp_path / "out", []
     observed = figures.setdefault("graphs", [])
 
     def imsvd(*words: str) -> str:
-        done = subprocess.run([sys.executable, "-m", "imsvd_core.cli", *words], env=environment, cwd=tmp_path,
-                              capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-m", "imsvd_core.cli", *words],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     def reproduce() -> str:
         start = time.monotonic()
-        said = imsvd("reproduce", "--all", "--scale", "smoke", "--out", str(out), "--data", data, "--time", "30")
+        said = imsvd(
+            "reproduce",
+            "--all",
+            "--scale",
+            "smoke",
+            "--out",
+            str(out),
+            "--data",
+            data,
+            "--time",
+            "30",
+        )
         calls.append(time.monotonic() - start)
         return said
 
@@ -83,15 +112,31 @@ def test_a_graph_with_a_failing_parent_runs_as_designed_and_a_second_call_runs_w
         assert (first[name].state, first[name].words) == ("not run", f"{LOST}/pretrain failed")
         assert cluster.state(first[name].job) == "CANCELLED"  # and not pending for ever
     assert _starts_after_its_needs(cluster, first)
-    observed.append({"graph": "first call", "jobs": 15, "seconds": round(seconds, 1), **_counts(first)})
+    observed.append(
+        {"graph": "first call", "jobs": 15, "seconds": round(seconds, 1), **_counts(first)}
+    )
 
     torn.unlink()
-    before = {name: one.task.result.stat().st_mtime_ns for name, one in first.items() if one.state == "done"}
+    before = {
+        name: one.task.result.stat().st_mtime_ns
+        for name, one in first.items()
+        if one.state == "done"
+    }
     start = time.monotonic()
     said = reproduce()
-    assert "3 submitted, 0 on their way already, 12 done" in said and "none of the 1 checkpoints" in said.replace("\n", " ")
+    assert (
+        "3 submitted, 0 on their way already, 12 done" in said
+        and "none of the 1 checkpoints" in said.replace("\n", " ")
+    )
     second = until_quiet(cluster, out)
-    observed.append({"graph": "second call", "jobs": 3, "seconds": round(time.monotonic() - start, 1), **_counts(second)})
+    observed.append(
+        {
+            "graph": "second call",
+            "jobs": 3,
+            "seconds": round(time.monotonic() - start, 1),
+            **_counts(second),
+        }
+    )
     assert all(one.state == "done" for one in second.values())
     assert before == {name: second[name].task.result.stat().st_mtime_ns for name in before}
     assert {name for name in second if second[name].job != first[name].job} == lost
@@ -99,8 +144,17 @@ def test_a_graph_with_a_failing_parent_runs_as_designed_and_a_second_call_runs_w
     assert "15 tasks: 15 done: there is nothing left to do" in reproduce()
     assert "15 tasks: 15 done" in imsvd("status", str(out))
     told = cluster.run("sacct", "-X", "-n", "-P", "-o", "JobName", "-S", "2000-01-01").split()
-    assert sum(name.endswith(_mark(second)) for name in told) <= 18  # never sent more often than needed
-    observed.append({"graph": "all calls", "jobs": 18, "seconds_of_calls": [round(call, 1) for call in calls], **_counts(second)})
+    assert (
+        sum(name.endswith(_mark(second)) for name in told) <= 18
+    )  # never sent more often than needed
+    observed.append(
+        {
+            "graph": "all calls",
+            "jobs": 18,
+            "seconds_of_calls": [round(call, 1) for call in calls],
+            **_counts(second),
+        }
+    )
 
 
 def _counts(standings: dict[str, Standing]) -> dict[str, int]:
@@ -116,4 +170,8 @@ def _mark(standings: dict[str, Standing]) -> str:
 
 def _starts_after_its_needs(cluster: Cluster, standings: dict[str, Standing]) -> bool:
     times = {name: cluster.job(one.job) for name, one in standings.items() if one.state == "done"}
-    return all(times[need]["EndTime"] <= times[name]["StartTime"] for name in times for need in standings[name].task.needs)
+    return all(
+        times[need]["EndTime"] <= times[name]["StartTime"]
+        for name in times
+        for need in standings[name].task.needs
+    )
