@@ -1,4 +1,4 @@
-"""ImageNet's input: the usual PIL two-view pipeline against ``imsvd_core.folders``, from files to a batch.
+"""ImageNet's input: the usual PIL two-view pipeline against ``imsvd_core.data.tree``, from files to a batch.
 
     python benchmarks/input.py [--root ROOT] [--images 128] [--rounds 7] [--workers 2] [--json PATH]
 
@@ -28,9 +28,10 @@ from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from imsvd_core import datasets, folders
-from imsvd_core.folders import FolderImages
-from imsvd_core.loop import pick_device
+from imsvd_core.data import memory as datasets
+from imsvd_core.data import tree as folders
+from imsvd_core.data.tree import FolderImages
+from imsvd_core.engine.trainer import pick_device
 from imsvd_core.results import provenance, write_result
 from imsvd_core.views import IMAGENET_MEAN, IMAGENET_STD, TwoViews, imagenet_views
 

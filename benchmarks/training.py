@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from imsvd_core.loop import PRECISIONS, pick_device
+from imsvd_core.engine.trainer import PRECISIONS, pick_device
 from imsvd_core.recipes import recipe
 from imsvd_core.results import provenance, write_result
-from imsvd_core.training import Pretraining
+from imsvd_core.runs.pretrain import Pretraining
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:

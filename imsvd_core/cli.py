@@ -16,17 +16,16 @@ from typing import Annotated, Generic, TypeVar
 import tyro
 from rich.console import Console
 
-from imsvd_core import checkpoints, evaluations, prepared, signals, training
 from imsvd_core import export as exporting
 from imsvd_core import launch as launcher
-from imsvd_core.datasets import OnCorrupt
+from imsvd_core.data import check as prepared
+from imsvd_core.data.memory import OnCorrupt
 from imsvd_core.distributed import first_to_say, process_group, world
-from imsvd_core.efficiency import bench_step
-from imsvd_core.files import Superseded, atomic_write
+from imsvd_core.engine import checkpoints
+from imsvd_core.engine.trainer import NonFiniteError, pick_device
 from imsvd_core.launch import graph as graphs
 from imsvd_core.launch.reproduce import reproduce as bring_about
 from imsvd_core.launch.status import graphs_under, look, watch
-from imsvd_core.loop import NonFiniteError, pick_device
 from imsvd_core.recipes import (
     EVALUATIONS,
     OWN,
@@ -40,6 +39,11 @@ from imsvd_core.recipes import (
     recipe,
 )
 from imsvd_core.results import provenance, read_result, write_result
+from imsvd_core.runs import evaluate as evaluations
+from imsvd_core.runs import pretrain as training
+from imsvd_core.runs.bench import bench_step
+from imsvd_core.system import signals
+from imsvd_core.system.files import Superseded, atomic_write
 
 USAGE = """usage: imsvd COMMAND ...
 

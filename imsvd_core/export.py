@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torchvision.models.resnet import ResNet
 
-from imsvd_core.files import atomic_write
 from imsvd_core.networks import BackboneName, build_backbone
+from imsvd_core.system.files import atomic_write
 
 Format = Literal["torchvision", "timm", "detectron2", "safetensors"]
 SUFFIXES = {

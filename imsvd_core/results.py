@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from imsvd_core.files import atomic_write
+from imsvd_core.system.files import atomic_write
 
 STORE = Path(__file__).parent.parent / "book" / "results"  #: of the book's own results
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from imsvd_core import datasets, signals, training
 from imsvd_core.cli import main
+from imsvd_core.data import memory as datasets
+from imsvd_core.runs import pretrain as training
+from imsvd_core.system import signals
 
 
 @pytest.fixture(autouse=True)

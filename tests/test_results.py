@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from imsvd_core.loop import LoopConfig
+from imsvd_core.engine.trainer import LoopConfig
 from imsvd_core.results import (
     config_hash,
     provenance,

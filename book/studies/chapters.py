@@ -11,8 +11,8 @@ from pathlib import Path
 import jupytext
 from nbclient import NotebookClient
 
-from imsvd_core import datasets
-from imsvd_core.loop import pick_device
+from imsvd_core.data import memory as datasets
+from imsvd_core.engine.trainer import pick_device
 from imsvd_core.recipes import current_scale
 from imsvd_core.results import provenance, write_result
 

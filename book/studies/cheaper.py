@@ -12,11 +12,11 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from imsvd_core.loop import pick_device
+from imsvd_core.engine.trainer import pick_device
 from imsvd_core.loss import cross_joint_entropy
 from imsvd_core.recipes import recipe
 from imsvd_core.results import provenance, write_json, write_result
-from imsvd_core.training import Pretraining, load_data
+from imsvd_core.runs.pretrain import Pretraining, load_data
 
 SEEDS = (0, 1, 2)
 

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
-from imsvd_core.coco import open_coco
-from imsvd_core.evaluation import detection
-from imsvd_core.evaluation.detection import DetectionConfig
-from imsvd_core.evaluation.detector import DetectorConfig
+from imsvd_core.data.coco import open_coco
+from imsvd_core.engine.trainer import LoopConfig, stream_seed
+from imsvd_core.evaluation.detection import protocol as detection
+from imsvd_core.evaluation.detection.detector import DetectorConfig
+from imsvd_core.evaluation.detection.protocol import DetectionConfig
 from imsvd_core.evaluation.features import fingerprint
-from imsvd_core.loop import LoopConfig, stream_seed
 from imsvd_core.networks import build_backbone
 from imsvd_core.results import STORE, plain, provenance, write_json, write_result
 

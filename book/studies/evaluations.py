@@ -17,15 +17,16 @@ import safetensors.torch
 import torch
 from torch.nn.functional import normalize
 
-from imsvd_core import evaluations
-from imsvd_core.evaluation import detection, svm
+from imsvd_core.evaluation import svm
+from imsvd_core.evaluation.detection import protocol as detection
 from imsvd_core.evaluation.features import embed
 from imsvd_core.evaluation.knn import weighted_knn
-from imsvd_core.files import atomic_write
 from imsvd_core.networks import NetworkConfig
 from imsvd_core.recipes import evaluation
 from imsvd_core.results import STORE, plain, provenance, read_result, write_result
-from imsvd_core.training import build_network, load_run, save_backbone
+from imsvd_core.runs import evaluate as evaluations
+from imsvd_core.runs.pretrain import build_network, load_run, save_backbone
+from imsvd_core.system.files import atomic_write
 from imsvd_core.views import EvalView
 
 CIFAR, TINY = "cifar10", "folder:tiny-imagenet-40"

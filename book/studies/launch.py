@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from imsvd_core.datasets import data_root, find_images, find_split
+from imsvd_core.data.memory import data_root, find_images, find_split
 from imsvd_core.results import plain, provenance, write_result
 
 ROOT = Path(__file__).parents[2]

@@ -26,7 +26,7 @@ from imsvd_core.arrays.designs import (
     orthogonal_array,
     strength,
 )
-from imsvd_core.arrays.tables import FreeTables, optimise_tables, search_hard_codes
+from imsvd_core.arrays.search import FreeTables, optimise_tables, search_hard_codes
 
 __all__ = [
     "FreeTables",

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from imsvd_core.datasets import ImageData
+from imsvd_core.data.memory import ImageData
+from imsvd_core.data.tree import FolderImages
 from imsvd_core.distributed import world
-from imsvd_core.files import atomic_write
-from imsvd_core.folders import FolderImages
 from imsvd_core.networks import represent
+from imsvd_core.system.files import atomic_write
 from imsvd_core.views import EvalView
 
 Images = ImageData | FolderImages

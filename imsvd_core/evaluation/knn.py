@@ -26,8 +26,8 @@ from imsvd_core.evaluation.features import (
     shares,
     sum_over_ranks,
 )
-from imsvd_core.files import atomic_write, hold
 from imsvd_core.results import config_hash, plain
+from imsvd_core.system.files import atomic_write, hold
 from imsvd_core.views import EvalView
 
 

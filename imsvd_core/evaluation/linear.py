@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from imsvd_core import signals
+from imsvd_core.data.tree import FolderImages
+from imsvd_core.engine.optim import OptimConfig
+from imsvd_core.engine.trainer import PRECISIONS, Loop, LoopConfig, essential, pick_device
 from imsvd_core.evaluation.features import (
     Images,
     bar,
@@ -22,11 +24,9 @@ from imsvd_core.evaluation.features import (
     share,
     sum_over_ranks,
 )
-from imsvd_core.folders import FolderImages
-from imsvd_core.loop import PRECISIONS, Loop, LoopConfig, essential, pick_device
 from imsvd_core.networks import represent
-from imsvd_core.optim import OptimConfig
 from imsvd_core.results import config_hash, plain
+from imsvd_core.system import signals
 from imsvd_core.views import EvalView, View, ViewConfig
 
 

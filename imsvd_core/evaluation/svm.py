@@ -18,15 +18,15 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from imsvd_core import signals
+from imsvd_core.data.tree import share_of_cores
+from imsvd_core.data.voc import VOCImages
 from imsvd_core.distributed import on_rank_0
 from imsvd_core.evaluation.features import bar, chosen, fingerprint
-from imsvd_core.files import atomic_write, hold
-from imsvd_core.folders import share_of_cores
 from imsvd_core.networks import represent
 from imsvd_core.results import config_hash, plain, write_json
+from imsvd_core.system import signals
+from imsvd_core.system.files import atomic_write, hold
 from imsvd_core.views import IMAGENET_MEAN, IMAGENET_STD, EvalView
-from imsvd_core.voc import VOCImages
 
 if TYPE_CHECKING:  # slow to import: every command would wait for it
     from sklearn.svm import LinearSVC

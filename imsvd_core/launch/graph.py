@@ -9,8 +9,8 @@ from typing import Any
 
 import tyro
 
-from imsvd_core import datasets
-from imsvd_core.loop import differences, essential
+from imsvd_core.data import memory as datasets
+from imsvd_core.engine.trainer import differences, essential
 from imsvd_core.recipes import Recipe, Scale, from_plain, recipe
 from imsvd_core.results import config_hash, plain, read_result, write_json
 

@@ -19,8 +19,8 @@ from datetime import UTC, datetime
 
 import submitit
 
-from imsvd_core import signals
-from imsvd_core.files import ATTEMPT
+from imsvd_core.system import signals
+from imsvd_core.system.files import ATTEMPT
 
 COMMAND = "imsvd_core.cli:run"  #: what a job calls, with its command line
 LINGER = 30.0  #: seconds after which a rank that hangs while it leaves is ended, with a trace of where it hung

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from imsvd_core import datasets, prepared
-from imsvd_core.datasets import data_root
+from imsvd_core.data import check as prepared
+from imsvd_core.data import memory as datasets
+from imsvd_core.data.memory import data_root
 from imsvd_core.launch.config import LaunchConfig
 from imsvd_core.launch.submit import Submission
 from imsvd_core.networks import NetworkConfig, TwinNetwork

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from imsvd_core.files import hold
 from imsvd_core.launch import queue
 from imsvd_core.launch.config import LaunchConfig
 from imsvd_core.launch.graph import Graph, Task
@@ -18,6 +17,7 @@ from imsvd_core.launch.plan import plan
 from imsvd_core.launch.status import Standing, live_table, look, read_submission, summary, table
 from imsvd_core.launch.submit import Submission, snapshot, submit
 from imsvd_core.recipes import Recipe, from_plain
+from imsvd_core.system.files import hold
 
 PATIENCE = 60.0  #: seconds to wait for jobs that are ending to have ended
 PAUSE = 1.0  #: seconds between looks at a job that runs here

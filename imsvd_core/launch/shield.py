@@ -1,4 +1,4 @@
-"""Run a command for which SIGUSR2 and SIGTERM wait until it listens (`imsvd_core.signals.heed`), be it still importing.
+"""Run a command for which SIGUSR2 and SIGTERM wait until it listens (`imsvd_core.system.signals.heed`), be it still importing.
 
 python -IS shield.py COMMAND ...
 """

@@ -10,14 +10,15 @@ import torch
 from pycocotools import mask as rle
 from torch import nn
 
-from imsvd_core import folders, signals
-from imsvd_core.coco import open_coco
-from imsvd_core.evaluation import detection
-from imsvd_core.evaluation.detection import DetectionConfig
-from imsvd_core.evaluation.detector import DetectorConfig
-from imsvd_core.loop import LoopConfig
+from imsvd_core.data import tree as folders
+from imsvd_core.data.coco import open_coco
+from imsvd_core.engine.trainer import LoopConfig
+from imsvd_core.evaluation.detection import protocol as detection
+from imsvd_core.evaluation.detection.detector import DetectorConfig
+from imsvd_core.evaluation.detection.protocol import DetectionConfig
 from imsvd_core.networks import build_backbone
-from tests.test_coco import alter, draw_coco, outline, write_listing
+from imsvd_core.system import signals
+from tests.data.test_coco import alter, draw_coco, outline, write_listing
 
 SMALL = DetectorConfig(
     min_sizes=(48, 64),

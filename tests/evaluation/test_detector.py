@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from imsvd_core.evaluation.detector import DetectorConfig, build_detector
+from imsvd_core.evaluation.detection.detector import DetectorConfig, build_detector
 from imsvd_core.networks import build_backbone
 
 SMALL = DetectorConfig(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from imsvd_core.datasets import ImageData
+from imsvd_core.data.memory import ImageData
 from imsvd_core.evaluation import features, knn
 from imsvd_core.evaluation.knn import KNNConfig, Neighbors, vote, weighted_knn
 from imsvd_core.views import EvalView
@@ -326,7 +326,7 @@ def test_what_is_kept_belongs_to_backbone_data_and_settings_and_to_one_process(
 def test_streamed_images_are_embedded_from_where_a_share_begins(tmp_path):
     from torchvision.io import write_png
 
-    from imsvd_core.folders import open_folder
+    from imsvd_core.data.tree import open_folder
 
     for split, there in (("train", images(90, 0)), ("val", images(20, 1))):
         for number, (image, label) in enumerate(

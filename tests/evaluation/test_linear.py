@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torchvision.io import write_png
 
-from imsvd_core import checkpoints
-from imsvd_core.datasets import ImageData
+from imsvd_core.data.memory import ImageData
+from imsvd_core.data.tree import open_folder
+from imsvd_core.engine import checkpoints
+from imsvd_core.engine.optim import OptimConfig
+from imsvd_core.engine.trainer import LoopConfig
 from imsvd_core.evaluation import features, linear
-from imsvd_core.folders import open_folder
-from imsvd_core.loop import LoopConfig
-from imsvd_core.optim import OptimConfig
 from imsvd_core.views import EvalView, ViewConfig
 
 CONFIG = linear.LinearConfig(
@@ -109,7 +109,8 @@ def test_the_backbone_is_frozen_batch_norm_too(backbone, tmp_path, config):
 def test_the_last_epoch_is_reported_not_the_best(backbone, tmp_path, monkeypatch):
     """A rate that explodes at the end must show: the best epoch on the test set was perfect."""
     monkeypatch.setattr(
-        "imsvd_core.loop.learning_rate", lambda config, step, *rest: 1.0 if step < 32 else -5e3
+        "imsvd_core.engine.trainer.learning_rate",
+        lambda config, step, *rest: 1.0 if step < 32 else -5e3,
     )
     pair = (data("train", 400), data("test", 200))
     found = linear.evaluate(backbone, pair, CONFIG, view=VIEW, run_dir=tmp_path, progress=False)

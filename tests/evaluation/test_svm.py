@@ -18,10 +18,10 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import LinearSVC
 from torch import nn
 
+from imsvd_core.data.voc import VOCImages
 from imsvd_core.evaluation import svm
 from imsvd_core.evaluation.svm import SVMConfig, voc_average_precision
 from imsvd_core.networks import build_backbone
-from imsvd_core.voc import VOCImages
 
 CONFIG = SVMConfig(costs=(0.1, 10), jobs=1)
 CLASSES = ("cat", "dog", "sheep")
@@ -260,7 +260,7 @@ SMALL = replace(CONFIG, pool="mean", resize=12, size=8)
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch) -> tuple[VOCImages, VOCImages]:
-    monkeypatch.setattr("imsvd_core.folders.share_of_cores", lambda: 0)  # decode here
+    monkeypatch.setattr("imsvd_core.data.tree.share_of_cores", lambda: 0)  # decode here
     return voc(tmp_path / "images", "train", 0), voc(tmp_path / "images", "test", 1)
 
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from imsvd_core import datasets, prepared
+from imsvd_core.data import check as prepared
+from imsvd_core.data import memory as datasets
 from imsvd_core.launch import LaunchConfig, plan
 from imsvd_core.recipes import recipe
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import imsvd_core
-from imsvd_core import datasets
 from imsvd_core.cli import main
+from imsvd_core.data import memory as datasets
 from imsvd_core.launch import LaunchConfig, Submission, batch_script, job, queue, snapshot, submit
 from imsvd_core.launch.submit import _environment
 from imsvd_core.networks import NetworkConfig
 from imsvd_core.results import read_result
-from imsvd_core.training import build_network, save_backbone
+from imsvd_core.runs.pretrain import build_network, save_backbone
 
 OPTIONS = [
     "cifar10",
@@ -117,7 +117,7 @@ def test_a_snapshot_is_what_runs_whatever_happens_to_the_code_after_it(tmp_path)
 def test_a_notice_that_comes_while_python_still_imports_waits_until_it_is_heeded(number):
     shield = Path(job.__file__).with_name("shield.py")
     listens = (
-        "import os, signal, time; print('here', flush=True); input(); from imsvd_core import signals\n"
+        "import os, signal, time; print('here', flush=True); input(); from imsvd_core.system import signals\n"
         "with signals.heed(override=True): print(signals.told() == " + f"{int(number)})"
     )
     with subprocess.Popen(

@@ -86,7 +86,7 @@ def launch(speaking_to: Cluster, data: str, tmp_path_factory: pytest.TempPathFac
     ) -> Run:
         folder = tmp_path_factory.mktemp("run")
         code = snapshot(folder / "code")
-        with open(code / "imsvd_core" / "loop.py", "a") as loop:
+        with open(code / "imsvd_core" / "engine" / "trainer.py", "a") as loop:
             loop.write(added)
         sent = time.time()
         told = submit(
@@ -388,7 +388,7 @@ def test_starting_up(launch, data, figures, tmp_path, request):
         assert plain.step, (tmp_path / "srun.err").read_text()
         seconds["srun"].append(first - plain.sent)
         start = time.time()
-        subprocess.run([*srun, "-c", "import imsvd_core.training"], check=True)
+        subprocess.run([*srun, "-c", "import imsvd_core.runs.pretrain"], check=True)
         seconds["srun_imports"].append(time.time() - start)
     figures["start_up"] |= {
         f"{name}_s": [round(value, 2) for value in values] for name, values in seconds.items()

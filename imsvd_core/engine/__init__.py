@@ -1,0 +1,1 @@
+"""Training: one resumable loop that knows no method and no recipe."""

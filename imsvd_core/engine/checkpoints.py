@@ -1,0 +1,94 @@
+"""Checkpoints: written atomically, read safely, and never the only copy of a run."""
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from imsvd_core.system.files import atomic_write, check_hold
+
+FORMAT = "imsvd-checkpoint/1"
+_NAME = re.compile(r"step-(\d+)\.pt")
+log = logging.getLogger(__name__)
+
+
+class CheckpointError(RuntimeError):
+    """A file that is not a whole checkpoint of ours; the message names it and what to do."""
+
+
+def save(directory: Path | str, step: int, state: dict[str, Any], keep: int = 2) -> Path:
+    """Write `state` as the checkpoint of `step`, then remove all but the newest `keep` ≥ 1. Returns its path.
+
+    `state` may hold tensors, numbers, strings, and lists and dicts of them: what `weights_only=True` reads back.
+    """
+    if keep < 1:
+        raise ValueError(f"keep={keep} must be at least 1: the newest checkpoint has to stay")
+    path = Path(directory) / f"step-{step:09d}.pt"
+    check_hold(path)  # else what we remove may be what our successor is writing
+    for left_over in Path(directory).glob(
+        ".step-*.part"
+    ):  # of a process that was killed while it saved
+        left_over.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        torch.save({"format": FORMAT, "step": step, "state": state}, file)
+    check_hold(path)
+    there = paths(directory)
+    now = there.index(
+        path
+    )  # files before it are of later steps: of a past that a resumption has undone
+    for old in there[:now] + there[now + keep :]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def paths(directory: Path | str) -> list[Path]:
+    """The checkpoints under `directory`, newest step first."""
+    found = [
+        (int(match[1]), path)
+        for path in Path(directory).glob("step-*.pt")
+        if (match := _NAME.fullmatch(path.name))
+    ]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def load(path: Path | str, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """The state saved at `path`. Raises CheckpointError for a torn or foreign file; runs no code from it."""
+    try:
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} is not a readable checkpoint ({type(error).__name__}: the file is torn, or "
+            "holds more than tensors and plain values); remove it, or resume from an older one"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} was not written by this package as {FORMAT!r}; "
+            "give a checkpoint from a run's checkpoints/ folder"
+        )
+    return content["state"]
+
+
+def load_latest(
+    directory: Path | str, map_location: str | torch.device = "cpu"
+) -> tuple[dict[str, Any], Path] | None:
+    """State and path of the newest whole checkpoint; None if there is none at all.
+
+    A bad file is reported and the one before it taken. Raises CheckpointError if files are there but none is whole:
+    starting over silently would lose a run.
+    """
+    found = paths(directory)
+    for path in found:
+        try:
+            return load(path, map_location), path
+        except CheckpointError as error:
+            log.warning("%s; taking the checkpoint before it", error)
+    if found:
+        raise CheckpointError(
+            f"none of the {len(found)} checkpoints in {directory} can be read (newest: {found[0].name}); "
+            "remove that folder to start over"
+        )
+    return None

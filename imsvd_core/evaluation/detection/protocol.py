@@ -1,0 +1,440 @@
+"""Object detection and instance segmentation on COCO: the backbone is trained on, inside a Mask R-CNN."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, redirect_stdout
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.resnet import ResNet
+
+from imsvd_core.data.coco import CocoImages, Target
+from imsvd_core.distributed import mean_over_ranks, on_rank_0, world
+from imsvd_core.engine.optim import OptimConfig
+from imsvd_core.engine.trainer import (
+    PRECISIONS,
+    Loop,
+    LoopConfig,
+    essential,
+    pick_device,
+    stream_seed,
+)
+from imsvd_core.evaluation.detection.detector import DetectorConfig, build_detector
+from imsvd_core.evaluation.features import bar, fingerprint
+from imsvd_core.results import config_hash, plain
+from imsvd_core.system import signals
+from imsvd_core.system.files import atomic_write, hold
+
+BLOCK = 25  # test images whose detections are written together: what a kill may cost
+
+#: What the trained weights do not depend on; of the detector's settings, those below "detector".
+OF_THE_TEST = (
+    {"test_images", "precise_bn"},
+    {"test_size", "test_proposals", "score_threshold", "nms", "detections"},
+)
+
+
+@dataclass(frozen=True)
+class DetectionConfig:
+    """How the detector is trained and tested; by default the paper's protocol: the 1× schedule on COCO 2017."""
+
+    detector: DetectorConfig = field(default_factory=DetectorConfig)
+    iterations: int = 90_000
+    """Steps of the training, whatever the epochs of `loop` say."""
+    lr: float = 0.1
+    """Learning rate after the warm-up."""
+    warmup: int = 50
+    """Iterations of the linear rise to it, from a thousandth."""
+    drops: tuple[int, ...] = (60_000, 80_000)
+    """Iterations from which the rate is a tenth of what it was."""
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    """Decay of weights; biases and norms are never decayed."""
+    flip: float = 0.5
+    """Probability that a training image is mirrored."""
+    precise_bn: int = 200
+    """Training batches whose mean statistics replace batch-norm's running ones before the test; 0 keeps those."""
+    train_images: int | None = None
+    """Training images to use; all by default."""
+    test_images: int | None = None
+    """Test images to use; all by default."""
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(batch_size=16, precision="fp32"))
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise ValueError(f"iterations={self.iterations} must be at least 1")
+        for name in ("warmup", "precise_bn"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+        if list(self.drops) != sorted(set(self.drops)) or any(drop < 1 for drop in self.drops):
+            raise ValueError(f"drops={self.drops} must be rising iterations ≥ 1")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip={self.flip} must be a probability")
+        _ = self.optim  # refuses impossible rates
+
+    def check(self, train: CocoImages, test: CocoImages, name: str = "detection") -> None:
+        """Raise ValueError, naming the setting, if the data cannot serve this protocol."""
+        for setting, data in (("train_images", train), ("test_images", test)):
+            n = getattr(self, setting)
+            if n is not None and not 1 <= n <= len(data):
+                raise ValueError(
+                    f"{name}.{setting}={n} must lie between 1 and the {len(data)} images of {data.home}"
+                )
+        if train.categories != test.categories:
+            raise ValueError(
+                f"{test.listing} has other classes than {train.listing}: give two splits of one data set"
+            )
+
+    @property
+    def optim(self) -> OptimConfig:
+        return OptimConfig(
+            name="sgd", lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
+        )
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of `step`, from 0, as detectron2 warms up."""
+        rise = min(1.0, step / self.warmup) if self.warmup else 1.0
+        drops = sum(step >= drop for drop in self.drops)
+        return self.lr * (1e-3 * (1 - rise) + rise) * 0.1**drops
+
+
+def evaluate(
+    backbone: ResNet,
+    data: tuple[CocoImages, CocoImages],
+    config: DetectionConfig,
+    *,
+    run_dir: Path | str,
+    progress: bool = True,
+) -> dict[str, float]:
+    """COCO's average precision, in percent, of boxes and of masks, after the **last** iteration.
+
+    A copy of the backbone is trained inside a Mask R-CNN (`detector`), nothing frozen;
+    among ranks with GPUs batch-norm sees the images of all. It then gets precise
+    statistics, and each rank looks at its share of the test images. Each combination of
+    backbone, data and settings trains in a folder of its own under `run_dir`, tests in
+    another below it, and is resumed there.
+
+    Returns {"box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75",
+    "iterations", "train_images", "test_images", "seconds": of training}. Raises ValueError
+    if the data cannot serve; `signals.Stopped` when told to stop.
+    """
+    train, test = data
+    config.check(train, test)
+    train = train if config.train_images is None else train.subset(config.train_images)
+    test = test if config.test_images is None else test.subset(config.test_images)
+    detector, loop = training(backbone, train, config, run_dir, progress=progress)
+    for _ in loop:
+        pass
+    loop.refuse_unfinished()
+    held: list[Any] = []
+    on_rank_0(lambda: held.append(hold(loop.run_dir)))()
+    test_settings = {**plain(config), "loop": None, "data": fingerprint(test.ids, test.records)}
+    folder = loop.run_dir / f"test-{config_hash(test_settings)}"
+    with signals.interruptible():  # every block of detections is kept as it comes
+        _make_precise(detector, train, config, loop.device, folder, progress)
+        figures = _test(detector, test, config, loop.device, folder, progress)
+    return figures | {
+        "iterations": loop.step,
+        "train_images": len(train),
+        "seconds": round(loop.seconds, 1),
+    }
+
+
+def training(
+    backbone: ResNet,
+    train: CocoImages,
+    config: DetectionConfig,
+    run_dir: Path | str,
+    *,
+    progress: bool = True,
+) -> tuple[GeneralizedRCNN, Loop]:
+    """The detector, and the loop that trains it when it is iterated, in a folder under `run_dir` that its settings name.
+
+    The new layers' weights are fixed by `config.loop.seed`. Raises as `Loop` does.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(config.loop.seed, "weights", 0))
+        detector = build_detector(backbone, len(train.classes), config.detector)
+    kept = {name: value for name, value in plain(config).items() if name not in OF_THE_TEST[0]}
+    kept["detector"] = {
+        name: value for name, value in kept["detector"].items() if name not in OF_THE_TEST[1]
+    }
+    settings = essential(
+        {
+            "evaluation": "detection",
+            **kept,
+            "data": [train.title, fingerprint(train.ids, train.records)],
+            "backbone": fingerprint(*backbone.state_dict().values()),
+        }
+    )
+    loop = Loop(
+        partial(losses, detector, config),
+        {"detector": detector},
+        len(train),
+        config.loop,
+        config.optim,
+        Path(run_dir) / config_hash(settings),
+        settings=settings,
+        progress=progress,
+        steps=config.iterations,
+        rate=config.learning_rate,
+        batches=partial(train.batches, device=pick_device(config.loop.device)),
+    )
+    return detector, loop
+
+
+def losses(
+    detector: nn.Module,
+    config: DetectionConfig,
+    batch: tuple[list[Tensor], list[Target]],
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """The detector's losses, and their sum as "loss", on images (bytes) of which some are mirrored."""
+    draws = torch.rand(len(batch[0]), generator=generator, device=generator.device)
+    mirrored = (draws < config.flip).tolist()
+    seen = [
+        flip(image, target) if turn else (image, target)
+        for image, target, turn in zip(*batch, mirrored, strict=True)
+    ]
+    parts = detector([image / 255 for image, _ in seen], [target for _, target in seen])
+    return {"loss": torch.stack([*parts.values()]).sum(), **parts}
+
+
+def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    """The image (3, H, W) and what stands in it, mirrored left to right."""
+    x1, y1, x2, y2 = target["boxes"].unbind(1)
+    width = image.shape[-1]
+    boxes = torch.stack([width - x2, y1, width - x1, y2], 1)
+    return image.flip(-1), target | {"boxes": boxes, "masks": target["masks"].flip(-1)}
+
+
+@torch.no_grad()
+def precise_statistics(model: nn.Module, run: Callable[[Any], Any], batches: Iterable[Any]) -> None:
+    """Replace batch-norm's running statistics by the plain means, over all batches that
+    `run` shows the model, of each batch's mean and variance; over ranks too.
+
+    The weights stay, and the model ends in testing mode. After Wu and Johnson (2021), as
+    detectron2 does: running statistics forget, and lag behind the last weights.
+    """
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats
+    ]
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # which makes torch average
+        model.train()
+        for batch in batches:
+            run(batch)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        model.eval()
+    for norm in norms:
+        both = mean_over_ranks(torch.stack([norm.running_mean, norm.running_var]))
+        norm.running_mean.copy_(both[0])
+        norm.running_var.copy_(both[1])
+
+
+@torch.no_grad()
+def detect(
+    detector: nn.Module,
+    images: Sequence[Tensor],
+    ids: Sequence[int],
+    categories: Sequence[int],
+    precision: torch.dtype | None = None,
+) -> list[dict[str, Any]]:
+    """What the detector, in testing mode, finds in images (bytes), as COCO writes results.
+
+    Each has image_id, from `ids`; category_id, that of label 1, 2, ... in `categories`;
+    bbox, [x, y, width, height] in pixels; score; segmentation, compressed run lengths.
+    """
+    with torch.autocast(images[0].device.type, precision, enabled=precision is not None):
+        found = detector([image / 255 for image in images])
+    results = []
+    for number, one in zip(ids, found, strict=True):
+        inside = (one["masks"][:, 0] > 0.5).byte().permute(1, 2, 0)
+        masks = rle.encode(np.asfortranarray(inside.cpu().numpy()))
+        corner, end = one["boxes"].split(2, dim=1)
+        boxes = torch.cat([corner, end - corner], 1).tolist()
+        named = [categories[label - 1] for label in one["labels"].tolist()]
+        for category, box, score, mask in zip(
+            named, boxes, one["scores"].tolist(), masks, strict=True
+        ):
+            mask["counts"] = mask["counts"].decode()
+            results.append(
+                {
+                    "image_id": number,
+                    "category_id": category,
+                    "bbox": box,
+                    "score": score,
+                    "segmentation": mask,
+                }
+            )
+    return results
+
+
+def score(
+    detections: Sequence[dict[str, Any]], truth: COCO, images: Sequence[int]
+) -> dict[str, float]:
+    """COCO's average precision in percent, by pycocotools, of what `detect` found.
+
+    Counts the images with these of COCO's numbers. Returns box_ap, the mean over the
+    overlaps .5, .55, ..., .95, box_ap50 and box_ap75, at one of them, and mask_ap,
+    mask_ap50 and mask_ap75, by the overlap of masks. Raises ValueError where nothing
+    is to be found.
+    """
+    known = truth.loadAnns(truth.getAnnIds(imgIds=list(images)))
+    if all(one.get("iscrowd", 0) for one in known):
+        raise ValueError(
+            f"images={list(images)[:3]}… ({len(images)}): no object is annotated "
+            "there, so nothing can be scored"
+        )
+    figures = {}
+    for kind, name in (("bbox", "box"), ("segm", "mask")):
+        precision = dict.fromkeys(("ap", "ap50", "ap75"), 0.0)
+        if detections:
+            # pycocotools takes sizes from boxes where there are some
+            own = [
+                {key: one[key] for key in one if (kind, key) != ("segm", "bbox")}
+                for one in detections
+            ]
+            with redirect_stdout(io.StringIO()):
+                judge = COCOeval(truth, truth.loadRes(own), kind)
+                judge.params.imgIds = sorted(images)
+                judge.evaluate()
+                judge.accumulate()
+                judge.summarize()
+            precision = dict(zip(precision, judge.stats[:3].tolist()))
+        figures |= {f"{name}_{key}": round(100 * value, 2) for key, value in precision.items()}
+    return figures
+
+
+def _make_precise(
+    detector: nn.Module,
+    train: CocoImages,
+    config: DetectionConfig,
+    device: torch.device,
+    folder: Path,
+    progress: bool,
+) -> None:
+    """Give batch-norm precise statistics and keep the detector as detector.safetensors; or read it from there."""
+    rank, ranks = world()
+    path = folder / "detector.safetensors"
+    if not on_rank_0(path.exists)():
+        if config.precise_bn:
+            share = (
+                config.loop.batch_size // config.loop.accumulate // ranks
+            )  # what batch-norm saw in training
+            drawn, first = (
+                torch.Generator().manual_seed(stream_seed(config.loop.seed, "precise", 0)),
+                rank * share,
+            )
+            rounds = math.ceil(config.precise_bn * share * ranks / len(train))
+            order = torch.cat([torch.randperm(len(train), generator=drawn) for _ in range(rounds)])
+            plan = [
+                (n, some[first : first + share])
+                for n, some in zip(range(config.precise_bn), order.split(share * ranks))
+            ]
+
+            def run(numbered: tuple[int, Any]) -> None:
+                number, batch = numbered
+                seed = stream_seed(config.loop.seed, f"precise of rank {rank}", number)
+                with (
+                    torch.random.fork_rng([device] if device.type == "cuda" else []),
+                    _autocast(config, device),
+                ):
+                    torch.manual_seed(seed)
+                    losses(detector, config, batch, torch.Generator(device).manual_seed(seed))
+                moves(1)
+
+            with (
+                closing(train.batches(plan, device=device)) as batches,
+                bar("precise batch-norm", len(plan), progress) as moves,
+            ):
+                precise_statistics(detector, run, enumerate(batches))
+        weights = {name: value.cpu().contiguous() for name, value in detector.state_dict().items()}
+        on_rank_0(_write)(path, safetensors.torch.save(weights))
+    detector.load_state_dict(safetensors.torch.load_file(path))
+    detector.eval()
+
+
+def _test(
+    detector: nn.Module,
+    test: CocoImages,
+    config: DetectionConfig,
+    device: torch.device,
+    folder: Path,
+    progress: bool,
+) -> dict[str, float]:
+    """Look at the test images, each rank at its share, in blocks of which each is written; then score."""
+    rank, ranks = world()
+    blocks = [
+        (folder / f"detections-{start:06d}.json", range(start, min(start + BLOCK, len(test))))
+        for start in range(0, len(test), BLOCK)
+    ]
+    missing = [(path, block) for path, block in blocks[rank::ranks] if not path.exists()]
+
+    def plan() -> Iterator[tuple[int, Tensor]]:
+        return ((index, torch.tensor([index])) for _, block in missing for index in block)
+
+    total = sum(len(block) for _, block in missing)
+    with (
+        closing(test.batches(plan(), masks=False, device=device)) as batches,
+        bar("testing", total, progress) as moves,
+    ):
+        for path, block in missing:
+            found: dict[str, list] = {"images": [], "detections": []}
+            for _ in block:
+                images, targets = next(
+                    batches
+                )  # one, as padding to others' sizes would change what is seen
+                ids = [target["image_id"].item() for target in targets]
+                found["images"] += ids
+                if ids:  # it could be read
+                    found["detections"] += detect(
+                        detector, images, ids, test.categories, PRECISIONS[config.loop.precision]
+                    )
+                moves(1)
+            _write(path, json.dumps(found).encode())
+    mean_over_ranks(torch.zeros(1, device=device))  # wait for all
+
+    @on_rank_0
+    def judge() -> dict[str, float]:
+        found = [json.loads(path.read_text()) for path, _ in blocks]
+        images = [number for part in found for number in part["images"]]
+        detections = [one for part in found for one in part["detections"]]
+        with Progress(disable=not progress) as bars:
+            bars.add_task("scoring", total=None)  # pycocotools does not tell how far it is
+            return score(detections, test.truth(), images) | {"test_images": len(images)}
+
+    return judge()
+
+
+def _autocast(config: DetectionConfig, device: torch.device) -> torch.autocast:
+    precision = PRECISIONS[config.loop.precision]
+    return torch.autocast(device.type, precision, enabled=precision is not None)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with atomic_write(path) as file:
+        file.write(content)

@@ -1,0 +1,155 @@
+"""What a pretraining costs on the device at hand: real steps of the loop, timed (the columns of Table IV)."""
+
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice, pairwise
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from imsvd_core.data.tree import FolderImages
+from imsvd_core.distributed import Exchange
+from imsvd_core.recipes import Recipe
+from imsvd_core.results import device_name
+from imsvd_core.runs.pretrain import Images, Pretraining
+from imsvd_core.system.signals import Stopped
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+GB = 1e9
+
+
+def bench_step(
+    recipe: Recipe,
+    *,
+    steps: int = 20,
+    warmup: int = 5,
+    device: str | None = None,
+    data: tuple[Images, Images] | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Time `steps` steps of a recipe's pretraining on its own data, after `warmup` that are not counted.
+
+    A step is all of it: waiting for the input, views, network, loss, gradients exchanged, update. What compiles, is
+    decoded ahead or fills caches at first belongs to the warm-up: let it be longer than what workers have ready. Nothing
+    is saved. On a GPU the device's own clock tells, and the CPU may run ahead as ever. Among ranks all call this
+    together; times are means over ranks, memory is of the rank that needs most.
+
+    Args:
+        device: instead of the recipe's.
+        data: (train, test), to spare loading them; by default the recipe's.
+
+    Returns step_seconds, the median, with its quartiles and the mean; images_per_second, of all ranks, and
+    hours_per_100_epochs of this data set, both from the mean; the greatest memory: on CUDA peak_allocated_GB and
+    peak_reserved_GB of one GPU, elsewhere peak_resident_GB of one process since it started, without its workers; and what
+    was timed. Raises ValueError unless steps >= 2 and warmup >= 1; `signals.Stopped` if it was told to stop.
+    """
+    if steps < 2 or warmup < 1:
+        raise ValueError(f"steps={steps} must be at least 2, and warmup={warmup} at least 1")
+    loop = replace(
+        recipe.loop,
+        device=device or recipe.loop.device,
+        log_every=10**9,
+        save_every=0,
+        save_minutes=0,
+        tensorboard=False,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        run = Pretraining(replace(recipe, loop=loop), folder, data=data, progress=False)
+        run.loop.total_steps = max(run.loop.total_steps, warmup + steps)
+        run.loop._save = lambda: None  # the end of a small epoch is no time to write
+        if run.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(run.device)
+        mark, between = _clock(run.device)
+        marks = []
+        with Progress(disable=not progress or run.loop.rank > 0, transient=True) as bars:
+            taken = iter(run)
+            for number, _ in enumerate(
+                bars.track(islice(taken, warmup + steps), warmup + steps, description="steps"), 1
+            ):
+                if number >= warmup:
+                    marks.append(mark())
+            taken.close()  # with its workers
+        if len(marks) <= steps:
+            raise Stopped(
+                f"told to stop after {max(0, len(marks) - 1)} of {steps} steps: nothing was measured"
+            )
+        seconds = [between(before, after) for before, after in pairwise(marks)]
+        memory = _memory(run.device)
+        mine = torch.tensor(
+            [
+                *statistics.quantiles(seconds, n=4, method="inclusive"),
+                statistics.fmean(seconds),
+                *memory.values(),
+            ],
+            device=run.device,
+            dtype=torch.float32,
+        )
+        everyones = Exchange(mine[None]).gather(mine[None])
+        low, median, high, mean = everyones.mean(0)[:4].tolist()
+        most = dict(zip(memory, everyones.max(0).values[4:].tolist(), strict=True))
+    return {
+        "step_seconds": _digits(median),
+        "step_seconds_quartiles": [_digits(low), _digits(high)],
+        "step_seconds_mean": _digits(mean),
+        "images_per_second": _digits(recipe.loop.batch_size / mean),
+        "hours_per_100_epochs": _digits(100 * run.loop.steps_per_epoch * mean / 3600),
+        **{name: round(value, 2) for name, value in most.items()},
+        "device": device_name(run.device),
+        "ranks": run.loop.ranks,
+        "steps": steps,
+        "warmup": warmup,
+        "method": recipe.method.name,
+        "backbone": recipe.network.backbone,
+        "batch_size": recipe.loop.batch_size,
+        "precision": recipe.loop.precision,
+        "data": run.train.title,
+        "train_images": len(run.train),
+        "steps_per_epoch": run.loop.steps_per_epoch,
+        "streamed": isinstance(run.train, FolderImages),
+    }
+
+
+def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
+    """What marks the end of a step on the device, and what gives the seconds between two marks."""
+    if device.type == "cuda":
+
+        def mark() -> torch.cuda.Event:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(device))
+            return event
+
+        def between(before: torch.cuda.Event, after: torch.cuda.Event) -> float:
+            after.synchronize()
+            return before.elapsed_time(after) / 1000
+
+        return mark, between
+    wait = torch.mps.synchronize if device.type == "mps" else lambda: None
+    return lambda: wait() or time.perf_counter(), lambda before, after: after - before
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    """The most memory that was taken so far, in GB of 1e9 bytes."""
+    if device.type == "cuda":
+        return {
+            "peak_allocated_GB": torch.cuda.max_memory_allocated(device) / GB,
+            "peak_reserved_GB": torch.cuda.max_memory_reserved(device) / GB,
+        }
+    if resource is None:
+        return {}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes of Linux, bytes of macOS
+    return {"peak_resident_GB": peak * (1 if sys.platform == "darwin" else 1024) / GB}
+
+
+def _digits(value: float) -> float:
+    """Four significant digits."""
+    return round(value, 3 - math.floor(math.log10(value))) if value > 0 else 0.0

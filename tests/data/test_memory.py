@@ -1,0 +1,468 @@
+"""Data sets: what is found, what is drawn, what is said when neither network nor files are there."""
+
+import hashlib
+import http.server
+import os
+import pickle
+import socket
+import tarfile
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import CIFAR10, FashionMNIST
+
+from imsvd_core.data import memory as datasets
+from imsvd_core.data.memory import ImageData
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No data set chosen from outside, and a process that has neither tried to download nor said a word."""
+    monkeypatch.delenv("IMSVD_DATASET", raising=False)
+    monkeypatch.setattr(datasets, "_told", False)
+    monkeypatch.setattr(datasets, "_failed", {})
+    for variable in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+        monkeypatch.delenv(variable.upper(), raising=False)
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """No name is resolved; returns the list of the names that were asked for."""
+    asked: list[str] = []
+
+    def no_name(host: str, *rest: object, **more: object) -> None:
+        asked.append(host)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_name)
+    return asked
+
+
+@pytest.fixture
+def silent_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A host that accepts every connection and never says a word; CIFAR-10 is published there."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/cifar-10-python.tar.gz"
+        monkeypatch.setattr(CIFAR10, "url", url)
+        yield url
+
+
+def pixels(n: int, height: int = 32, width: int = 32, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (n, height, width, 3), dtype=np.uint8)
+
+
+def save(folder: Path, images: np.ndarray, suffix: str = "png") -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{i:04}.{suffix}" for i in range(len(images))]
+    for file, image in zip(files, images, strict=True):
+        Image.fromarray(image).save(file)
+    return files
+
+
+def tree(root: Path, suffix: str = "png", each: int = 2) -> Path:
+    """A small cifar10 tree with `each` pictures in every class."""
+    for s, split in enumerate(("train", "test")):
+        for c, name in enumerate(CLASSES):
+            save(root / "cifar10" / split / name, pixels(each, seed=10 * s + c), suffix)
+    return root
+
+
+def published(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same pictures in torchvision's own layout, and checksums to go with them."""
+    base = root / CIFAR10.base_folder
+    base.mkdir(parents=True)
+
+    def write(name: str, content: dict) -> list[str]:
+        (base / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((base / name).read_bytes()).hexdigest()]
+
+    def batch(name: str, split: int, classes: range) -> list[str]:
+        images = np.concatenate([pixels(2, seed=10 * split + c) for c in classes])
+        return write(
+            name,
+            {
+                "data": images.transpose(0, 3, 1, 2).reshape(-1, 3072),
+                "labels": [c for c in classes for _ in range(2)],
+            },
+        )
+
+    monkeypatch.setattr(
+        CIFAR10,
+        "train_list",
+        [batch("data_batch_1", 0, range(5)), batch("data_batch_2", 0, range(5, 10))],
+    )
+    monkeypatch.setattr(CIFAR10, "test_list", [batch("test_batch", 1, range(10))])
+    name, md5 = write("batches.meta", {"label_names": list(CLASSES)})
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
+    return root
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def test_a_tree_and_torchvisions_layout_give_the_same_tensors(tmp_path, monkeypatch):
+    published(tmp_path / "layout", monkeypatch)
+    published(tmp_path / "below" / "cifar10", monkeypatch)
+    tree(tmp_path / "tree")
+    for split in ("train", "test"):
+        one, other, below = (
+            datasets.load("cifar10", split, root=tmp_path / place)
+            for place in ("tree", "layout", "below")
+        )
+        assert one.images.shape == (20, 3, 32, 32) and one.images.dtype == torch.uint8
+        assert torch.equal(
+            one.images,
+            torch.from_numpy(
+                np.concatenate([pixels(2, seed=c + 10 * (split == "test")) for c in range(10)])
+            ).permute(0, 3, 1, 2),
+        )
+        for layout in (other, below):
+            assert torch.equal(one.images, layout.images) and torch.equal(one.labels, layout.labels)
+            assert (
+                one.classes == layout.classes == CLASSES and one.title == layout.title == "CIFAR-10"
+            )
+            assert one.images.is_contiguous() and layout.images.is_contiguous()
+
+
+def test_a_jpeg_tree_is_called_one_and_has_the_pixels_of_pillow(tmp_path):
+    tree(tmp_path, "jpg")
+    data = datasets.load("auto", "test", root=tmp_path)
+    assert data.name == "cifar10" and data.title == "CIFAR-10 (JPEG)" == datasets.title(
+        root=tmp_path
+    )
+    with Image.open(tmp_path / "cifar10/test/bird/0001.jpg") as picture:
+        assert np.array_equal(data.images[5].permute(1, 2, 0), np.asarray(picture))
+
+
+def test_fashion_mnist_is_padded_and_repeated_in_three_channels(tmp_path):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    grey = pixels(7)[:, :28, :28, 0]
+    for stem, _ in FashionMNIST.resources:
+        content = grey if "images" in stem else np.arange(7, dtype=np.uint8)
+        magic = bytes([0, 0, 8, content.ndim]) + b"".join(
+            n.to_bytes(4, "big") for n in content.shape
+        )
+        (raw / stem.removesuffix(".gz")).write_bytes(magic + content.tobytes())
+    data = datasets.load("fashion-mnist", root=tmp_path)
+    assert data.images.shape == (7, 3, 32, 32) and data.labels.tolist() == list(range(7))
+    assert (
+        np.array_equal(data.images[3, 1, 2:30, 2:30], grey[3]) and data.images[3, :, :2].max() == 0
+    )
+
+
+def test_a_folder_of_unequal_images_needs_a_size_and_is_cropped_to_the_middle(tmp_path):
+    striped = np.zeros((1, 40, 80, 3), np.uint8)
+    striped[:, :, 20:60] = 200  # the middle square
+    save(tmp_path / "mine/train/a", striped)
+    save(tmp_path / "mine/train/b", pixels(1, 50, 40))
+    save(tmp_path / "mine/val/a", striped)
+    save(tmp_path / "mine/val/b", striped)
+    with pytest.raises(ValueError, match=r"differ in size.*0000\.png.*size="):
+        datasets.load("folder:mine", root=tmp_path)
+    for name in ("folder:mine", f"folder:{tmp_path / 'mine'}"):
+        data = datasets.load(name, root=tmp_path, size=20)
+        assert (
+            data.images.shape == (2, 3, 20, 20)
+            and data.title == "mine"
+            and data.classes == ("a", "b")
+        )
+        assert (
+            data.images[0, :, :, 2:-2] == 200
+        ).all()  # all but the two blurred edges of the crop
+    assert datasets.load("folder:mine", "test", root=tmp_path).images.shape == (2, 3, 40, 80)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+@pytest.mark.parametrize("kind", ["truncated", "empty", "no image", "a tenth short"])
+def test_a_broken_image_is_named_or_skipped_and_counted(tmp_path, suffix, kind, caplog):
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            save(tmp_path / "mine" / split / name, pixels(5), suffix)
+    broken = tmp_path / f"mine/train/a/0003.{suffix}"
+    content = broken.read_bytes()
+    broken.write_bytes(
+        {
+            "truncated": content[: len(content) // 2],
+            "empty": b"",
+            "no image": b"<html>404</html>",
+            "a tenth short": content[: -len(content) // 10],
+        }[kind]
+    )
+    with pytest.raises(ValueError, match=f"a/0003.{suffix} cannot be read.*on_corrupt='skip'"):
+        datasets.load("folder:mine", root=tmp_path)
+    data = datasets.load("folder:mine", root=tmp_path, on_corrupt="skip")
+    assert (len(data), data.skipped, data.labels.tolist()) == (9, 1, [0] * 4 + [1] * 5)
+    assert str(broken) in caplog.text
+
+
+def test_a_changed_byte_of_a_png_never_passes_for_other_pixels(tmp_path):
+    (file,) = save(tmp_path, pixels(1))
+    content, whole = file.read_bytes(), datasets.decode(str(file))
+    for place in range(0, len(content), 13):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
+        try:
+            assert torch.equal(datasets.decode(str(file)), whole), place
+        except ValueError as error:
+            assert "0000.png" in str(error)
+
+
+def test_a_tree_that_cannot_be_used_is_refused_with_its_path(tmp_path):
+    def attempt(
+        match: str, split: str = "train", error: type[Exception] = ValueError, **settings
+    ) -> None:
+        with pytest.raises(error, match=match):
+            datasets.load("folder:mine", split, root=tmp_path, **settings)
+
+    home = tmp_path / "mine"
+    attempt("mine is not a folder", error=FileNotFoundError)
+    home.mkdir()
+    attempt("split 'train' is not there: make .*mine/train", error=FileNotFoundError)
+    (home / "train").mkdir()
+    attempt("mine/train holds no class folder")
+    (home / "train" / "a").mkdir()
+    attempt("mine/train/a holds no")
+    save(home / "train" / "a", pixels(2))
+    attempt("mine/test or .*mine/val", "test", FileNotFoundError)
+    (home / "train/a/0000.png").write_bytes(b"")
+    (home / "train/a/0001.png").write_bytes(b"")
+    attempt("holds no image that can be read, of 2 files", on_corrupt="skip")
+    save(home / "train" / "a", pixels(2))
+    save(home / "val" / "b", pixels(2))
+    attempt(r"differ in classes \(a, b\)")
+    attempt("split is 'validation'", "validation")
+    attempt("on_corrupt is 'ignore'", on_corrupt="ignore")
+    attempt("size is 0", size=0)
+    with pytest.raises(ValueError, match="'cifar' is unknown: choose auto, cifar10, .*folder:PATH"):
+        datasets.load("cifar")
+
+
+def test_the_root_and_the_meaning_of_auto_come_from_the_environment(tmp_path, monkeypatch, offline):
+    monkeypatch.setenv("IMSVD_DATA", str(tree(tmp_path)))
+    assert datasets.data_root() == tmp_path and datasets.resolve() == "cifar10"
+    monkeypatch.setenv("IMSVD_DATASET", "attributes")
+    assert datasets.resolve() == "attributes" and datasets.manifest().startswith("attributes")
+    assert datasets.resolve("cifar10") == "cifar10"
+    monkeypatch.setenv("IMSVD_DATASET", "imagenet")
+    with pytest.raises(ValueError, match="'imagenet' is unknown"):
+        datasets.resolve()
+    monkeypatch.delenv("IMSVD_DATA")
+    assert datasets.data_root() == Path("~/.cache/imsvd").expanduser()
+
+
+# --- the drawn data set and subsets -------------------------------------------------------------------------
+
+
+def test_attributes_are_the_same_at_every_load_and_differ_by_split_and_seed(monkeypatch):
+    assert datasets.ATTRIBUTES_SIZES == {"train": 20_000, "test": 4_000}
+    monkeypatch.setattr(datasets, "ATTRIBUTES_SIZES", {"train": 600, "test": 600})
+    one = datasets.load("attributes", "train")
+    assert one.images.shape == (
+        600,
+        3,
+        32,
+        32,
+    ) and one.factors.keys() > one.factor_values.keys() == {
+        "shape",
+        "texture",
+        "colour",
+        "size",
+        "place",
+        "background",
+        "ground",
+    }
+    assert torch.equal(one.images, datasets.load("attributes", "train").images)
+    all_four = [
+        datasets.load("attributes", split, seed=seed)
+        for split in ("train", "test")
+        for seed in (0, 1)
+    ]
+    for i, data in enumerate(all_four):
+        for other in all_four[:i]:
+            assert (data.images != other.images).flatten(1).any(1).all()
+    assert datasets.load("attributes", size=16).images.shape == (600, 3, 16, 16)
+
+
+def test_a_subset_is_balanced_deterministic_and_takes_its_factors_along():
+    labels = torch.tensor([0] * 50 + [1] * 50 + [2] * 4)
+    images = torch.arange(104, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2)
+    data = ImageData(
+        "x", "x", "train", images, labels, ("a", "b", "c"), {"place": torch.arange(104)}
+    )
+    part = data.subset(31)
+    assert sorted(part.labels.bincount().tolist()) == [4, 13, 14]
+    assert torch.equal(part.factors["place"], part.images[:, 0, 0, 0].long())
+    assert torch.equal(labels[part.factors["place"]], part.labels)
+    assert torch.equal(part.images, data.subset(31).images)
+    assert not torch.equal(part.factors["place"], data.subset(31, seed=1).factors["place"])
+    assert len(data.subset(104)) == 104
+    for n in (0, 105):
+        with pytest.raises(ValueError, match=f"n is {n}: take 1 to 104"):
+            data.subset(n)
+
+
+def test_image_data_refuses_tensors_that_do_not_fit():
+    images, labels = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="images are torch.float32"):
+        ImageData("x", "x", "train", images.float(), labels, ("a",))
+    with pytest.raises(ValueError, match=r"labels are torch.int64 \(3,\): give torch.int64 \(4,\)"):
+        ImageData("x", "x", "train", images, labels[:3], ("a",))
+    assert (
+        ImageData("x", "x", "train", images, labels, ("a",)).to("meta").images.device.type == "meta"
+    )
+
+
+# --- no network ---------------------------------------------------------------------------------------------
+
+
+def test_auto_falls_back_with_one_line_and_asks_the_network_once(tmp_path, offline, capfd):
+    assert [datasets.resolve("auto", tmp_path) for _ in range(3)] == ["attributes"] * 3
+    out, err = capfd.readouterr()
+    assert out.count("\n") == 1 and not err
+    assert (
+        "attributes (drawn)" in out and str(tmp_path) in out and "Name or service not known" in out
+    )
+    assert len(offline) == 1
+
+
+def test_another_process_does_not_try_again_until_ten_minutes_have_passed(
+    tmp_path, offline, monkeypatch
+):
+    datasets.resolve("auto", tmp_path)
+    monkeypatch.setattr(datasets, "_failed", {})  # as a new process has it
+    assert datasets.resolve("auto", tmp_path) == "attributes" and len(offline) == 1
+    (stamp,) = tmp_path.iterdir()
+    os.utime(stamp, (time.time() - 601,) * 2)
+    assert datasets.resolve("auto", tmp_path) == "attributes" and len(offline) == 2
+    tree(tmp_path)  # data that have come in the meantime are taken at once
+    assert datasets.resolve("auto", tmp_path) == "cifar10"
+
+
+def test_an_explicit_cifar10_that_cannot_be_had_says_what_to_put_where(tmp_path, offline):
+    datasets.resolve("auto", tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=r"Put .*cifar-10-batches-py.*cifar10/\{train,test\}/<class>"
+    ):
+        datasets.load("cifar10", root=tmp_path)
+    assert len(offline) == 2  # who asks by name is tried for at once
+
+
+def test_a_root_that_cannot_be_written_is_a_reason_and_not_a_crash(tmp_path, offline, capfd):
+    (tmp_path / "file").write_text("in the way")
+    assert datasets.resolve("auto", tmp_path / "file" / "root") == "attributes"
+    assert not offline and "Not a directory" in capfd.readouterr().out
+
+
+def test_a_silent_host_is_given_up_within_ten_seconds(tmp_path, silent_host):
+    start = time.monotonic()  # the real limits: the one test here that must wait for them
+    assert datasets.resolve("auto", tmp_path) == "attributes"
+    assert time.monotonic() - start < 8
+
+
+def test_a_name_server_that_never_answers_is_given_up(tmp_path, monkeypatch, capfd):
+    released = threading.Event()
+    monkeypatch.setattr(datasets, "PROBE_SECONDS", 0.5)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: released.wait(60) and [])
+    start = time.monotonic()
+    assert datasets.resolve("auto", tmp_path) == "attributes"
+    assert time.monotonic() - start < 3
+    released.set()
+    assert "no answer from https://www.cs.toronto.edu" in capfd.readouterr().out
+
+
+def test_a_download_that_stalls_or_is_cut_short_is_given_up_and_leaves_nothing(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(datasets, "STALL_SECONDS", 0.5)
+    held: list[socket.socket] = []
+
+    def serve(server: socket.socket, cut: bool) -> None:
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 100000\r\n\r\n" + bytes(9000))
+            connection.close() if cut else held.append(connection)
+
+    for cut in (False, True):
+        root = tmp_path / f"cut-{cut}"
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            url = f"http://127.0.0.1:{server.getsockname()[1]}/cifar-10-python.tar.gz"
+            monkeypatch.setattr(CIFAR10, "url", url)
+            threading.Thread(target=serve, args=(server, cut), daemon=True).start()
+            start = time.monotonic()
+            assert datasets.resolve("auto", root) == "attributes"
+            assert time.monotonic() - start < 4
+            server.shutdown(socket.SHUT_RDWR)
+        assert [path.name for path in root.iterdir()] == [".cifar10-not-downloaded"]
+        assert socket.getdefaulttimeout() is None
+    for connection in held:
+        connection.close()
+
+
+def test_a_whole_download_is_taken_and_a_wrong_one_is_not(tmp_path, monkeypatch):
+    source = published(tmp_path / "source", monkeypatch)
+    archive = tmp_path / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(source / CIFAR10.base_folder, CIFAR10.base_folder)
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/{archive.name}")
+        monkeypatch.setattr(CIFAR10, "tgz_md5", "0" * 32)
+        assert datasets.resolve("auto", tmp_path / "root") == "attributes"
+        monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+        assert len(datasets.load("cifar10", root=tmp_path / "root")) == 20
+        server.shutdown()
+    assert datasets.resolve("auto", tmp_path / "root") == "cifar10"
+    assert [path.name for path in (tmp_path / "root").iterdir()] == [
+        CIFAR10.base_folder
+    ]  # and no archive
+
+
+def test_half_a_torchvision_layout_is_never_taken_for_the_data_set(tmp_path, monkeypatch, offline):
+    root = published(tmp_path, monkeypatch)
+    assert datasets.resolve("auto", root) == "cifar10"
+    batch = root / CIFAR10.base_folder / "data_batch_2"
+    whole = batch.read_bytes()
+    batch.write_bytes(whole[:-100])
+    assert datasets.resolve("auto", root) == "attributes"
+    batch.unlink()
+    assert datasets.resolve("auto", root) == "attributes"
+    batch.write_bytes(whole)
+    assert datasets.resolve("auto", root) == "cifar10"
+
+
+# --- the manifest -------------------------------------------------------------------------------------------
+
+
+def test_the_manifest_follows_names_and_sizes_and_needs_no_network(tmp_path, offline, capfd):
+    assert datasets.manifest("auto", tmp_path) == datasets.manifest("attributes")
+    assert datasets.manifest("cifar10", tmp_path) == "cifar10 absent"
+    seen = [datasets.manifest("auto", tree(tmp_path))]
+    assert seen[0].startswith("cifar10 40 files ")
+    assert (
+        datasets.manifest("auto", tree(tmp_path / "elsewhere")) == seen[0]
+    )  # the place does not matter
+    file = tmp_path / "cifar10/train/cat/0001.png"
+    file.write_bytes(file.read_bytes() + b"\0")
+    seen.append(datasets.manifest("auto", tmp_path))
+    file.rename(file.with_name("0002.png"))
+    seen.append(datasets.manifest("auto", tmp_path))
+    seen.append(datasets.manifest(f"folder:{tmp_path / 'cifar10'}", tmp_path))
+    assert len(set(seen)) == 4
+    assert datasets.title("folder:cifar10", tmp_path) == "cifar10"
+    assert datasets.title("auto", tmp_path) == "CIFAR-10"
+    assert not offline and capfd.readouterr() == ("", "")

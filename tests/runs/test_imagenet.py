@@ -1,0 +1,56 @@
+"""ImageNet's recipe, at its true widths, on a few images of ImageNet's kind."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.io import write_jpeg
+
+from imsvd_core.data import memory as datasets
+from imsvd_core.networks import represent
+from imsvd_core.recipes import recipe
+from imsvd_core.runs.pretrain import Pretraining, load_run
+
+
+@pytest.fixture
+def photographs(tmp_path) -> Path:
+    """A tree of JPEGs: Tiny-ImageNet's if it is under the data root, else drawn ones of as many pixels."""
+    real = datasets.data_root() / "tiny-imagenet-40"
+    if real.is_dir():
+        return real
+    data = datasets.load("attributes", "test", size=64)
+    for split, start in (("train", 0), ("val", 16)):
+        for number in range(16):
+            folder = tmp_path / "tree" / split / f"n{number % 2:08d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            write_jpeg(data.images[start + number], str(folder / f"{number}.JPEG"))
+    return tmp_path / "tree"
+
+
+@pytest.mark.slow  # two steps of ResNet-50 and a projector of 84 million weights
+def test_a_step_at_true_widths_is_taken_saved_resumed_and_exported(tmp_path, photographs):
+    smoke = recipe("imagenet-1000", "smoke")
+    few = replace(smoke, data=f"tree:{photographs}", loop=replace(smoke.loop, save_every=1))
+    first = Pretraining(few, tmp_path / "run", progress=False)
+    start = first.network.projector[-1].weight[:8, :8].detach().clone()
+    for progressed in first:
+        break
+    after = first.network.projector[-1].weight[:8, :8].detach().clone()
+    assert (
+        progressed.step == 1
+        and progressed.metrics["loss"].isfinite()
+        and not torch.equal(start, after)
+    )
+    del first
+
+    second = Pretraining(few, tmp_path / "run", progress=False)
+    assert second.loop.step == 1 and torch.equal(second.network.projector[-1].weight[:8, :8], after)
+    assert [progressed.step for progressed in second] == [2]
+    second.finish()
+    _, backbone = load_run(tmp_path / "run")
+    images = torch.randn(2, 3, 224, 224)
+    ours, exported = (
+        represent(network, [images], "cpu") for network in (second.network.backbone, backbone)
+    )
+    assert exported.shape == (2, 2048) and torch.equal(ours, exported)
