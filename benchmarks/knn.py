@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from imsvd_core.evaluation import knn
-from imsvd_core.evaluation.features import bar
+from imsvd_core.system.progress import bar
 from imsvd_core.results import provenance, write_result
 
 NEIGHBORS = (20, 200)

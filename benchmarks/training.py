@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from imsvd_core.engine.trainer import PRECISIONS, pick_device
+from imsvd_core.system.devices import PRECISIONS, pick_device
 from imsvd_core.recipes import recipe
 from imsvd_core.results import provenance, write_result
 from imsvd_core.runs.pretrain import Pretraining

@@ -20,9 +20,9 @@ from imsvd_core import export as exporting
 from imsvd_core import launch as launcher
 from imsvd_core.data import check as prepared
 from imsvd_core.data.memory import OnCorrupt
-from imsvd_core.distributed import first_to_say, process_group, world
+from imsvd_core.distributed import world
 from imsvd_core.engine import checkpoints
-from imsvd_core.engine.trainer import NonFiniteError, pick_device
+from imsvd_core.engine.trainer import NonFiniteError
 from imsvd_core.launch import graph as graphs
 from imsvd_core.launch.reproduce import reproduce as bring_about
 from imsvd_core.launch.status import graphs_under, look, watch
@@ -43,7 +43,9 @@ from imsvd_core.runs import evaluate as evaluations
 from imsvd_core.runs import pretrain as training
 from imsvd_core.runs.bench import bench_step
 from imsvd_core.system import signals
+from imsvd_core.system.devices import pick_device
 from imsvd_core.system.files import Superseded, atomic_write
+from imsvd_core.system.ranks import first_to_say, process_group
 
 USAGE = """usage: imsvd COMMAND ...
 

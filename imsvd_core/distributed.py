@@ -4,14 +4,8 @@ Without a process group everything here is the identity, so that the code that u
 """
 
 import functools
-import hashlib
 import itertools
-import os
-import socket
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -28,78 +22,7 @@ def world() -> tuple[int, int]:
     )
 
 
-PATIENCE = timedelta(hours=2)  #: how long ranks wait for one of them, which may be evaluating
 P, T = ParamSpec("P"), TypeVar("T")
-
-
-_launcher: int | None = None  # the process that started this one as a rank
-
-
-def launcher_is_gone() -> bool:
-    """Whether this is a rank whose launcher has died: nobody would restart it, or end it with the others."""
-    return _launcher is not None and os.getppid() != _launcher
-
-
-@contextmanager
-def process_group(device: str = "auto") -> Iterator[None]:
-    """Join the ranks that torchrun, or a Slurm or submitit job of several tasks, has started; alone, do nothing.
-
-    NCCL where `device` is or may be CUDA, each rank on the GPU that its LOCAL_RANK counts; gloo elsewhere.
-    An error leaves the group standing, since to close it would be to wait for the others: the error is to end
-    this process, and its launcher or the broken connection then ends them.
-    Raises ValueError if a node has fewer GPUs than ranks.
-    """
-    tasks = os.environ.get("SUBMITIT_LOCAL_NTASKS") or os.environ.get("SLURM_STEP_NUM_TASKS") or "1"
-    if "WORLD_SIZE" not in os.environ and int(tasks) > 1:
-        _find_ranks_of_job()
-    if "WORLD_SIZE" not in os.environ:
-        yield
-        return
-    global _launcher
-    _launcher = os.getppid()
-    gpu = None
-    if torch.cuda.is_available() and device.startswith(("auto", "cuda")):
-        number, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if number >= there:
-            raise ValueError(
-                f"LOCAL_RANK={number} has no GPU of its own among {there}: "
-                "start as many ranks as GPUs, or use device='cpu'"
-            )
-        gpu = torch.device("cuda", number)
-        torch.cuda.set_device(gpu)
-    dist.init_process_group("nccl" if gpu else "gloo", timeout=PATIENCE, device_id=gpu)
-    yield
-    dist.destroy_process_group()
-    _launcher = None
-
-
-def _find_ranks_of_job() -> None:
-    """Export what torch wants to know of the ranks that one Slurm or submitit job has started.
-
-    The port where they meet is the job's own, and a requeued job's is another one: an attempt whose node was thought
-    dead may still listen at the first. It lies below those that Linux hands out. Raises ValueError if the first
-    node's name means nothing here, where torch would wait for its time-out.
-    """
-    from submitit.helpers import TorchDistributedEnvironment  # slow to import
-
-    if "SLURM_JOB_ID" in os.environ and "SUBMITIT_LOCAL_JOB_ID" not in os.environ:
-        os.environ.setdefault("SUBMITIT_EXECUTOR", "slurm")  # plain srun does not say so
-    there = TorchDistributedEnvironment()
-    parts = (os.environ.get(name, "0") for name in ("SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
-    attempt = "/".join(
-        [os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID", "0"), *parts]
-    )
-    there.master_port = int(
-        os.environ.get("MASTER_PORT", 15_000 + zlib.crc32(attempt.encode()) % 15_000)
-    )
-    try:
-        socket.getaddrinfo(there.master_addr, there.master_port)
-    except OSError as error:
-        raise ValueError(
-            f"MASTER_ADDR={there.master_addr!r}, the job's first node, has no address on {socket.gethostname()} "
-            f"({error}): let the nodes know each other's names, in DNS or /etc/hosts"
-        ) from None
-    there.export(set_cuda_visible_devices=False)
 
 
 def on_rank_0(work: Callable[P, T]) -> Callable[P, T]:
@@ -140,17 +63,6 @@ def mean_over_ranks(value: Tensor) -> Tensor:
         dist.all_reduce(value)
         value /= size
     return value
-
-
-def first_to_say(message: str) -> bool:
-    """Whether no other rank has asked this before: what all ranks find, one reports."""
-    if world()[1] == 1:
-        return True
-    key = hashlib.sha256(message.encode()).hexdigest()
-    try:
-        return dist.distributed_c10d._get_default_store().add(f"said/{key}", 1) == 1
-    except RuntimeError:  # the rank that keeps the count is gone, and has said why
-        return False
 
 
 def of_first_rank(value: Tensor) -> Tensor:

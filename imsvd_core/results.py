@@ -1,13 +1,12 @@
 """Results: figures and where they come from, in one JSON file each."""
 
-import hashlib
 import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib import metadata
@@ -16,6 +15,8 @@ from typing import Any
 
 import torch
 
+from imsvd_core.system.config import config_hash, plain
+from imsvd_core.system.devices import device_name
 from imsvd_core.system.files import atomic_write
 
 STORE = Path(__file__).parent.parent / "book" / "results"  #: of the book's own results
@@ -60,26 +61,6 @@ def provenance(
         versions={name: metadata.version(name) for name in ("torch", "torchvision", "numpy")}
         | {"python": platform.python_version()},
         world_size=world_size,
-    )
-
-
-def config_hash(config: Any) -> str:
-    """Twelve hex digits that change with any value of the configuration."""
-    return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()[:12]
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses, tuples and paths as what JSON can hold; raises TypeError for anything else."""
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    return json.loads(json.dumps(value, default=_path))
-
-
-def _path(value: Any) -> str:
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(
-        f"{value!r} ({type(value).__name__}) has no place in a result: give numbers, strings, lists, dicts"
     )
 
 
@@ -135,26 +116,6 @@ def stored_path(file: str) -> Path:
         there = ", ".join(sorted(other.name for other in STORE.glob(f"*{path.suffix}"))) or "none"
         raise FileNotFoundError(f"no stored result {file!r} in {STORE}; there are: {there}")
     return path
-
-
-def device_name(device: torch.device | str) -> str:
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "mps":
-        return f"Apple GPU ({platform.machine()})"
-    return f"{_processor()}, {torch.get_num_threads()} threads"
-
-
-@lru_cache(maxsize=1)
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _command() -> str:

@@ -8,16 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from imsvd_core import distributed
-from imsvd_core.distributed import (
-    first_to_say,
-    mean_over_ranks,
-    on_rank_0,
-    process_group,
-    rank_0_first,
-    world,
-)
+from imsvd_core.distributed import mean_over_ranks, on_rank_0, rank_0_first, world
 from imsvd_core.loss import CrossJointEntropyLoss
+from imsvd_core.system import ranks
+from imsvd_core.system.ranks import first_to_say, process_group
 
 
 def logits(samples=24, dim=21, scale=2.0):
@@ -283,7 +277,7 @@ def meeting_point(patch, **environment):
         for name in names:
             inner.setenv(name, "")
             inner.delenv(name)
-        distributed._find_ranks_of_job()
+        ranks._find_ranks_of_job()
         return [os.environ[name] for name in names[1:]]
 
 

@@ -20,8 +20,9 @@ methods export
 data arrays variants
 views networks loss information plots
 streaming
-discretization distributed results
+discretization results
 system
+distributed
 """
 MATHEMATICS = "discretization information streaming loss variants arrays"
 

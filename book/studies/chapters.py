@@ -12,7 +12,7 @@ import jupytext
 from nbclient import NotebookClient
 
 from imsvd_core.data import memory as datasets
-from imsvd_core.engine.trainer import pick_device
+from imsvd_core.system.devices import pick_device
 from imsvd_core.recipes import current_scale
 from imsvd_core.results import provenance, write_result
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from imsvd_core.engine.trainer import pick_device
+from imsvd_core.system.devices import pick_device
 from imsvd_core.loss import cross_joint_entropy
 from imsvd_core.recipes import recipe
 from imsvd_core.results import provenance, write_json, write_result

@@ -26,7 +26,8 @@ from imsvd_core.evaluation.detection.detector import DetectorConfig
 from imsvd_core.evaluation.detection.protocol import DetectionConfig
 from imsvd_core.evaluation.features import fingerprint
 from imsvd_core.networks import build_backbone
-from imsvd_core.results import STORE, plain, provenance, write_json, write_result
+from imsvd_core.results import STORE, provenance, write_json, write_result
+from imsvd_core.system.config import plain
 
 SEED, IMAGES, WATCHED = 0, 10, 50  # average precision every so many steps
 

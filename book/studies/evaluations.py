@@ -23,7 +23,8 @@ from imsvd_core.evaluation.features import embed
 from imsvd_core.evaluation.knn import weighted_knn
 from imsvd_core.networks import NetworkConfig
 from imsvd_core.recipes import evaluation
-from imsvd_core.results import STORE, plain, provenance, read_result, write_result
+from imsvd_core.results import STORE, provenance, read_result, write_result
+from imsvd_core.system.config import plain
 from imsvd_core.runs import evaluate as evaluations
 from imsvd_core.runs.pretrain import build_network, load_run, save_backbone
 from imsvd_core.system.files import atomic_write

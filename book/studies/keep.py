@@ -12,7 +12,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from imsvd_core.engine.trainer import PRECISIONS
+from imsvd_core.system.devices import PRECISIONS
 from imsvd_core.evaluation import knn
 from imsvd_core.results import STORE, read_result, write_json
 from imsvd_core.runs.pretrain import load_backbone, load_data, load_run, save_backbone

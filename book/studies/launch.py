@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from imsvd_core.data.memory import data_root, find_images, find_split
-from imsvd_core.results import plain, provenance, write_result
+from imsvd_core.results import provenance, write_result
+from imsvd_core.system.config import plain
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "slurm"))

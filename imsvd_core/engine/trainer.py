@@ -13,13 +13,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from imsvd_core.distributed import launcher_is_gone, mean_over_ranks, on_rank_0, world
+from imsvd_core.distributed import mean_over_ranks, on_rank_0, world
 from imsvd_core.engine import checkpoints
 from imsvd_core.engine.gradients import Gradients, Objective, Step
 from imsvd_core.engine.metrics import Display, Metrics
 from imsvd_core.engine.optim import OptimConfig, build_optimizer, learning_rate
 from imsvd_core.system import signals
+from imsvd_core.system.config import differences, essential
+from imsvd_core.system.devices import PRECISIONS, pick_device
 from imsvd_core.system.files import Hold, hold
+from imsvd_core.system.ranks import launcher_is_gone
 
 log = logging.getLogger(__name__)
 
@@ -82,20 +85,6 @@ class LoopConfig:
             raise ValueError(f"precision={self.precision!r} must be 'fp32', 'bf16' or 'fp16'")
 
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-#: Settings of a loop that touch the record and not the training: a run may be resumed under others.
-OPERATIONAL = ("save_every", "save_minutes", "keep", "log_every", "tensorboard")
-
-
-def essential(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings without what a resumption may change."""
-    kept = {
-        name: value for name, value in settings.get("loop", {}).items() if name not in OPERATIONAL
-    }
-    return {**settings, "loop": kept} if "loop" in settings else dict(settings)
-
-
 class NonFiniteError(RuntimeError):
     """The loss or its gradient stopped being a number."""
 
@@ -108,33 +97,6 @@ class Progressed:
     epoch: float
     ends_epoch: bool
     metrics: Mapping[str, Tensor] = field(repr=False)
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """CUDA, else MPS, else the CPU; or the device that `name` says. Among ranks, CUDA is the rank's own GPU.
-
-    Raises ValueError for one that is not there, and among ranks for one GPU that all would share.
-    """
-    if name.startswith("cuda:") and world()[1] > 1:
-        raise ValueError(
-            f"device={name!r} would put {world()[1]} ranks on one GPU: use 'cuda', which gives each its own"
-        )
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-    if not available.get(name.split(":")[0], False):
-        raise ValueError(
-            f"device={name!r} is not here; there is: {', '.join(k for k, there in available.items() if there)}"
-        )
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if name == "cuda" and world()[1] > 1
-        else torch.device(name)
-    )
 
 
 def stream_seed(seed: int, stream: str, number: int) -> int:
@@ -456,17 +418,3 @@ class Loop:
 
         newest = path()
         return found if self.rank == 0 or newest is None else (checkpoints.load(newest), newest)
-
-
-def differences(
-    before: Any, now: Any, path: str = "", words: tuple[str, str] = ("before", "now")
-) -> str:
-    """The settings that differ, as "optim.lr: 0.002 before, 0.001 now"; "" if none does."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        parts = [
-            differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."), words)
-            for key in sorted({*before, *now})
-            if before.get(key) != now.get(key)
-        ]
-        return "; ".join(parts)
-    return "" if before == now else f"{path or 'settings'}: {before} {words[0]}, {now} {words[1]}"

@@ -2,14 +2,13 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from imsvd_core.data.memory import ImageData
@@ -17,6 +16,7 @@ from imsvd_core.data.tree import FolderImages
 from imsvd_core.distributed import world
 from imsvd_core.networks import represent
 from imsvd_core.system.files import atomic_write
+from imsvd_core.system.progress import bar
 from imsvd_core.views import EvalView
 
 Images = ImageData | FolderImages
@@ -147,21 +147,6 @@ def sum_over_ranks(counts: Tensor) -> Tensor:
     if world()[1] > 1:
         dist.all_reduce(counts)
     return counts
-
-
-@contextmanager
-def bar(what: str, total: int, progress: bool, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """A progress bar on rank 0, named `what`: what the block is given moves it on."""
-    shown = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        disable=not (progress and world()[0] == 0),
-    )
-    with shown:
-        task = shown.add_task(what, total=total, completed=done)
-        yield lambda count: shown.advance(task, count)
 
 
 def fingerprint(*tensors: Tensor) -> str:

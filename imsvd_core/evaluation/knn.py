@@ -17,7 +17,6 @@ from torch.nn.functional import one_hot
 from imsvd_core.distributed import on_rank_0, world
 from imsvd_core.evaluation.features import (
     Images,
-    bar,
     batches,
     embed,
     fingerprint,
@@ -26,8 +25,9 @@ from imsvd_core.evaluation.features import (
     shares,
     sum_over_ranks,
 )
-from imsvd_core.results import config_hash, plain
+from imsvd_core.system.config import config_hash, plain
 from imsvd_core.system.files import atomic_write, hold
+from imsvd_core.system.progress import bar
 from imsvd_core.views import EvalView
 
 

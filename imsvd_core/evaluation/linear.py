@@ -12,10 +12,9 @@ from torch.nn.functional import cross_entropy
 
 from imsvd_core.data.tree import FolderImages
 from imsvd_core.engine.optim import OptimConfig
-from imsvd_core.engine.trainer import PRECISIONS, Loop, LoopConfig, essential, pick_device
+from imsvd_core.engine.trainer import Loop, LoopConfig
 from imsvd_core.evaluation.features import (
     Images,
-    bar,
     batches,
     chosen,
     embed,
@@ -25,8 +24,10 @@ from imsvd_core.evaluation.features import (
     sum_over_ranks,
 )
 from imsvd_core.networks import represent
-from imsvd_core.results import config_hash, plain
 from imsvd_core.system import signals
+from imsvd_core.system.config import config_hash, essential, plain
+from imsvd_core.system.devices import PRECISIONS, pick_device
+from imsvd_core.system.progress import bar
 from imsvd_core.views import EvalView, View, ViewConfig
 
 

@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from imsvd_core.data.tree import share_of_cores
 from imsvd_core.data.voc import VOCImages
 from imsvd_core.distributed import on_rank_0
-from imsvd_core.evaluation.features import bar, chosen, fingerprint
+from imsvd_core.evaluation.features import chosen, fingerprint
 from imsvd_core.networks import represent
-from imsvd_core.results import config_hash, plain, write_json
+from imsvd_core.results import write_json
 from imsvd_core.system import signals
+from imsvd_core.system.config import config_hash, plain
 from imsvd_core.system.files import atomic_write, hold
+from imsvd_core.system.progress import bar
 from imsvd_core.views import IMAGENET_MEAN, IMAGENET_STD, EvalView
 
 if TYPE_CHECKING:  # slow to import: every command would wait for it

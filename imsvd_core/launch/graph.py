@@ -10,9 +10,9 @@ from typing import Any
 import tyro
 
 from imsvd_core.data import memory as datasets
-from imsvd_core.engine.trainer import differences, essential
-from imsvd_core.recipes import Recipe, Scale, from_plain, recipe
-from imsvd_core.results import config_hash, plain, read_result, write_json
+from imsvd_core.recipes import Recipe, Scale, recipe
+from imsvd_core.results import read_result, write_json
+from imsvd_core.system.config import config_hash, differences, essential, from_plain, plain
 
 METHODS = {
     "imsvd": "cifar10",

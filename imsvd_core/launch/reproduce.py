@@ -16,7 +16,8 @@ from imsvd_core.launch.graph import Graph, Task
 from imsvd_core.launch.plan import plan
 from imsvd_core.launch.status import Standing, live_table, look, read_submission, summary, table
 from imsvd_core.launch.submit import Submission, snapshot, submit
-from imsvd_core.recipes import Recipe, from_plain
+from imsvd_core.recipes import Recipe
+from imsvd_core.system.config import from_plain
 from imsvd_core.system.files import hold
 
 PATIENCE = 60.0  #: seconds to wait for jobs that are ending to have ended

@@ -5,11 +5,10 @@ A recipe exists at three scales: `smoke` (seconds: does it run?), `laptop` (minu
 """
 
 import os
-import types
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, is_dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial, update_wrapper
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args
 
 from imsvd_core.engine.optim import OptimConfig
 from imsvd_core.engine.trainer import LoopConfig
@@ -20,6 +19,7 @@ from imsvd_core.evaluation.linear import LinearConfig
 from imsvd_core.evaluation.svm import SVMConfig
 from imsvd_core.methods import IMSVD, BarlowTwins, Method, VICReg
 from imsvd_core.networks import NetworkConfig
+from imsvd_core.system.devices import fast_precision
 from imsvd_core.views import (
     CIFAR_MEAN,
     CIFAR_STD,
@@ -91,7 +91,25 @@ def recipe(name: str, scale: Scale | None = None) -> Recipe:
     scale = scale or current_scale()
     if scale not in get_args(Scale):
         raise ValueError(f"scale={scale!r} must be one of {', '.join(get_args(Scale))}")
-    return RECIPES[name](scale)
+    built = RECIPES[name](scale)
+    return built if scale == "full" else _fast_here(built)
+
+
+def _fast_here(settings: Any) -> Any:
+    """The same settings with fp32 for bf16, wherever they train, on a machine that would emulate bf16."""
+    if isinstance(settings, LoopConfig):
+        return (
+            replace(settings, precision=fast_precision())
+            if settings.precision == "bf16"
+            else settings
+        )
+    if not is_dataclass(settings):
+        return settings
+    inner = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    return replace(
+        settings,
+        **{name: _fast_here(value) for name, value in inner.items() if is_dataclass(value)},
+    )
 
 
 def _cifar10(scale: Scale) -> Recipe:
@@ -274,7 +292,9 @@ def evaluation(
     trained = trained or recipe("imagenet-100", scale)
     if name in OWN:
         return EvaluationRecipe(getattr(trained, name), trained.data, trained.eval_view)
-    asked = EVALUATIONS[name](scale or current_scale())
+    scale = scale or current_scale()
+    asked = EVALUATIONS[name](scale)
+    asked = asked if scale == "full" else _fast_here(asked)
     known = {"mean": trained.eval_view.mean, "std": trained.eval_view.std}
     config = asked.config
     if isinstance(config, LinearConfig):
@@ -387,29 +407,3 @@ EVALUATIONS: dict[str, Callable[[Scale], EvaluationRecipe]] = {
     "voc07-svm": _voc07_svm,
     "coco-detection": _coco_detection,
 }
-
-
-def from_plain(kind: Any, value: Any) -> Any:
-    """A configuration back from the JSON that it was stored as: the inverse of `results.plain`.
-
-    Raises ValueError for a field that `kind` does not have.
-    """
-    if get_origin(kind) is types.UnionType and isinstance(
-        value, Mapping
-    ):  # of methods, or a view that may be None
-        named = [
-            one
-            for one in get_args(kind)
-            if is_dataclass(one) and value.get("name") == getattr(one, "name", None)
-        ]
-        if not named:
-            raise ValueError(f"name={value.get('name')!r} is none of {kind}")
-        kind = named[0]
-    if is_dataclass(kind) and isinstance(value, Mapping):
-        hints = get_type_hints(kind)
-        if unknown := sorted(set(value) - set(hints)):
-            raise ValueError(
-                f"{kind.__name__} has no field {', '.join(unknown)}; it has: {', '.join(hints)}"
-            )
-        return kind(**{name: from_plain(hints[name], item) for name, item in value.items()})
-    return tuple(value) if isinstance(value, list) else value

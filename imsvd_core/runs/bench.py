@@ -16,8 +16,8 @@ from rich.progress import Progress
 from imsvd_core.data.tree import FolderImages
 from imsvd_core.distributed import Exchange
 from imsvd_core.recipes import Recipe
-from imsvd_core.results import device_name
 from imsvd_core.runs.pretrain import Images, Pretraining
+from imsvd_core.system.devices import device_name
 from imsvd_core.system.signals import Stopped
 
 try:

@@ -12,16 +12,17 @@ from imsvd_core.data.coco import open_coco
 from imsvd_core.data.memory import OnCorrupt
 from imsvd_core.data.voc import open_voc
 from imsvd_core.distributed import on_rank_0, rank_0_first, world
-from imsvd_core.engine.trainer import PRECISIONS, pick_device
 from imsvd_core.evaluation import knn, linear, svm
 from imsvd_core.evaluation.detection import protocol as detection
 from imsvd_core.evaluation.features import fingerprint
 from imsvd_core.export import read_state_dict
 from imsvd_core.networks import build_backbone
 from imsvd_core.recipes import EvaluationRecipe, Recipe, Scale, recipe
-from imsvd_core.results import config_hash, plain, provenance, read_result, write_result
+from imsvd_core.results import provenance, read_result, write_result
 from imsvd_core.runs import pretrain as training
 from imsvd_core.system import signals
+from imsvd_core.system.config import config_hash, plain
+from imsvd_core.system.devices import PRECISIONS, pick_device
 from imsvd_core.views import EvalView
 
 LAYOUTS = {"voc": open_voc, "coco": open_coco}  #: of data sets whose images are in no class folders

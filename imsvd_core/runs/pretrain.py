@@ -16,20 +16,15 @@ from imsvd_core.data import memory as datasets
 from imsvd_core.data.tree import FolderImages, open_folder
 from imsvd_core.discretization import hardness, joint, soft_discretize
 from imsvd_core.distributed import on_rank_0, rank_0_first, world
-from imsvd_core.engine.trainer import (
-    PRECISIONS,
-    Batches,
-    Loop,
-    Progressed,
-    pick_device,
-    stream_seed,
-)
+from imsvd_core.engine.trainer import Batches, Loop, Progressed, stream_seed
 from imsvd_core.evaluation import knn
 from imsvd_core.methods import IMSVD
 from imsvd_core.networks import NetworkConfig, TwinNetwork, build_backbone
-from imsvd_core.recipes import Recipe, from_plain
-from imsvd_core.results import plain, provenance, write_json, write_result
+from imsvd_core.recipes import Recipe
+from imsvd_core.results import provenance, write_json, write_result
 from imsvd_core.system import signals
+from imsvd_core.system.config import from_plain, plain
+from imsvd_core.system.devices import PRECISIONS, pick_device
 from imsvd_core.system.files import atomic_write, hold
 from imsvd_core.views import EvalView, TwoViews
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from imsvd_core.engine import checkpoints
 from imsvd_core.engine.optim import OptimConfig
-from imsvd_core.engine.trainer import Loop, LoopConfig, NonFiniteError, pick_device, stream_seed
+from imsvd_core.engine.trainer import Loop, LoopConfig, NonFiniteError, stream_seed
+from imsvd_core.system.devices import pick_device
 
 CONFIG = LoopConfig(epochs=3, batch_size=4, precision="fp32", log_every=2, device="cpu")
 SAMPLES = 22  # five steps an epoch, two samples left over
@@ -354,7 +355,7 @@ def test_a_batch_larger_than_the_data_and_a_device_that_is_not_there_are_refused
 
 
 def test_one_gpu_for_all_ranks_is_refused(monkeypatch):
-    monkeypatch.setattr("imsvd_core.engine.trainer.world", lambda: (1, 2))
+    monkeypatch.setattr("imsvd_core.system.devices.world", lambda: (1, 2))
     with pytest.raises(
         ValueError, match="device='cuda:0' would put 2 ranks on one GPU: use 'cuda'"
     ):

@@ -147,7 +147,7 @@ def test_masks_are_those_of_the_objects_own_classes(detector):
 
 def test_the_heads_losses_are_those_of_the_papers(detector, monkeypatch):
     """Class: the mean over boxes. Box: plain L1 of the right class over all boxes. Mask: the mean over pixels of objects."""
-    heads, (images, targets) = detector.roi_heads, pictures(1)
+    heads, (_, targets) = detector.roi_heads, pictures(1)
     features = torch.randn(1, 128, 4, 5)
     boxes = [torch.tensor([[8.0, 8, 40, 40], [0, 0, 20, 20], [44, 20, 70, 60]])]
     labels, matched, deltas = (

@@ -17,7 +17,8 @@ from imsvd_core.launch.graph import Graph, Task, build, evaluation_hash, finishe
 from imsvd_core.launch.reproduce import job_name, reproduce
 from imsvd_core.launch.status import look
 from imsvd_core.launch.submit import Submission
-from imsvd_core.results import plain, write_json
+from imsvd_core.results import write_json
+from imsvd_core.system.config import plain
 
 DATA = ("--data", "attributes")
 

@@ -10,8 +10,8 @@ import torch
 from imsvd_core.engine.optim import learning_rate
 from imsvd_core.methods import IMSVD
 from imsvd_core.networks import TwinNetwork
-from imsvd_core.recipes import RECIPES, Recipe, Scale, current_scale, from_plain, recipe
-from imsvd_core.results import config_hash, plain
+from imsvd_core.recipes import RECIPES, Recipe, Scale, current_scale, recipe
+from imsvd_core.system.config import config_hash, from_plain, plain
 from imsvd_core.views import imagenet_views
 
 EVERY = [(name, scale) for name in RECIPES for scale in get_args(Scale)]

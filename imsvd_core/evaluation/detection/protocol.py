@@ -27,19 +27,14 @@ from torchvision.models.resnet import ResNet
 from imsvd_core.data.coco import CocoImages, Target
 from imsvd_core.distributed import mean_over_ranks, on_rank_0, world
 from imsvd_core.engine.optim import OptimConfig
-from imsvd_core.engine.trainer import (
-    PRECISIONS,
-    Loop,
-    LoopConfig,
-    essential,
-    pick_device,
-    stream_seed,
-)
+from imsvd_core.engine.trainer import Loop, LoopConfig, stream_seed
 from imsvd_core.evaluation.detection.detector import DetectorConfig, build_detector
-from imsvd_core.evaluation.features import bar, fingerprint
-from imsvd_core.results import config_hash, plain
+from imsvd_core.evaluation.features import fingerprint
 from imsvd_core.system import signals
+from imsvd_core.system.config import config_hash, essential, plain
+from imsvd_core.system.devices import PRECISIONS, pick_device
 from imsvd_core.system.files import atomic_write, hold
+from imsvd_core.system.progress import bar
 
 BLOCK = 25  # test images whose detections are written together: what a kill may cost
 
