@@ -159,6 +159,11 @@ def test_hardness_counts_variables_whose_top_probability_passes_a_threshold() ->
     assert found.mean_top == pytest.approx((0.95 + 1.0 + 0.5 + 0.85) / 4)
 
 
+def test_hardness_tells_a_top_probability_just_below_99_percent_from_one_just_above() -> None:
+    counted = hardness(torch.tensor([[0.98, 0.02], [0.992, 0.008], [0.89, 0.11], [0.91, 0.09]]), 2)
+    assert (counted.above_90, counted.above_99) == (0.75, 0.25)
+
+
 @pytest.mark.parametrize(
     "units, message",
     [

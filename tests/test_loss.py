@@ -306,6 +306,17 @@ def test_bf16_products_change_the_gradient_by_less_than_a_percent(drawn):
         assert 0 < (gradient - truth).norm() < 0.01 * truth.norm()
 
 
+def test_bf16_slopes_of_nearly_uniform_codes_are_rounded_near_zero():
+    """Only log P less its value at uniform codes, −2 log B, is small there: bf16 rounds in proportion."""
+    z = logits(256, [16] * 20, torch.float32, scale=0.3)
+    (_, of_exact), (_, of_rounded) = (
+        gradients(z, [16] * 20, products=products, diagonal_weight=0.0, invariance_weight=0.0)
+        for products in ("fp32", "bf16")
+    )
+    for truth, gradient in zip(of_exact, of_rounded, strict=True):
+        assert (gradient - truth).norm() < 0.02 * truth.norm()
+
+
 @pytest.mark.slow  # compiles three functions
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ for a CPU")
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Searches among free tables and hard codes."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from imsvd_core.arrays import (
     orthogonal_array,
     search_hard_codes,
 )
+from imsvd_core.arrays.search import _CountedCodes
 from imsvd_core.loss import cross_joint_entropy
 
 
@@ -51,6 +53,18 @@ def test_annealing_finds_hard_codes_that_attain_their_bound(samples, units, vari
     z = 1000 * one_hot_codes(values, units)
     assert loss == pytest.approx(cross_joint_entropy(z, z, units).total.item(), abs=1e-12)
     assert loss == pytest.approx(hard_bound(samples, units), abs=1e-12)
+
+
+def test_the_change_that_annealing_judges_a_move_by_is_the_difference_of_the_loss():
+    samples, units, variables = 11, 3, 4
+    generator = random.Random(0)
+    counted = _CountedCodes(samples, units, variables, generator)
+    for _ in range(40):
+        n, v, b = map(generator.randrange, (samples, variables, units))
+        change, before = counted.change(n, v, b), counted.loss()
+        counted.make(n, v, b)
+        difference = samples * variables * (counted.loss() - before)
+        assert change == pytest.approx(difference, abs=1e-10)
 
 
 @pytest.mark.parametrize(("samples", "units"), [(12, 4), (20, 5)])

@@ -574,6 +574,23 @@ def test_two_views_finish_as_they_are_called_one_after_the_other() -> None:
         two.finish(*photographs(4, 32, 32).split(2), generator)
 
 
+def test_a_call_draws_the_first_view_before_the_second_and_returns_them_in_that_order() -> None:
+    images, views = photographs(12, 40, 40), imagenet_views(24)
+    x1, x2 = TwoViews(views)(images, generator := torch.Generator().manual_seed(2))
+    drawn = generator.get_state()
+    generator.manual_seed(2)
+    assert torch.equal(x1, View(views.first)(images, generator))
+    assert torch.equal(x2, View(views.second)(images, generator))
+    assert torch.equal(drawn, generator.get_state())
+
+
+def test_solarisation_inverts_the_threshold_itself() -> None:
+    images = torch.tensor([127, 128, 129], dtype=torch.uint8).expand(1, 3, 3, 3)
+    solarized = all_on(3, blur_probability=0.0).apply(images, still(1, 3, 3, solarize=ones(1)))
+    assert worst(solarized, tv.solarize(images, 128)) < 1e-6
+    assert worst(solarized[..., 1], torch.full((1, 3, 3), 127, dtype=torch.uint8)) < 1e-6
+
+
 def test_crops_of_unequal_images_follow_the_law_of_equal_ones() -> None:
     sizes, n = (
         [(32, 32), (375, 500), (40, 400), (17, 9)],
