@@ -151,6 +151,15 @@ def test_the_cost_is_of_the_best_cross_validation():
     assert len({round(one, 6) for one in curve}) > 1
 
 
+def test_of_costs_that_cross_validate_equally_well_the_first_is_taken():
+    """Classes so far apart that every cost separates them."""
+    x, y, *_ = planted(0.01)
+    for costs in ((0.1, 1, 10), (10, 1, 0.1)):
+        _, result = svm.train_class(x, y[:, 0], replace(CONFIG, costs=costs))
+        assert result["cross_validated"] == [1.0, 1.0, 1.0]
+        assert result["cost"] == costs[0]
+
+
 def test_test_labels_choose_nothing():
     x, y, test_x, test_y = planted(0.8)
     honest, reversed_ = (
