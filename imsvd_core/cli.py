@@ -41,6 +41,7 @@ from imsvd_core.recipes import (
 from imsvd_core.results import provenance, read_result, write_result
 from imsvd_core.runs import evaluate as evaluations
 from imsvd_core.runs import pretrain as training
+from imsvd_core.runs.backbones import TrainedBackbone, open_backbone
 from imsvd_core.runs.bench import bench_step
 from imsvd_core.system import signals
 from imsvd_core.system.devices import pick_device
@@ -264,10 +265,10 @@ def launch(argv: Sequence[str]) -> None:
         given.add_argument(option)
     told, taken = given.parse_known_args(rest)[1], None
     if name == "evaluate":
-        asked, judged, usual = _parse_evaluation(rest, "imsvd launch evaluate")
+        asked, trained, usual = _parse_evaluation(rest, "imsvd launch evaluate")
         run_dir, what = (
-            judged.folder.absolute(),
-            evaluations.result_path(rest[0], judged, asked.data, usual.data).stem,
+            trained.folder.absolute(),
+            evaluations.result_path(rest[0], trained, asked.data, usual.data).stem,
         )
         folder, job_name = run_dir / "jobs" / what, f"{run_dir.name}-{what}"
         told[told.index(str(asked.run))] = str(asked.run.absolute())
@@ -329,14 +330,14 @@ def evaluate(argv: Sequence[str]) -> Path:
     with process_group(_peek(argv, "--device") or _peek(argv, "--loop.device") or "auto"):
         if world()[0]:
             logging.getLogger().setLevel(logging.ERROR)  # rank 0 tells
-        command, judged, usual = _parse_evaluation(argv, "imsvd evaluate")
+        command, trained, usual = _parse_evaluation(argv, "imsvd evaluate")
         asked = EvaluationRecipe(command.config, command.data, command.eval_view)
         return _tell(
             evaluations.evaluate(
                 argv[0],
-                judged,
+                trained,
                 asked,
-                usual=usual.data,
+                default_data=usual.data,
                 device=command.device,
                 on_corrupt=command.on_corrupt,
                 progress=command.progress,
@@ -347,7 +348,7 @@ def evaluate(argv: Sequence[str]) -> Path:
 
 def _parse_evaluation(
     argv: Sequence[str], prog: str
-) -> tuple[EvaluateCommand, evaluations.Judged, EvaluationRecipe]:
+) -> tuple[EvaluateCommand, TrainedBackbone, EvaluationRecipe]:
     """The settings, whom they are to judge, and what they would have been."""
     name, rest = (argv[0] if argv else ""), argv[1:]
     scale = _peek(rest, "--scale") or current_scale()
@@ -356,19 +357,21 @@ def _parse_evaluation(
     run = parse(
         default=EvaluateCommand(tyro.MISSING, usual.config, usual.eval_view, usual.data, scale)
     ).run
-    judged = evaluations.load(run, scale)  # it decides what the other settings start from
-    usual = evaluation(name, scale, judged.trained)
+    trained = open_backbone(run, scale)  # it decides what the other settings start from
+    usual = evaluation(name, scale, trained.recipe)
     command = parse(default=EvaluateCommand(run, usual.config, usual.eval_view, usual.data, scale))
-    return command, replace(judged, folder=command.out or judged.folder), usual
+    return command, replace(trained, folder=command.out or trained.folder), usual
 
 
 def export(argv: Sequence[str]) -> None:
     command = tyro.cli(ExportCommand, prog="imsvd export", args=argv)
-    judged = evaluations.load(command.run)
-    network = judged.trained.network
-    out = command.out or judged.folder / f"backbone-{command.to}{exporting.SUFFIXES[command.to][0]}"
+    trained = open_backbone(command.run)
+    network = trained.recipe.network
+    out = (
+        command.out or trained.folder / f"backbone-{command.to}{exporting.SUFFIXES[command.to][0]}"
+    )
     print(
-        f"written to {exporting.export(judged.backbone, network.backbone, network.cifar_stem, command.to, out)}"
+        f"written to {exporting.export(trained.backbone, network.backbone, network.cifar_stem, command.to, out)}"
     )
 
 

@@ -19,7 +19,7 @@ from torchvision.models.resnet import ResNet
 from imsvd_core.engine import checkpoints
 from imsvd_core.export import export, read_state_dict
 from imsvd_core.networks import build_backbone
-from imsvd_core.runs.pretrain import load_backbone
+from imsvd_core.runs.backbones import load_backbone
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 

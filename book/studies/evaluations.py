@@ -24,9 +24,10 @@ from imsvd_core.evaluation.knn import weighted_knn
 from imsvd_core.networks import NetworkConfig
 from imsvd_core.recipes import evaluation
 from imsvd_core.results import STORE, provenance, read_result, write_result
-from imsvd_core.system.config import plain
 from imsvd_core.runs import evaluate as evaluations
-from imsvd_core.runs.pretrain import build_network, load_run, save_backbone
+from imsvd_core.runs.backbones import load_run, open_backbone, save_backbone
+from imsvd_core.runs.pretrain import build_network
+from imsvd_core.system.config import plain
 from imsvd_core.system.files import atomic_write
 from imsvd_core.views import EvalView
 
@@ -52,10 +53,10 @@ def backbones(tiny_run: Path, out: Path, store: Path) -> dict[str, Path]:
 def twins(store: Path) -> dict[str, float]:
     """How many test images of CIFAR-10 have their nearest neighbour among the training images in nearly the same pixels, and
     what the neighbours are worth with and without those."""
-    judged = evaluations.load(store / KEPT, "laptop")
-    train, test = evaluations.load_data(replace(judged.trained, data=CIFAR))
-    view = EvalView(**asdict(judged.trained.eval_view))
-    gallery, queries = (embed(judged.backbone, part, view) for part in (train, test))
+    trained = open_backbone(store / KEPT, "laptop")
+    train, test = evaluations.load_data(replace(trained.recipe, data=CIFAR))
+    view = EvalView(**asdict(trained.recipe.eval_view))
+    gallery, queries = (embed(trained.backbone, part, view) for part in (train, test))
     unit = normalize(gallery, dim=1)
     nearest = torch.cat(
         [(some @ unit.T).argmax(1) for some in normalize(queries, dim=1).split(1000)]
@@ -92,7 +93,7 @@ def main(tiny_run: Path, out: Path, names: list[str], store: Path = STORE) -> No
     for name, file in backbones(tiny_run, out, store).items():
         if names and name not in names:
             continue
-        judged = replace(evaluations.load(file, "laptop"), folder=out / name)
+        trained = replace(open_backbone(file, "laptop"), folder=out / name)
         for kind, data in (
             ("knn", CIFAR),
             ("knn", TINY),
@@ -101,15 +102,15 @@ def main(tiny_run: Path, out: Path, names: list[str], store: Path = STORE) -> No
             ("voc07-svm", None),
             ("coco-detection", None),
         ):
-            if kind == "coco-detection" and judged.trained.network.cifar_stem:
+            if kind == "coco-detection" and trained.recipe.network.cifar_stem:
                 continue  # its features are four times as dense: sixteen times the work, and another detector
-            asked = evaluation(kind, "laptop", judged.trained)
+            asked = evaluation(kind, "laptop", trained.recipe)
             if data:
-                asked = replace(asked, data=data, eval_view=judged.trained.eval_view)
+                asked = replace(asked, data=data, eval_view=trained.recipe.eval_view)
             if kind == "imagenet-linear":  # through crops of the size that the backbone knows
-                view = replace(asked.config.view, size=judged.trained.eval_view.size)
+                view = replace(asked.config.view, size=trained.recipe.eval_view.size)
                 asked = replace(asked, config=replace(asked.config, view=view))
-            path = evaluations.evaluate(kind, judged, asked, usual="")
+            path = evaluations.evaluate(kind, trained, asked, default_data="")
             runs.setdefault(name, {})[path.stem] = read_result(path)["figures"]
             print(
                 name,
@@ -121,20 +122,20 @@ def main(tiny_run: Path, out: Path, names: list[str], store: Path = STORE) -> No
                 },
                 flush=True,
             )
-        config = evaluation("voc07-svm", "laptop", judged.trained).config
-        train, test = evaluations.load_data(replace(judged.trained, data="voc:voc-mini"))
+        config = evaluation("voc07-svm", "laptop", trained.recipe).config
+        train, test = evaluations.load_data(replace(trained.recipe, data="voc:voc-mini"))
         classes = train.classes
         for part in (train, test):
-            found, rows = svm.embed(judged.backbone, part, config)
+            found, rows = svm.embed(trained.backbone, part, config)
             features[f"{name}-{part.split}"] = found.half()
             features[f"labels-{part.split}"] = part.labels[rows].contiguous()
         if (
             name == "tiny"
         ):  # batch-norm's running averages in place of precise ones, on the same trained detector
             config = replace(evaluation("coco-detection", "laptop").config, precise_bn=0)
-            data = evaluations.load_data(replace(judged.trained, data="coco:coco-mini"))
+            data = evaluations.load_data(replace(trained.recipe, data="coco:coco-mini"))
             runs[name]["coco-detection-running-averages"] = detection.evaluate(
-                judged.backbone, data, config, run_dir=out / name / "coco-detection"
+                trained.backbone, data, config, run_dir=out / name / "coco-detection"
             )
     with atomic_write(store / "voc-mini-features.safetensors") as file:
         file.write(safetensors.torch.save(features))

@@ -12,10 +12,11 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from imsvd_core.system.devices import PRECISIONS
 from imsvd_core.evaluation import knn
 from imsvd_core.results import STORE, read_result, write_json
-from imsvd_core.runs.pretrain import load_backbone, load_data, load_run, save_backbone
+from imsvd_core.runs.backbones import load_backbone, load_run, save_backbone
+from imsvd_core.runs.pretrain import load_data
+from imsvd_core.system.devices import PRECISIONS
 from imsvd_core.system.files import atomic_write
 from imsvd_core.views import EvalView
 

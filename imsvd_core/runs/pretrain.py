@@ -1,6 +1,5 @@
 """Pretraining: a recipe's method, views, network and data put into the loop."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -10,7 +9,6 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor
-from torchvision.models.resnet import ResNet
 
 from imsvd_core.data import memory as datasets
 from imsvd_core.data.tree import FolderImages, open_folder
@@ -19,11 +17,12 @@ from imsvd_core.distributed import on_rank_0, rank_0_first, world
 from imsvd_core.engine.trainer import Batches, Loop, Progressed, stream_seed
 from imsvd_core.evaluation import knn
 from imsvd_core.methods import IMSVD
-from imsvd_core.networks import NetworkConfig, TwinNetwork, build_backbone
+from imsvd_core.networks import NetworkConfig, TwinNetwork
 from imsvd_core.recipes import Recipe
 from imsvd_core.results import provenance, write_json, write_result
+from imsvd_core.runs.backbones import save_backbone
 from imsvd_core.system import signals
-from imsvd_core.system.config import from_plain, plain
+from imsvd_core.system.config import plain
 from imsvd_core.system.devices import PRECISIONS, pick_device
 from imsvd_core.system.files import atomic_write, hold
 from imsvd_core.views import EvalView, TwoViews
@@ -261,46 +260,3 @@ def build_network(config: NetworkConfig, seed: int) -> TwinNetwork:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "weights", 0))
         return TwinNetwork.build(config)
-
-
-def load_run(run_dir: Path | str) -> tuple[Recipe, ResNet]:
-    """Recipe and trained backbone of a finished run. Raises FileNotFoundError naming what the folder lacks."""
-    run_dir = Path(run_dir)
-    for name in ("config.json", "backbone.safetensors"):
-        if not (run_dir / name).exists():
-            raise FileNotFoundError(
-                f"{run_dir} has no {name}: give the folder of a finished `imsvd pretrain`"
-            )
-    recipe = from_plain(Recipe, json.loads((run_dir / "config.json").read_text()))
-    return recipe, load_backbone(run_dir / "backbone.safetensors")
-
-
-def save_backbone(
-    path: Path | str, backbone: ResNet, config: NetworkConfig, dtype: torch.dtype | None = None
-) -> None:
-    """Write weights and what is needed to build the network again; floating-point ones in `dtype`, if given."""
-    weights = {
-        name: value.to(dtype if dtype and value.is_floating_point() else value.dtype)
-        .contiguous()
-        .cpu()
-        for name, value in backbone.state_dict().items()
-    }
-    with atomic_write(path) as file:
-        file.write(
-            safetensors.torch.save(
-                weights, {"backbone": config.backbone, "cifar_stem": str(config.cifar_stem)}
-            )
-        )
-
-
-def load_backbone(path: Path | str) -> ResNet:
-    """The backbone that `save_backbone` wrote. Raises ValueError for a file that does not say which network it holds."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        about = file.metadata() or {}
-    if not {"backbone", "cifar_stem"} <= about.keys():
-        raise ValueError(
-            f"{path} does not say which backbone it holds: give a file that `imsvd pretrain` wrote"
-        )
-    backbone = build_backbone(about["backbone"], about["cifar_stem"] == "True")
-    backbone.load_state_dict(safetensors.torch.load_file(path))
-    return backbone

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from imsvd_core.recipes import recipe
 from imsvd_core.results import STORE, read_result
-from imsvd_core.runs.pretrain import load_backbone, pretrain
+from imsvd_core.runs.backbones import load_backbone
+from imsvd_core.runs.pretrain import pretrain
 
 STUDIES = Path(__file__).parents[2] / "book" / "studies"
 

@@ -18,7 +18,8 @@ from imsvd_core.launch import LaunchConfig, Submission, batch_script, job, queue
 from imsvd_core.launch.submit import _environment
 from imsvd_core.networks import NetworkConfig
 from imsvd_core.results import read_result
-from imsvd_core.runs.pretrain import build_network, save_backbone
+from imsvd_core.runs.backbones import save_backbone
+from imsvd_core.runs.pretrain import build_network
 
 OPTIONS = [
     "cifar10",

@@ -20,7 +20,8 @@ from imsvd_core.networks import NetworkConfig
 from imsvd_core.recipes import EVALUATIONS, OWN, evaluation, recipe
 from imsvd_core.results import read_result
 from imsvd_core.runs import evaluate as evaluations
-from imsvd_core.runs.pretrain import build_network, save_backbone
+from imsvd_core.runs.backbones import open_backbone, save_backbone
+from imsvd_core.runs.pretrain import build_network
 from imsvd_core.system import signals
 
 REAL = datasets.data_root()  # before it is set aside
@@ -181,17 +182,17 @@ def test_a_run_and_its_weights_give_the_same_figures(weights, tmp_path):
 def test_the_folders_file_and_a_foreign_one_are_told_apart(tmp_path):
     network = NetworkConfig("narrow", cifar_stem=True)
     save_backbone(tmp_path / "ours.safetensors", build_network(network, 0).backbone, network)
-    judged = evaluations.load(tmp_path / "ours.safetensors")
+    trained = open_backbone(tmp_path / "ours.safetensors")
     assert (
-        judged.trained.network.cifar_stem
-        and judged.trained.eval_view.size == 32
-        and not judged.known
+        trained.recipe.network.cifar_stem
+        and trained.recipe.eval_view.size == 32
+        and not trained.is_ours
     )
     (tmp_path / "none.pth").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="none.pth"):
-        evaluations.load(tmp_path / "none.pth")
+        open_backbone(tmp_path / "none.pth")
     with pytest.raises(FileNotFoundError, match="nowhere.* is not there: give the folder"):
-        evaluations.load("nowhere")
+        open_backbone("nowhere")
 
 
 def test_bench_step_tells_hours_and_memory(capsys, tmp_path):
@@ -265,22 +266,22 @@ def test_a_full_width_probe_takes_a_step_saves_and_goes_on(tree, tmp_path, monke
         return taken(self, batches)
 
     monkeypatch.setattr(Loop, "_train_one", and_stop)
-    judged = evaluations.load(tmp_path / "resnet50.pth")
-    asked = evaluation("imagenet-linear", None, judged.trained)
+    trained = open_backbone(tmp_path / "resnet50.pth")
+    asked = evaluation("imagenet-linear", None, trained.recipe)
     assert (
         asked.config.view.size == 224
         and asked.config.train_images == 16
         and asked.config.loop.batch_size == 8
     )
     with pytest.raises(signals.Stopped, match="step 1 of 2"):
-        evaluations.evaluate("imagenet-linear", judged, asked, progress=False)
+        evaluations.evaluate("imagenet-linear", trained, asked, progress=False)
     monkeypatch.setattr(Loop, "_train_one", taken)
     cut = read_result(
         evaluations.evaluate(
-            "imagenet-linear", evaluations.load(tmp_path / "resnet50.pth"), asked, progress=False
+            "imagenet-linear", open_backbone(tmp_path / "resnet50.pth"), asked, progress=False
         )
     )
-    whole = replace(evaluations.load(tmp_path / "resnet50.pth"), folder=tmp_path / "whole")
+    whole = replace(open_backbone(tmp_path / "resnet50.pth"), folder=tmp_path / "whole")
     left_alone = read_result(evaluations.evaluate("imagenet-linear", whole, asked, progress=False))
     heads = [
         checkpoints.load_latest(folder / "checkpoints")[0]["modules"]["head"]
@@ -341,22 +342,25 @@ def test_weights_that_are_no_numbers_are_refused_before_any_work(weights, capsys
     torch.save({**torch.load(weights), "bn1.weight": torch.full((32,), torch.nan)}, weights)
     with pytest.raises(SystemExit):
         main(["evaluate", "imagenet-linear", str(weights)])
-    assert "holds 1 tensors with what is no number, first bn1.weight" in capsys.readouterr().err
+    assert (
+        "contains 1 tensors with NaN or infinite values, the first is bn1.weight"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_result_that_another_call_has_left_meanwhile_stays(weights, tree, monkeypatch):
     """It came while this call was at work; what this one has trained is kept too."""
-    judged = evaluations.load(weights)
-    asked = evaluation("imagenet-knn", None, judged.trained)
+    trained = open_backbone(weights)
+    asked = evaluation("imagenet-knn", None, trained.recipe)
     other = replace(asked, config=replace(asked.config, neighbors=(3,)))
     work = evaluations.knn.evaluate
 
     def and_meanwhile(*args, **kwargs):
         monkeypatch.setattr(evaluations.knn, "evaluate", work)
-        evaluations.evaluate("imagenet-knn", judged, other, progress=False)
+        evaluations.evaluate("imagenet-knn", trained, other, progress=False)
         return work(*args, **kwargs)
 
     monkeypatch.setattr(evaluations.knn, "evaluate", and_meanwhile)
     with pytest.raises(FileExistsError, match="pass --overwrite"):
-        evaluations.evaluate("imagenet-knn", judged, asked, progress=False)
+        evaluations.evaluate("imagenet-knn", trained, asked, progress=False)
     assert "knn_3" in read_result("runs/theirs/imagenet-knn.json")["figures"]

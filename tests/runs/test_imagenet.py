@@ -10,7 +10,8 @@ from torchvision.io import write_jpeg
 from imsvd_core.data import memory as datasets
 from imsvd_core.networks import represent
 from imsvd_core.recipes import recipe
-from imsvd_core.runs.pretrain import Pretraining, load_run
+from imsvd_core.runs.backbones import load_run
+from imsvd_core.runs.pretrain import Pretraining
 
 
 @pytest.fixture

@@ -19,15 +19,8 @@ from imsvd_core.engine.trainer import Loop
 from imsvd_core.methods import BarlowTwins, VICReg
 from imsvd_core.recipes import recipe
 from imsvd_core.results import read_result
-from imsvd_core.runs.pretrain import (
-    Pretraining,
-    build_network,
-    load_backbone,
-    load_data,
-    load_run,
-    pretrain,
-    save_backbone,
-)
+from imsvd_core.runs.backbones import load_backbone, load_run, save_backbone
+from imsvd_core.runs.pretrain import Pretraining, build_network, load_data, pretrain
 from imsvd_core.system import signals
 
 
