@@ -1,1 +1,116 @@
 """Images: in memory or streamed from disk, and the checks of what is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from imsvd_core.data.memory import (
+    ImageData,
+    OnCorrupt,
+    Split,
+    data_root,
+    load,
+    manifest,
+    resolve,
+    title,
+)
+from imsvd_core.data.tree import FolderImages, open_folder
+
+if TYPE_CHECKING:
+    from imsvd_core.data.coco import CocoImages
+    from imsvd_core.data.voc import VOCImages
+
+__all__ = [
+    "FolderImages",
+    "ImageData",
+    "Images",
+    "data_root",
+    "manifest",
+    "open_data",
+    "resolve",
+    "title",
+]
+
+Images = ImageData | FolderImages
+
+MEMORY_BYTES = 2 * 10**9  #: of decoded images: a tree that holds more is streamed
+SAMPLE = 64  #: images of a tree whose sizes tell how much memory all would take
+
+
+def open_data(
+    name: str = "auto",
+    split: Split = "train",
+    *,
+    root: Path | str | None = None,
+    on_corrupt: OnCorrupt = "error",
+    stream: bool | None = None,
+    size: int | None = None,
+    progress: bool = False,
+) -> Images | VOCImages | CocoImages:
+    """Open one split of a data set: the one door to all of them.
+
+    Args:
+        name: `auto`, `cifar10`, `cifar100`, `fashion-mnist` or `attributes`, which load into memory
+            (see `resolve` for `auto`); `folder:PATH` for a tree PATH/{train,test or
+            val}/<class>/*.{png,jpg}; `tree:PATH` for the same, streamed; `voc:PATH` and `coco:PATH`
+            for the layouts of PASCAL VOC 2007 and COCO 2017. PATH is absolute, or under the data
+            root.
+        root: the data root; `data_root()` by default.
+        on_corrupt: whether an unreadable image file is an error that names it, or is passed over
+            and counted.
+        stream: of `folder:PATH`, whether images are decoded whenever they are needed (True) or
+            once, into memory (False). By default the headers of 64 of the split's images, evenly
+            spread, decide: the tree is streamed if these differ in size, or if all images would
+            take more than 2 GB at their mean size.
+        size: in memory, the shorter side is resized to it and the centre cropped; a tree with a
+            `size` is loaded.
+        progress: show a bar while files are read.
+
+    Raises ValueError for an argument or a tree that cannot be used, naming an unreadable file, and
+    FileNotFoundError, with the remedy, for data that are not there.
+    """
+    scheme = name.partition(":")[0] if ":" in name else ""
+    if stream is not None and scheme not in ("folder", "tree"):
+        raise ValueError(
+            f"stream={stream} is for trees of class folders, folder:PATH: {name!r} is none"
+        )
+    if scheme == "tree" and stream is False:
+        raise ValueError(
+            f"stream={stream} contradicts {name!r}: give folder:PATH to load it into memory"
+        )
+    if size is not None and (stream or scheme in ("tree", "voc", "coco")):
+        raise ValueError(
+            f"size={size} is for images in memory, and {name!r} is streamed: leave it out"
+        )
+    if scheme == "voc":
+        from imsvd_core.data.voc import open_voc
+
+        return open_voc(name, split, root, on_corrupt=on_corrupt)
+    if scheme == "coco":
+        from imsvd_core.data.coco import open_coco  # pycocotools is slow to import
+
+        return open_coco(name, split, root, on_corrupt=on_corrupt, progress=progress)
+    if scheme == "tree":
+        return open_folder(name, split, root, on_corrupt=on_corrupt)
+    if scheme == "folder" and size is None and stream is not False:
+        images = open_folder(name, split, root, on_corrupt=on_corrupt)
+        if stream or _needs_streaming(images):
+            return images
+    return load(name, split, root=root, on_corrupt=on_corrupt, size=size, progress=progress)
+
+
+def _needs_streaming(images: FolderImages) -> bool:
+    """Whether sampled images differ in size, or all would take too much memory."""
+    sizes = []
+    for index in np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).astype(int):
+        try:
+            with Image.open(images.file(index)) as picture:
+                sizes.append(picture.size)
+        except Exception:  # a broken file makes Pillow raise nearly anything; reading will name it
+            continue
+    total = sum(3 * width * height for width, height in sizes)
+    return len(set(sizes)) > 1 or total * len(images) > MEMORY_BYTES * len(sizes)

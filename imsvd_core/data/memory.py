@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -34,6 +34,8 @@ from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.v2 import functional as TF
 
 from imsvd_core.data import attributes
+from imsvd_core.data.batch import Batch, OrderLike, members
+from imsvd_core.views import EvalView, TwoViews, View
 
 Split = Literal["train", "test"]
 OnCorrupt = Literal["error", "skip"]
@@ -107,6 +109,51 @@ class ImageData:
         return replace(
             self, images=self.images.to(device), labels=self.labels.to(device), factors=factors
         )
+
+    def views(
+        self,
+        order: OrderLike,
+        views: TwoViews | View,
+        *,
+        device: torch.device | str = "cpu",
+        workers: int | None = None,
+    ) -> Iterator[Batch]:
+        """The batches of a training: for each piece of the order, its images seen through `views`.
+
+        Images are kept on `device`. All draws of a step come from one generator, the order's, piece after piece.
+        Images in memory need no `workers`.
+        """
+        images, labels = self.images.to(device), self.labels.to(device)
+        current, generator = None, None
+        for step, indices in order:
+            if step != current:
+                current, generator = step, order.generator(step, device)
+            rows = indices.to(device)
+            batch = images[rows]
+            drawn = tuple(view(batch, generator) for view in members(views))
+            yield Batch(drawn, labels[rows], rows)
+
+    def in_order(
+        self,
+        view: EvalView,
+        rows: Sequence[int] | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        batch_size: int = 500,
+        workers: int | None = None,
+    ) -> Iterator[Tensor]:
+        """The images `rows` (by default all) as `view` shows them, on `device`: `batch_size` at a time.
+
+        Yields float32 (n, 3, size, size), normalised. Images in memory need no `workers`.
+        """
+        rows = range(len(self)) if rows is None else rows
+        for start in range(0, len(rows), batch_size):
+            part = torch.as_tensor(rows[start : start + batch_size])
+            yield view(self.images[part.to(self.images.device)].to(device))
+
+    def identity(self) -> list[Tensor]:
+        """What a fingerprint of these images is made of: their pixels and labels."""
+        return [self.images, self.labels]
 
 
 def balanced(labels: Tensor, n: int, seed: int, whose: str) -> Tensor:

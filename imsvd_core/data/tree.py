@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -29,10 +30,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
 from imsvd_core.data import memory as datasets
+from imsvd_core.data.batch import Batch, OrderLike, members
 from imsvd_core.data.memory import OnCorrupt, Split
 from imsvd_core.views import CROP_DRAWS, EvalView, TwoViews, View
 
-PREFIX = "tree:"
+SCHEMES = ("folder:", "tree:")
 PART = 64  # images that a worker hands over at a time, some 20 MB of 224-pixel crops
 CHUNK = 8  # decoded images that a worker holds at a time: their crops are drawn together
 AHEAD = 2  # parts that wait for each worker
@@ -106,7 +108,8 @@ class FolderImages:
         Yields uint8 (n, 3, size, size) twice. Closing the iterator ends the workers. Raises ValueError naming a
         file that cannot be read or is gone, unless `on_corrupt` is "skip".
         """
-        yield from self._random_crops((views.first, views.second), plan, seed, workers, device)
+        for _, _, crops in self._random_crops(members(views), plan, seed, workers, device):
+            yield crops
 
     def crops(
         self,
@@ -119,7 +122,7 @@ class FolderImages:
     ) -> Iterator[Tensor]:
         """One random crop of every image, uint8 (n, 3, size, size), for `view.finish`; all else as in `two_crops`."""
         with closing(self._random_crops((view,), plan, seed, workers, device)) as stream:
-            for (only,) in stream:
+            for _, _, (only,) in stream:
                 yield only
 
     def center_crops(
@@ -143,6 +146,60 @@ class FolderImages:
             for (crops,) in stream:
                 yield crops
 
+    def views(
+        self,
+        order: OrderLike,
+        views: TwoViews | View,
+        *,
+        device: torch.device | str = "cpu",
+        workers: int | None = None,
+    ) -> Iterator[Batch]:
+        """The batches of a training: for each piece of the order, its images seen through `views`.
+
+        Args:
+            order: read ahead by as much as the workers are ahead. Its seed, the step and the index fix an image's
+                crops; its generator, one a step, what else is drawn, piece after piece.
+            views: how many, and the law of each.
+            device: where the views are made.
+            workers: processes that decode and crop; 0 decodes here; by default this rank's share of the cores.
+
+        Closing the iterator ends the workers. Raises ValueError naming a file that cannot be read or is gone, unless
+        `on_corrupt` is "skip".
+        """
+        parts = members(views)
+        current, generator = None, None
+        with closing(self._random_crops(parts, order, order.seed, workers, device)) as stream:
+            for step, indices, crops in stream:
+                if step != current:
+                    current, generator = step, order.generator(step, device)
+                finished = [
+                    view.finish(crop, generator) for view, crop in zip(parts, crops, strict=True)
+                ]
+                yield Batch(tuple(finished), self.labels[indices].to(device), indices.to(device))
+
+    def in_order(
+        self,
+        view: EvalView,
+        rows: Sequence[int] | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        batch_size: int = 500,
+        workers: int | None = None,
+    ) -> Iterator[Tensor]:
+        """The images `rows` (by default all) as `view` shows them: float32 (n, 3, size, size), on `device`.
+
+        Streamed images come 64 at a time, whatever `batch_size` says, and are otherwise read as by `views`.
+        """
+        with closing(
+            self.center_crops(view, indices=rows, workers=workers, device=device)
+        ) as stream:
+            for crops in stream:
+                yield view.finish(crops)
+
+    def identity(self) -> list[Tensor]:
+        """What a fingerprint of these images is made of: their names and labels."""
+        return [torch.frombuffer(bytearray(self.names.tobytes()), dtype=torch.uint8), self.labels]
+
     def _random_crops(
         self,
         views: tuple[View, ...],
@@ -150,25 +207,24 @@ class FolderImages:
         seed: int,
         workers: int | None,
         device: torch.device | str,
-    ) -> Iterator[tuple[Tensor, ...]]:
-        """For each entry of the plan the crops that each view draws of its images."""
-        pieces: deque[int] = deque()  # in how many parts each entry under way was handed out
+    ) -> Iterator[tuple[int, Tensor, tuple[Tensor, ...]]]:
+        """For each entry of the plan: step, indices, and the crops that each view draws of its images."""
+        ahead: deque[tuple[int, Tensor]] = deque()  # entries that were handed out
 
         def parts() -> Iterator[tuple[int, list[int]]]:
             for step, indices in plan:
-                cut = [part.tolist() for part in indices.split(PART)]
-                pieces.append(len(cut))
-                yield from ((step, part) for part in cut)
+                ahead.append((step, indices))
+                yield from ((step, part.tolist()) for part in indices.split(PART))
 
         with closing(
             self._stream(partial(self._read_crops, views, seed), parts(), workers, device)
         ) as stream:
             for first in stream:
-                entry = [first, *islice(stream, pieces.popleft() - 1)]
-                yield tuple(
-                    torch.cat(crops) if len(entry) > 1 else crops[0]
-                    for crops in zip(*entry, strict=True)
-                )
+                step, indices = ahead.popleft()
+                rest = islice(stream, math.ceil(len(indices) / PART) - 1)
+                by_view = zip(first, *rest, strict=True)
+                crops = [torch.cat(crops) if len(crops) > 1 else crops[0] for crops in by_view]
+                yield step, indices, tuple(crops)
 
     def _read_centers(self, view: EvalView, part: Sequence[int]) -> tuple[Tensor, list[int]]:
         unreadable: list[int] = []
@@ -178,20 +234,27 @@ class FolderImages:
 
     def _read_crops(self, views: tuple[View, ...], seed: int, part: tuple[int, list[int]]) -> tuple:
         """The part's crops by each view, uint8 (n, 3, size, size), then the unreadable files."""
-        (step, indices), side = part, views[0].config.size
-        crops = torch.empty(len(views), len(indices), side, side, 3, dtype=torch.uint8)
-        crops, unreadable = crops.permute(0, 1, 4, 2, 3), []
+        step, indices = part
+        sides = [view.config.size for view in views]
+        # Rows of pixels, as a decoder's.
+        crops = [torch.empty(len(indices), side, side, 3, dtype=torch.uint8) for side in sides]
+        crops = [crop.permute(0, 3, 1, 2) for crop in crops]
+        unreadable: list[int] = []
         for start in range(0, len(indices), CHUNK):
-            some = indices[start : start + CHUNK]
-            images = [self._decode(index, unreadable) for index in some]
+            chunk = indices[start : start + CHUNK]
+            images = [self._decode(index, unreadable) for index in chunk]
             height, width = torch.tensor([image.shape[1:] for image in images]).unbind(1)
-            chance = [np.random.default_rng((seed, step, index)) for index in some]
-            drawn = [one.random((len(views), CROP_DRAWS), np.float32) for one in chance]
-            uniforms = torch.from_numpy(np.stack(drawn, 1))
+            draws = [
+                np.random.default_rng((seed, step, index)).random(
+                    (len(views), CROP_DRAWS), np.float32
+                )
+                for index in chunk
+            ]
+            uniforms = torch.from_numpy(np.stack(draws, 1))
             for uniform, view, out in zip(uniforms, views, crops, strict=True):
                 boxes = view.draw_crops(uniform, height, width).tolist()
-                for number, (image, box) in enumerate(zip(images, boxes, strict=True)):
-                    out[start + number] = view.crop(image, box)
+                for place, (image, box) in enumerate(zip(images, boxes, strict=True), start):
+                    out[place] = view.crop(image, box)
         return *crops, unreadable
 
     def _decode(self, index: int, unreadable: list[int]) -> Tensor:
@@ -279,12 +342,12 @@ def open_folder(
     *,
     on_corrupt: OnCorrupt = "error",
 ) -> FolderImages:
-    """One split of the data set `tree:PATH`, PATH absolute or below the data root; opens no image.
+    """One split of the data set `folder:PATH` or `tree:PATH`, streamed, PATH absolute or below the data root; opens no image.
 
     Raises ValueError or FileNotFoundError, saying what is expected, where PATH has no split or no class folders.
     """
-    if not name.startswith(PREFIX):
-        raise ValueError(f"data set {name!r} is not streamed: give {PREFIX}PATH")
+    if not name.startswith(SCHEMES):
+        raise ValueError(f"data set {name!r} is not streamed: give tree:PATH or folder:PATH")
     datasets.check_choices(split, on_corrupt)
     root = datasets.data_root() if root is None else Path(root).expanduser()
     folder = datasets.find_folder(name, root)
