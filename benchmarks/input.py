@@ -163,7 +163,7 @@ def main() -> None:
         crop.to(device)
         for crop in next(ours.two_crops(VIEWS, [(0, torch.arange(n))], seed=0, workers=0))
     ]
-    finish = lambda: VIEWS.finish(*crops, generator)  # noqa: E731
+    finish = lambda: VIEWS.finish(crops, generator)  # noqa: E731
 
     worker = in_turn(
         {
@@ -184,7 +184,7 @@ def main() -> None:
     def run_ours(finished: bool = True) -> None:
         plan = enumerate(torch.arange(n).repeat(4).split(64))
         for pair in ours.two_crops(VIEWS, plan, seed=0, workers=arguments.workers, device=device):
-            VIEWS.finish(*pair, generator) if finished else pair
+            VIEWS.finish(pair, generator) if finished else pair
 
     def run_pil() -> None:
         loader = DataLoader(

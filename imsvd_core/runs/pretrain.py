@@ -100,7 +100,7 @@ class Pretraining:
             crops = partial(
                 self.train.two_crops, self.views, seed=self.recipe.loop.seed, device=self.device
             )
-            return crops, lambda batch, generator: self.views.finish(*batch, generator)
+            return crops, lambda batch, generator: self.views.finish(batch, generator)
         images = self.train.images.to(self.device)
         return lambda plan: (images[indices.to(images.device)] for _, indices in plan), self.views
 

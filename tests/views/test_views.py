@@ -17,6 +17,7 @@ from torchvision import transforms
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
+from imsvd_core.system.config import from_plain, plain
 from imsvd_core.views import (
     BRIGHTNESS,
     CONTRAST,
@@ -29,8 +30,11 @@ from imsvd_core.views import (
     View,
     ViewConfig,
     ViewParameters,
+    Views,
+    cifar_multicrop_views,
     cifar_views,
     imagenet_views,
+    multicrop_views,
 )
 
 TOLERANCE = 2 / 255
@@ -566,12 +570,12 @@ def test_crop_and_finish_make_the_view_up_to_the_rounding_to_bytes(
 
 def test_two_views_finish_as_they_are_called_one_after_the_other() -> None:
     two, crops = TwoViews(imagenet_views(24)), photographs(2 * 9, 24, 24).split(9)
-    x1, x2 = two.finish(*crops, torch.Generator().manual_seed(1))
+    x1, x2 = two.finish(crops, torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(1)
     assert torch.equal(x1, two.first.finish(crops[0], generator))
     assert torch.equal(x2, two.second.finish(crops[1], generator))
     with pytest.raises(ValueError, match=r"crops = .*32, 32.*: give crops of 24 x 24"):
-        two.finish(*photographs(4, 32, 32).split(2), generator)
+        two.finish(photographs(4, 32, 32).split(2), generator)
 
 
 def test_a_call_draws_the_first_view_before_the_second_and_returns_them_in_that_order() -> None:
@@ -582,6 +586,40 @@ def test_a_call_draws_the_first_view_before_the_second_and_returns_them_in_that_
     assert torch.equal(x1, View(views.first)(images, generator))
     assert torch.equal(x2, View(views.second)(images, generator))
     assert torch.equal(drawn, generator.get_state())
+
+
+def test_any_number_of_views_are_drawn_one_after_the_other_from_the_one_generator() -> None:
+    images, views = photographs(6, 40, 50), cifar_multicrop_views(small_count=3)
+    drawn = Views(views.configs)(images, torch.Generator().manual_seed(3))
+    assert [len(x) for x in drawn] == [6] * 5
+    assert [x.shape[2:] for x in drawn] == [(32, 32)] * 2 + [(16, 16)] * 3
+    generator = torch.Generator().manual_seed(3)
+    for config, x in zip(views.configs, drawn, strict=True):
+        assert torch.equal(x, View(config)(images, generator))
+    two = TwoViews(views)(images, torch.Generator().manual_seed(3))
+    assert all(torch.equal(a, b) for a, b in zip(two, drawn[:2], strict=True))
+
+
+def test_multicrop_is_swavs_and_its_counts_are_checked() -> None:
+    large, again, *small = multicrop_views().configs
+    assert large == again
+    assert small == [replace(large, size=96, scale=(0.05, 0.14))] * 6
+    assert (large.size, large.scale, large.interpolation) == (224, (0.14, 1.0), "bilinear")
+    assert (large.brightness, large.contrast, large.saturation, large.hue) == (0.8, 0.8, 0.8, 0.2)
+    assert (large.jitter_probability, large.gray_probability) == (0.8, 0.2)
+    assert (large.blur_probability, large.solarize_probability) == (0.5, 0.0)
+    assert cifar_multicrop_views(small_count=2).configs[:2] == cifar_views().configs
+    with pytest.raises(ValueError, match="small_count = 0: give 0 without `small`, else 1 or more"):
+        TwoViewConfig(large, large, small[0])
+    with pytest.raises(ValueError, match="small_count = 2"):
+        TwoViewConfig(large, large, small_count=2)
+
+
+def test_a_stored_law_of_two_views_is_read_as_it_was() -> None:
+    law = cifar_views()
+    stored = {"first": plain(law.first), "second": plain(law.second)}
+    assert from_plain(TwoViewConfig, stored) == law
+    assert from_plain(TwoViewConfig, plain(cifar_multicrop_views())) == cifar_multicrop_views()
 
 
 def test_solarisation_inverts_the_threshold_itself() -> None:
