@@ -9,15 +9,20 @@ from imsvd_core.distributed import world
 
 
 @contextmanager
-def bar(what: str, total: int, progress: bool, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """A progress bar on rank 0, named `what`: what the block is given moves it on."""
-    shown = Progress(
+def bar(
+    description: str, total: int | None, progress: bool, done: int = 0
+) -> Iterator[Callable[[int], None]]:
+    """A progress bar on rank 0, if `progress`; the function that it yields advances it by a count.
+
+    `total` is None where nobody knows how much there is to do.
+    """
+    display = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         disable=not (progress and world()[0] == 0),
     )
-    with shown:
-        task = shown.add_task(what, total=total, completed=done)
-        yield lambda count: shown.advance(task, count)
+    with display:
+        task = display.add_task(description, total=total, completed=done)
+        yield lambda count: display.advance(task, count)
