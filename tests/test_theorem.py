@@ -1,4 +1,4 @@
-"""What chapter 05 computes in its own cells."""
+"""What chapter 06 computes in its own cells."""
 
 import math
 
@@ -7,7 +7,7 @@ from ledger import of_chapter
 
 from imsvd_core.arrays import hard_packing, visible_share
 
-CHAPTER = "05-the-theorem"
+CHAPTER = "06-finite-batches"
 
 
 def test_a_step_towards_an_empty_cell_pays_with_the_slope_of_its_logarithm():

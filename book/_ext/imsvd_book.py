@@ -5,6 +5,7 @@
   would publish yesterday's numbers after a change in `imsvd_core`.
 * Every script on our own pages: MathJax is copied out of its wheel, and Thebe, which has no use here, is left out.
 * Chapter numbers that follow the file names, so that "Eq. (4.2)" stays true while chapters are added.
+* Chapters that are planned stand greyed in the sidebar.
 * The labels {here}, {stored} and {quoted}, which say where a number comes from, and the table of stored results.
 """
 
@@ -152,6 +153,15 @@ def number_by_file(app: Sphinx, env: BuildEnvironment) -> list[str]:
     return list(env.toc_secnumbers)
 
 
+def grey_what_is_planned(app: Sphinx, env: BuildEnvironment) -> list[str]:
+    """Mark the links to pages whose header says `planned: true`; the style sheet greys them."""
+    for docname, metadata in env.metadata.items():
+        if metadata.get("planned"):
+            for link in env.tocs[docname].findall(nodes.reference):
+                link["classes"] = ["imsvd-planned"]
+    return []
+
+
 # --- where a number comes from ------------------------------------------------------------------------------------
 
 
@@ -251,6 +261,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect(
         "env-get-updated", number_by_file, priority=600
     )  # after Sphinx's own numbering, at 500
+    app.connect("env-get-updated", grey_what_is_planned)
     app.add_role("here", Here())
     app.add_role("stored", Stored())
     app.add_role("quoted", Quoted())

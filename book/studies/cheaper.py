@@ -1,4 +1,4 @@
-"""What cheaper losses do to a short training (chapter 06): bf16 products, and a quarter of the block rows at a time.
+"""What cheaper losses do to a short training (chapter 07): bf16 products, and a quarter of the block rows at a time.
 
     python book/studies/cheaper.py RUN_DIR
 

@@ -1,4 +1,4 @@
-"""Does the C4 detector learn, and does the full-width one run? On coco-mini and a CPU (chapter 10).
+"""Does the C4 detector learn, and does the full-width one run? On coco-mini and a CPU (chapter 11).
 
     python book/studies/detection.py RUN_DIR
 

@@ -1,4 +1,4 @@
-"""The launch that chapter 13 tells of, recorded: a notice, a lost node, and the end, on a real Slurm of two nodes.
+"""The launch that chapter 14 tells of, recorded: a notice, a lost node, and the end, on a real Slurm of two nodes.
 
     python book/studies/launch.py RUN_DIR
 

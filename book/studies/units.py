@@ -1,4 +1,4 @@
-"""The grid of chapter 05: short runs for several batch sizes N and numbers of units B, judged by 20-NN.
+"""The grid of chapter 06: short runs for several batch sizes N and numbers of units B, judged by 20-NN.
 
     python book/studies/units.py RUN_DIR
 

@@ -15,7 +15,7 @@ from imsvd_core.discretization import soft_discretize
 from imsvd_core.loss import CrossJointEntropyLoss, cross_joint_entropy
 from imsvd_core.variants import log_mean_collision
 
-CHAPTER = "06-fast-loss"
+CHAPTER = "07-fast-loss"
 UNITS = 3
 
 

@@ -111,7 +111,7 @@ def test_a_chapter_bears_the_number_of_its_file(name: str, site: Path) -> None:
     number = str(int(name[:2]))
     assert page.select_one("h1 .section-number").get_text().strip() == f"{number}."
     labels = [label.get_text() for label in page.select("figcaption .caption-number, span.eqno")]
-    assert labels
+    assert labels or name not in CHAPTERS
     assert all(re.search(rf"\b{number}\.\d+", label) for label in labels), labels
 
 

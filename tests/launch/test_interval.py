@@ -5,7 +5,7 @@ import math
 import pytest
 from ledger import of_chapter
 
-CHAPTER = "13-full-scale"
+CHAPTER = "14-jobs-that-survive"
 
 
 @pytest.mark.parametrize(
