@@ -36,7 +36,7 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 def parts(run: Pretraining) -> dict[str, Callable[[], object]]:
     """Views, network and loss of one batch, each by itself."""
     device, precision = run.device, PRECISIONS[run.recipe.loop.precision]
-    images = next(run.loop.batches(run.loop._plan(0)))
+    images = next(run.trainer.batches(run.trainer._plan(0)))
     generator = torch.Generator(device).manual_seed(0)
     x1, x2 = run.views(images, generator)
 

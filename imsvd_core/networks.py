@@ -1,4 +1,5 @@
-"""Networks: a backbone that represents, a projector that embeds, and the twin that applies both to two views."""
+"""Networks: a backbone that represents, a projector that embeds, and the twin that applies both to
+two views."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ class NetworkConfig:
 
 
 class NarrowResNet(ResNet):
-    """A ResNet of four one-block stages, `width` to 8·`width` channels: 1.2 M parameters at width 32."""
+    """A ResNet of four one-block stages, `width` to 8·`width` channels: 1.2 M parameters at width
+    32."""
 
     def __init__(self, width: int = 32):
         super().__init__(BasicBlock, [1, 1, 1, 1])
@@ -52,9 +54,11 @@ class NarrowResNet(ResNet):
 
 
 def build_backbone(name: BackboneName = "resnet50", cifar_stem: bool = False) -> ResNet:
-    """A ResNet without its classifier: images (N, 3, H, W) → representations (N, `features(backbone)`).
+    """A ResNet without its classifier: images (N, 3, H, W) → representations (N,
+    `features(backbone)`).
 
-    Its state dict is torchvision's without `fc.*`; with `cifar_stem`, `conv1` is 3×3 and the rest fits.
+    Its state dict is torchvision's without `fc.*`; with `cifar_stem`, `conv1` is 3×3 and the rest
+    fits.
     """
     backbone = (
         NarrowResNet() if name == "narrow" else getattr(torchvision.models, name)(weights=None)
@@ -70,9 +74,11 @@ def build_backbone(name: BackboneName = "resnet50", cifar_stem: bool = False) ->
 
 
 def build_projector(features: int, hidden: Sequence[int], dim: int) -> nn.Sequential:
-    """Linear layers (features, *hidden, dim) with batch-norm and ReLU between them; the last is bare, without bias.
+    """Linear layers (features, *hidden, dim) with batch-norm and ReLU between them; the last is
+    bare, without bias.
 
-    Depth and widths are free: `hidden=()` is one linear map; the paper's is `hidden=(8192,)`, `dim=8160`.
+    Depth and widths are free: `hidden=()` is one linear map; the paper's is `hidden=(8192,)`,
+    `dim=8160`.
     """
     widths = (features, *hidden)
     layers: list[nn.Module] = []
@@ -110,7 +116,8 @@ class TwinNetwork(nn.Module):
 def represent(
     backbone: nn.Module, batches, device: torch.device | str, precision: torch.dtype | None = None
 ) -> Tensor:
-    """Representations (N, features) in float32 of an iterable of image batches, batch-norm frozen, order kept."""
+    """Representations (N, features) in float32 of an iterable of image batches, batch-norm frozen,
+    order kept."""
     was_training = backbone.training
     backbone.eval()
     try:

@@ -18,18 +18,21 @@ from imsvd_core.networks import (
 def test_backbone_weights_load_into_torchvisions_own_network_and_give_its_features(name):
     ours, theirs = build_backbone(name).eval(), getattr(torchvision.models, name)(weights=None)
     missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
-    assert set(missing) == {"fc.weight", "fc.bias"} and not unexpected
+    assert set(missing) == {"fc.weight", "fc.bias"}
+    assert not unexpected
     theirs.fc = nn.Identity()
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        assert torch.equal(ours(x), theirs.eval()(x)) and ours(x).shape[1] == ours.features
+        assert torch.equal(ours(x), theirs.eval()(x))
+        assert ours(x).shape[1] == ours.features
 
 
 def test_the_cifar_stem_keeps_the_resolution():
     backbone = build_backbone("narrow", cifar_stem=True)
     sides = []
     backbone.layer1.register_forward_hook(lambda module, inputs, out: sides.append(out.shape[-1]))
-    assert backbone(torch.randn(2, 3, 32, 32)).shape == (2, 256) and sides == [32]
+    assert backbone(torch.randn(2, 3, 32, 32)).shape == (2, 256)
+    assert sides == [32]
 
 
 def test_the_narrow_network_is_small():
@@ -45,9 +48,10 @@ def test_projector_of_any_depth_ends_bare(hidden):
     projector = build_projector(5, hidden, 6)
     linears = [layer for layer in projector if isinstance(layer, nn.Linear)]
     assert [(layer.in_features, layer.out_features) for layer in linears] == list(
-        zip((5, *hidden), (*hidden, 6))
+        zip((5, *hidden), (*hidden, 6), strict=False)
     )
-    assert projector[-1] is linears[-1] and projector[-1].bias is None
+    assert projector[-1] is linears[-1]
+    assert projector[-1].bias is None
     assert sum(isinstance(layer, nn.BatchNorm1d) for layer in projector) == len(hidden)
 
 
@@ -65,7 +69,8 @@ def test_representing_freezes_batch_norm_and_puts_the_mode_back():
     x = torch.randn(6, 3, 32, 32)
     parts, whole = represent(backbone, x.split(2), "cpu"), represent(backbone, [x], "cpu")
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
-    assert torch.equal(backbone.bn1.running_mean, before) and backbone.training
+    assert torch.equal(backbone.bn1.running_mean, before)
+    assert backbone.training
 
 
 def test_impossible_networks_are_refused():

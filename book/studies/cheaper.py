@@ -45,7 +45,7 @@ def main(run_dir: Path) -> None:
                     "setting": name,
                     "seed": seed,
                     "knn_20": run.knn()["knn_20"],
-                    "seconds": run.loop.seconds,
+                    "seconds": run.trainer.seconds,
                     **{term: value.item() for term, value in exact_terms(run).items()},
                 },
             )
@@ -64,7 +64,7 @@ def main(run_dir: Path) -> None:
 
 def exact_terms(run: Pretraining) -> dict:
     """The loss of test images, by the textbook version whatever the run was trained with."""
-    logits = (p.clamp_min(1e-30).log() for p in run.look())  # whose codes are p
+    logits = (p.clamp_min(1e-30).log() for p in run.test_codes())  # whose codes are p
     return cross_joint_entropy(*logits, run.recipe.method.units)._asdict()
 
 

@@ -44,7 +44,7 @@ def main(run_dir: Path) -> None:
             run = Pretraining(one, path.parent, data=data, progress=False)
             for _ in run:
                 pass
-            softness = asdict(hardness(run.look()[0], units))
+            softness = asdict(hardness(run.test_codes()[0], units))
             write_json(
                 path,
                 {
@@ -53,7 +53,7 @@ def main(run_dir: Path) -> None:
                     "seed": seed,
                     "knn_20": run.knn()["knn_20"],
                     **softness,
-                    "seconds": run.loop.seconds,
+                    "seconds": run.trainer.seconds,
                 },
             )
         figures["runs"].append(json.loads(path.read_text()))

@@ -19,9 +19,11 @@ class CheckpointError(RuntimeError):
 
 
 def save(directory: Path | str, step: int, state: dict[str, Any], keep: int = 2) -> Path:
-    """Write `state` as the checkpoint of `step`, then remove all but the newest `keep` ≥ 1. Returns its path.
+    """Write `state` as the checkpoint of `step`, then remove all but the newest `keep` ≥ 1. Returns
+    its path.
 
-    `state` may hold tensors, numbers, strings, and lists and dicts of them: what `weights_only=True` reads back.
+    `state` may hold tensors, numbers, strings, and lists and dicts of them: what
+    `weights_only=True` reads back.
     """
     if keep < 1:
         raise ValueError(f"keep={keep} must be at least 1: the newest checkpoint has to stay")
@@ -54,7 +56,8 @@ def paths(directory: Path | str) -> list[Path]:
 
 
 def load(path: Path | str, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """The state saved at `path`. Raises CheckpointError for a torn or foreign file; runs no code from it."""
+    """The state saved at `path`. Raises CheckpointError for a torn or foreign file; runs no code
+    from it."""
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
     except OSError:
@@ -72,23 +75,33 @@ def load(path: Path | str, map_location: str | torch.device = "cpu") -> dict[str
     return content["state"]
 
 
-def load_latest(
-    directory: Path | str, map_location: str | torch.device = "cpu"
-) -> tuple[dict[str, Any], Path] | None:
-    """State and path of the newest whole checkpoint; None if there is none at all.
+def newest(directory: Path | str) -> Path | None:
+    """The newest whole checkpoint; None if there is none at all.
 
-    A bad file is reported and the one before it taken. Raises CheckpointError if files are there but none is whole:
-    starting over silently would lose a run.
+    A bad file is reported and the one before it taken. Raises CheckpointError if files are there
+    but none is whole: starting over silently would lose a run.
     """
-    found = paths(directory)
-    for path in found:
+    candidates = paths(directory)
+    for path in candidates:
         try:
-            return load(path, map_location), path
+            load(path)
+            return path
         except CheckpointError as error:
             log.warning("%s; taking the checkpoint before it", error)
-    if found:
+    if candidates:
         raise CheckpointError(
-            f"none of the {len(found)} checkpoints in {directory} can be read (newest: {found[0].name}); "
-            "remove that folder to start over"
+            f"none of the {len(candidates)} checkpoints in {directory} can be read "
+            f"(newest: {candidates[0].name}); remove that folder to start over"
         )
     return None
+
+
+def weights(state: dict[str, Any]) -> dict[str, Any]:
+    """The method's state dict in a checkpoint's state; older ones hold its parts by name."""
+    if "method" in state:
+        return state["method"]
+    return {
+        f"{part}.{name}": value
+        for part, values in state["modules"].items()
+        for name, value in values.items()
+    }

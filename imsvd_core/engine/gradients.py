@@ -1,159 +1,135 @@
 """The gradient of one batch: over its pieces, at its precision, averaged over the ranks."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from imsvd_core.data.batch import Batch
 from imsvd_core.distributed import world
+from imsvd_core.methods.base import Method
 
 log = logging.getLogger(__name__)
 
-#: (a piece of the batch, the generator of its draws) → scalars to record, of which "loss" is minimised;
-#: or, with an `Objective`, the embeddings that it is given.
-Step = Callable[[Any, torch.Generator], Mapping[str, Tensor] | tuple[Tensor, ...]]
-
-#: Embeddings of a whole batch → scalars to record; "loss" is the one that is minimised.
-Objective = Callable[..., Mapping[str, Tensor]]
-
 
 class Gradients:
-    """Called with the pieces of a batch: leaves its gradient in the parameters and returns what was measured.
+    """Called with the pieces of a batch: leaves its gradient in the parameters and returns what was
+    measured.
 
-    Every rank brings pieces of its own, and all end with the mean of their gradients. Batch-norm sees one piece;
-    on GPUs it sees that of every rank. Its running statistics forget as much over the pieces as over a whole batch.
+    Every rank brings pieces of its own, and all end with the mean of their gradients. Batch-norm
+    sees one piece; on GPUs it sees that of every rank. Its running statistics forget as much over
+    the pieces as over a whole batch.
 
     Args:
-        step: see `Step`; what it draws without the generator comes from the seed all the same.
-        objective: a loss of the whole batch. Without one, the losses of the pieces are averaged.
-        modules: what is trained.
-        scaler: lifts losses out of fp16's dust; disabled for other precisions.
+        method: embeds each piece, then gives the loss of all. What it draws comes from the seed.
+        scaler: lifts losses out of the range where fp16 underflows; disabled for other precisions.
         precision: of products and activations, by autocast; None for float32.
-        accumulate: pieces in a batch, on every rank.
+        pieces: in a batch, on every rank.
     """
 
     def __init__(
         self,
-        step: Step,
-        objective: Objective | None,
-        modules: Iterable[nn.Module],
+        method: Method,
         device: torch.device,
         scaler: torch.amp.GradScaler,
         precision: torch.dtype | None,
-        accumulate: int,
+        pieces: int,
     ):
-        self.step, self.objective, self.modules, self.device = (
-            step,
-            objective,
-            nn.ModuleList(modules),
-            device,
-        )
-        self.scaler, self.precision, self.accumulate = scaler, precision, accumulate
-        self.shared = (
-            _shared(step, self.modules, device) if world()[1] > 1 else None
-        )  # the step whose gradients are averaged
+        self.method, self.device = method, device
+        self.scaler, self.precision, self.pieces = scaler, precision, pieces
+        self.shared = _shared(method, device) if world()[1] > 1 else None
 
-    def __call__(self, pieces: Iterable[Any], seed: int) -> dict[str, Tensor]:
-        with _one_update_of_statistics(self.modules, self.accumulate):
-            if self.objective and self.accumulate > 1:
-                return self._of_the_whole(list(pieces), seed)
-            return self._of_each(pieces, seed)
+    def __call__(self, batch: Iterable[Batch], seed: int) -> dict[str, Tensor]:
+        with _one_update_of_statistics(self.method, self.pieces):
+            if self.method.whole_batch and self.pieces > 1:
+                return self._of_the_whole(list(batch), seed)
+            return self._of_each(batch, seed)
 
-    def _of_each(self, pieces: Iterable[Any], seed: int) -> dict[str, Tensor]:
-        generator = torch.Generator(self.device).manual_seed(seed)
-        sums: dict[str, Tensor] = {}
-        for number, piece in enumerate(pieces):
+    def _of_each(self, batch: Iterable[Batch], seed: int) -> dict[str, Tensor]:
+        """The mean of the pieces' losses."""
+        means: dict[str, Tensor] = {}
+        for number, piece in enumerate(batch):
             with self._averaged(number):
                 with self._setting(seed + number):
-                    metrics = (self.shared or self.step)(piece, generator)
-                    metrics = self.objective(*metrics) if self.objective else metrics
-                self.scaler.scale(metrics["loss"] / self.accumulate).backward()
+                    metrics = self.method.loss(*(self.shared or self.method)(piece))
+                self.scaler.scale(metrics["loss"] / self.pieces).backward()
             for name, value in metrics.items():
-                sums[name] = sums.get(name, 0) + value.detach().float() / self.accumulate
-        return sums
+                means[name] = means.get(name, 0) + value.detach().float() / self.pieces
+        return means
 
-    def _of_the_whole(self, pieces: Sequence[Any], seed: int) -> dict[str, Tensor]:
+    def _of_the_whole(self, batch: Sequence[Batch], seed: int) -> dict[str, Tensor]:
         """Embeddings first, gradients after (GradCache, Gao et al., 2021): a large batch
         in the memory of a piece."""
-        with torch.no_grad(), _untouched_statistics(self.modules):
-            embeddings = list(self._embed(self.step, pieces, seed))
+        with torch.no_grad(), _untouched_statistics(self.method):
+            embeddings = list(self._embed(self.method, batch, seed))
         whole = [torch.cat(parts).requires_grad_() for parts in zip(*embeddings, strict=True)]
         with self._setting(seed):
-            metrics = self.objective(*whole)
+            metrics = self.method.loss(*whole)
         self.scaler.scale(metrics["loss"]).backward()
-        slopes = zip(*(z.grad.chunk(self.accumulate) for z in whole), strict=True)
-        again = self._embed(self.shared or self.step, pieces, seed)
-        for number, slope in enumerate(slopes):
+        slopes = [None if z.grad is None else z.grad.chunk(self.pieces) for z in whole]
+        again = self._embed(self.shared or self.method, batch, seed)
+        for number in range(self.pieces):
             with self._averaged(number):
-                torch.autograd.backward(next(again), slope)
+                tables = zip(next(again), slopes, strict=True)
+                pairs = [(z, slope[number]) for z, slope in tables if z.requires_grad and slope]
+                torch.autograd.backward(*zip(*pairs, strict=True))
         return {name: value.detach().float() for name, value in metrics.items()}
 
-    def _embed(self, step: Step, pieces: Iterable[Any], seed: int) -> Iterator[tuple[Tensor, ...]]:
+    def _embed(
+        self, embed: nn.Module, batch: Iterable[Batch], seed: int
+    ) -> Iterator[tuple[Tensor, ...]]:
         """The embeddings of every piece, by the same draws whenever it is called."""
-        generator = torch.Generator(self.device).manual_seed(seed)
-        for number, piece in enumerate(pieces):
+        for number, piece in enumerate(batch):
             with self._setting(seed + number):
-                embeddings = step(piece, generator)
+                embeddings = embed(piece)
             yield embeddings
 
     def _averaged(self, number: int) -> AbstractContextManager:
         """Gradients of all pieces but the last stay on their rank: the sum travels once."""
-        return (
-            self.shared.no_sync() if self.shared and number < self.accumulate - 1 else nullcontext()
-        )
+        return self.shared.no_sync() if self.shared and number < self.pieces - 1 else nullcontext()
 
     @contextmanager
     def _setting(self, seed: int) -> Iterator[None]:
-        """The precision; and for what draws without a generator (dropout, say) a seed that nobody else notices."""
-        with (
-            torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
-            torch.autocast(self.device.type, self.precision, enabled=self.precision is not None),
-        ):
+        """The precision; and for what draws by itself (dropout, say) a seed that leaves the
+        global generator unchanged."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        autocast = torch.autocast(
+            self.device.type, self.precision, enabled=self.precision is not None
+        )
+        with torch.random.fork_rng(devices), autocast:
             torch.manual_seed(seed)
             yield
 
 
-class _Stepper(nn.Module):
-    """A step as a module of what it trains: what DistributedDataParallel asks for."""
-
-    def __init__(self, step: Step, modules: nn.ModuleList):
-        super().__init__()
-        self.step, self.modules_ = step, modules
-
-    def forward(
-        self, piece: Any, generator: torch.Generator
-    ) -> Mapping[str, Tensor] | tuple[Tensor, ...]:
-        return self.step(piece, generator)
-
-
-def _shared(step: Step, modules: nn.ModuleList, device: torch.device) -> DistributedDataParallel:
-    """The step on every rank: equal weights, averaged gradients, and batch-norm over all ranks where torch has it."""
+def _shared(method: Method, device: torch.device) -> DistributedDataParallel:
+    """The method on every rank: equal weights, averaged gradients, and batch-norm over all ranks
+    where torch has it."""
     if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(modules)
-    elif world()[0] == 0 and any(isinstance(module, _BatchNorm) for module in modules.modules()):
+        nn.SyncBatchNorm.convert_sync_batchnorm(method)
+    elif world()[0] == 0 and _norms(method):
         log.info("each rank's batch-norm sees its own samples alone: torch joins them on GPUs only")
-    # Running statistics do not touch the training, and a checkpoint keeps rank 0's: no need to send them at every step.
-    return DistributedDataParallel(_Stepper(step, modules), broadcast_buffers=False)
+    # Running statistics do not touch the training, and a checkpoint keeps rank 0's: no need to send
+    # them at every step.
+    return DistributedDataParallel(method, broadcast_buffers=False)
 
 
-def _norms(modules: nn.ModuleList) -> list[_BatchNorm]:
+def _norms(method: nn.Module) -> list[_BatchNorm]:
     return [
         module
-        for module in modules.modules()
+        for module in method.modules()
         if isinstance(module, _BatchNorm) and module.track_running_stats
     ]
 
 
 @contextmanager
-def _one_update_of_statistics(modules: nn.ModuleList, pieces: int) -> Iterator[None]:
+def _one_update_of_statistics(method: nn.Module, pieces: int) -> Iterator[None]:
     """Let `pieces` updates of batch-norm's running statistics weigh, and count, as one."""
     norms = (
-        [norm for norm in _norms(modules) if norm.momentum is not None] if pieces > 1 else []
+        [norm for norm in _norms(method) if norm.momentum is not None] if pieces > 1 else []
     )  # None: a plain mean
     before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
@@ -167,9 +143,10 @@ def _one_update_of_statistics(modules: nn.ModuleList, pieces: int) -> Iterator[N
 
 
 @contextmanager
-def _untouched_statistics(modules: nn.ModuleList) -> Iterator[None]:
-    """Batch-norm by the statistics of the batch, as in training, with no trace of it in the running ones."""
-    norms = _norms(modules)
+def _untouched_statistics(method: nn.Module) -> Iterator[None]:
+    """Batch-norm by the statistics of the batch, as in training, with no trace of it in the running
+    ones."""
+    norms = _norms(method)
     for norm in norms:
         norm.track_running_stats = False
     try:

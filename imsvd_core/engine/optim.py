@@ -21,11 +21,13 @@ class OptimConfig:
     momentum: float = 0.9
     """For sgd and lars."""
     warmup_epochs: float = 0.5
-    """Length of the linear warm-up, a fraction allowed; cut to the run's length where it exceeds it."""
+    """Length of the linear warm-up, a fraction allowed; cut to the run's length where it exceeds
+    it."""
     final_lr_fraction: float = 0.001
     """Where the cosine ends, as a fraction of `lr`."""
     milestones: tuple[int, ...] = ()
-    """Epochs at which the rate drops tenfold instead of following the cosine; empty for the cosine."""
+    """Epochs at which the rate drops tenfold instead of following the cosine; empty for the cosine.
+    """
 
     def __post_init__(self) -> None:
         if self.name not in ("adamw", "sgd", "lars"):
@@ -62,10 +64,11 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int, steps_per_ep
 
 
 def build_optimizer(config: OptimConfig, modules: Iterable[nn.Module]) -> torch.optim.Optimizer:
-    """One optimizer over every trainable parameter; one-dimensional ones (biases, norms) are exempt from decay.
+    """One optimizer over every trainable parameter; one-dimensional ones (biases, norms) are exempt
+    from decay.
 
-    LARS is timm's, by the rule of You et al. (2017): g ← η·‖w‖ / (‖g‖ + λ‖w‖) · (g + λw), η = 0.001, then momentum;
-    what is exempt from decay is exempt from this adaptation too.
+    LARS is timm's, by the rule of You et al. (2017): g ← η·‖w‖ / (‖g‖ + λ‖w‖) · (g + λw), η =
+    0.001, then momentum; what is exempt from decay is exempt from this adaptation too.
     """
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     if not parameters:

@@ -1,8 +1,6 @@
 """The linear probe: one linear classifier on frozen representations."""
 
-from collections import deque
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from imsvd_core.data.tree import FolderImages
+from imsvd_core.data.batch import Batch
+from imsvd_core.engine.config import LoopConfig
 from imsvd_core.engine.optim import OptimConfig
-from imsvd_core.engine.trainer import Loop, LoopConfig
+from imsvd_core.engine.order import Order
+from imsvd_core.engine.trainer import Trainer
 from imsvd_core.evaluation.features import (
     Images,
     batches,
@@ -23,6 +23,7 @@ from imsvd_core.evaluation.features import (
     share,
     sum_over_ranks,
 )
+from imsvd_core.methods.base import Method
 from imsvd_core.networks import represent
 from imsvd_core.system import signals
 from imsvd_core.system.config import config_hash, essential, plain
@@ -65,6 +66,26 @@ class LinearConfig:
         return chosen(self, train, test, name)
 
 
+class Probe(Method):
+    """A linear classifier on features."""
+
+    whole_batch = False
+
+    def __init__(self, head: nn.Linear):
+        super().__init__()
+        self.head = head
+
+    def embed(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Logits (n, classes) and labels (n,)."""
+        (features,) = batch.views
+        return self.head(features), batch.labels
+
+    def loss(self, *embeddings: Tensor) -> dict[str, Tensor]:
+        logits, labels = embeddings
+        accuracy = (logits.argmax(1) == labels).float().mean()
+        return {"loss": cross_entropy(logits.float(), labels), "accuracy": accuracy}
+
+
 def evaluate(
     backbone: nn.Module,
     data: tuple[Images, Images],
@@ -104,34 +125,14 @@ def evaluate(
             scale = features.std(0).clamp_min(1e-6)
             features /= scale
 
-        def inputs(batch: Tensor, generator: torch.Generator) -> Tensor:
-            return features[batch]
-    else:
-        augment, streamed = View(config.view), isinstance(train, FolderImages)
-        images = None if streamed else train.images.to(device)
-
-        @torch.no_grad()
-        def inputs(batch: Tensor, generator: torch.Generator) -> Tensor:
-            x = augment.finish(batch, generator) if streamed else augment(images[batch], generator)
-            return backbone(x.contiguous(memory_format=torch.channels_last)).float()
-
-    def load(plan: Iterator[tuple[int, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """What `inputs` takes, and its labels; of streamed images their crops, which are made ahead."""
-        if not (config.augment and streamed):
-            for _, indices in plan:
-                indices = indices.to(device)
-                yield indices, labels[indices]
+    def load(order: Order) -> Iterator[Batch]:
+        if not config.augment:
+            for _, indices in order:
+                rows = indices.to(device)
+                yield Batch((features[rows],), labels[rows], rows)
             return
-        ahead: deque[Tensor] = deque()
-
-        def noted() -> Iterator[tuple[int, Tensor]]:
-            for step, indices in plan:
-                ahead.append(indices)
-                yield step, indices
-
-        with closing(train.crops(augment, noted(), seed=config.loop.seed, device=device)) as crops:
-            for some in crops:
-                yield some, labels[ahead.popleft().to(device)]
+        for batch in train.views(order, View(config.view), device=device):
+            yield batch._replace(views=(represent(backbone, batch.views, device, precision),))
 
     width = represent(
         backbone, [view.finish(torch.zeros(1, 3, view.size, view.size, dtype=torch.uint8))], device
@@ -141,13 +142,6 @@ def evaluate(
         head.weight, std=0.01, generator=torch.Generator().manual_seed(config.loop.seed)
     )
     nn.init.zeros_(head.bias)
-
-    def step(batch: tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        logits, truth = head(inputs(batch[0], generator)), batch[1]
-        return {
-            "loss": cross_entropy(logits.float(), truth),
-            "accuracy": (logits.argmax(1) == truth).float().mean(),
-        }
 
     # Subsets are told by their images; those for the test do not touch the training.
     kept = {
@@ -165,27 +159,25 @@ def evaluate(
             "backbone": fingerprint(*backbone.state_dict().values()),
         }
     )
-    loop = Loop(
-        step,
-        {"head": head},
+    trainer = Trainer(
+        Probe(head),
         len(train),
         config.loop,
         config.optim,
         Path(run_dir) / config_hash(settings),
-        batches=load,
         settings=settings,
         progress=progress,
     )
-    for _ in loop:
+    for _ in trainer.train(load(trainer.order.since(trainer.step))):
         pass
-    loop.refuse_unfinished()
+    trainer.refuse_unfinished()
     with signals.interruptible():
         right = _test(head.eval(), scale, backbone, test, view, device, precision, progress)
     return {name: round(100 * count / len(test), 2) for name, count in right.items()} | {
         "epochs": config.loop.epochs,
         "train_images": len(train),
         "test_images": len(test),
-        "seconds": round(loop.seconds, 1),
+        "seconds": round(trainer.seconds, 1),
     }
 
 

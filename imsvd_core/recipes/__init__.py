@@ -10,15 +10,16 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial, update_wrapper
 from typing import Any, Literal, get_args
 
+from imsvd_core.engine.config import LoopConfig
 from imsvd_core.engine.optim import OptimConfig
-from imsvd_core.engine.trainer import LoopConfig
 from imsvd_core.evaluation.detection.detector import DetectorConfig
 from imsvd_core.evaluation.detection.protocol import DetectionConfig
 from imsvd_core.evaluation.knn import KNNConfig
 from imsvd_core.evaluation.linear import LinearConfig
 from imsvd_core.evaluation.svm import SVMConfig
-from imsvd_core.methods import IMSVD, BarlowTwins, Method, VICReg
+from imsvd_core.methods import BYOL, IMSVD, BarlowTwins, MethodConfig, SwAV, VICReg
 from imsvd_core.networks import NetworkConfig
+from imsvd_core.system.config import plain
 from imsvd_core.system.devices import fast_precision
 from imsvd_core.views import (
     CIFAR_MEAN,
@@ -49,7 +50,7 @@ class EvalViewConfig:
 class Recipe:
     """One pretraining and the evaluations that belong to it."""
 
-    method: Method = field(default_factory=IMSVD)
+    method: MethodConfig = field(default_factory=IMSVD)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     views: TwoViewConfig = field(default_factory=cifar_views)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -71,9 +72,14 @@ class Recipe:
     """Training images to use, class-balanced; all of them by default."""
 
     def __post_init__(self) -> None:
-        self.method.build(
-            self.network.dim
-        )  # refuses units that do not divide the dimension, at once
+        self.method.check(self.network)
+
+    def training_settings(self) -> dict[str, Any]:
+        """What fixes the training: all but what judges it, and may change after it, and how spoilt files are met."""
+        settings = plain(self)
+        for name in ("knn", "watch", "look", "linear", "eval_view", "on_corrupt"):
+            del settings[name]
+        return settings
 
 
 def current_scale() -> Scale:

@@ -1,4 +1,5 @@
-"""What a pretraining costs on the device at hand: real steps of the loop, timed (the columns of Table IV)."""
+"""What a pretraining costs on the device at hand: real steps of the loop, timed (the columns of
+Table IV)."""
 
 import math
 import statistics
@@ -7,17 +8,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
-from rich.progress import Progress
 
 from imsvd_core.data.tree import FolderImages
 from imsvd_core.distributed import Exchange
 from imsvd_core.recipes import Recipe
 from imsvd_core.runs.pretrain import Images, Pretraining
 from imsvd_core.system.devices import device_name
+from imsvd_core.system.progress import bar
 from imsvd_core.system.signals import Stopped
 
 try:
@@ -37,21 +38,24 @@ def bench_step(
     data: tuple[Images, Images] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Time `steps` steps of a recipe's pretraining on its own data, after `warmup` that are not counted.
+    """Time `steps` steps of a recipe's pretraining on its own data, after `warmup` that are not
+    counted.
 
-    A step is all of it: waiting for the input, views, network, loss, gradients exchanged, update. What compiles, is
-    decoded ahead or fills caches at first belongs to the warm-up: let it be longer than what workers have ready. Nothing
-    is saved. On a GPU the device's own clock tells, and the CPU may run ahead as ever. Among ranks all call this
-    together; times are means over ranks, memory is of the rank that needs most.
+    A step is all of it: waiting for the input, views, network, loss, gradients exchanged, update.
+    What compiles, is decoded ahead or fills caches at first belongs to the warm-up: let it be
+    longer than what workers have ready. Nothing is saved. On a GPU the device's own clock tells,
+    and the CPU may run ahead as ever. Among ranks all call this together; times are means over
+    ranks, memory is of the rank that needs most.
 
     Args:
         device: instead of the recipe's.
         data: (train, test), to spare loading them; by default the recipe's.
 
-    Returns step_seconds, the median, with its quartiles and the mean; images_per_second, of all ranks, and
-    hours_per_100_epochs of this data set, both from the mean; the greatest memory: on CUDA peak_allocated_GB and
-    peak_reserved_GB of one GPU, elsewhere peak_resident_GB of one process since it started, without its workers; and what
-    was timed. Raises ValueError unless steps >= 2 and warmup >= 1; `signals.Stopped` if it was told to stop.
+    Returns step_seconds, the median, with its quartiles and the mean; images_per_second, of all
+    ranks, and hours_per_100_epochs of this data set, both from the mean; the greatest memory: on
+    CUDA peak_allocated_GB and peak_reserved_GB of one GPU, elsewhere peak_resident_GB of one
+    process since it started, without its workers; and what was timed. Raises ValueError unless
+    steps >= 2 and warmup >= 1; `signals.Stopped` if it was told to stop.
     """
     if steps < 2 or warmup < 1:
         raise ValueError(f"steps={steps} must be at least 2, and warmup={warmup} at least 1")
@@ -64,21 +68,23 @@ def bench_step(
         tensorboard=False,
     )
     with tempfile.TemporaryDirectory() as folder:
-        run = Pretraining(replace(recipe, loop=loop), folder, data=data, progress=False)
-        run.loop.total_steps = max(run.loop.total_steps, warmup + steps)
-        run.loop._save = lambda: None  # the end of a small epoch is no time to write
+        run = Pretraining(
+            replace(recipe, loop=loop),
+            folder,
+            data=data,
+            progress=False,
+            steps=warmup + steps,
+            saves=False,
+        )
         if run.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(run.device)
         mark, between = _clock(run.device)
         marks = []
-        with Progress(disable=not progress or run.loop.rank > 0, transient=True) as bars:
-            taken = iter(run)
-            for number, _ in enumerate(
-                bars.track(islice(taken, warmup + steps), warmup + steps, description="steps"), 1
-            ):
-                if number >= warmup:
+        with bar("steps", warmup + steps, progress) as advance:
+            for progressed in run:
+                if progressed.step >= warmup:
                     marks.append(mark())
-            taken.close()  # with its workers
+                advance(1)
         if len(marks) <= steps:
             raise Stopped(
                 f"told to stop after {max(0, len(marks) - 1)} of {steps} steps: nothing was measured"
@@ -102,10 +108,10 @@ def bench_step(
         "step_seconds_quartiles": [_digits(low), _digits(high)],
         "step_seconds_mean": _digits(mean),
         "images_per_second": _digits(recipe.loop.batch_size / mean),
-        "hours_per_100_epochs": _digits(100 * run.loop.steps_per_epoch * mean / 3600),
+        "hours_per_100_epochs": _digits(100 * run.trainer.order.steps_per_epoch * mean / 3600),
         **{name: round(value, 2) for name, value in most.items()},
         "device": device_name(run.device),
-        "ranks": run.loop.ranks,
+        "ranks": run.trainer.order.ranks,
         "steps": steps,
         "warmup": warmup,
         "method": recipe.method.name,
@@ -114,7 +120,7 @@ def bench_step(
         "precision": recipe.loop.precision,
         "data": run.train.title,
         "train_images": len(run.train),
-        "steps_per_epoch": run.loop.steps_per_epoch,
+        "steps_per_epoch": run.trainer.order.steps_per_epoch,
         "streamed": isinstance(run.train, FolderImages),
     }
 

@@ -22,9 +22,11 @@ def test_state_comes_back_and_old_files_go(tmp_path):
         "step-000000010.pt",
         "step-000000002.pt",
     ]
-    state, path = checkpoints.load_latest(tmp_path)
+    path = checkpoints.newest(tmp_path)
+    state = checkpoints.load(path)
     assert path.name == "step-000000010.pt"
-    assert torch.equal(state["weights"], STATE["weights"]) and state["nested"] == STATE["nested"]
+    assert torch.equal(state["weights"], STATE["weights"])
+    assert state["nested"] == STATE["nested"]
 
 
 @pytest.mark.parametrize("damage", ["truncate", "empty", "foreign", "text"])
@@ -40,15 +42,17 @@ def test_a_bad_file_is_named_and_the_one_before_it_taken(tmp_path, caplog, damag
         )
     with pytest.raises(checkpoints.CheckpointError, match="step-000000002.pt"):
         checkpoints.load(newest)
-    state, path = checkpoints.load_latest(tmp_path)
-    assert state == {"step": 1} and "step-000000002.pt" in caplog.text
+    path = checkpoints.newest(tmp_path)
+    state = checkpoints.load(path)
+    assert state == {"step": 1}
+    assert "step-000000002.pt" in caplog.text
 
 
 def test_no_file_means_a_fresh_start_but_only_bad_files_do_not(tmp_path):
-    assert checkpoints.load_latest(tmp_path) is None
+    assert checkpoints.newest(tmp_path) is None
     checkpoints.save(tmp_path, 1, STATE).write_bytes(b"torn")
     with pytest.raises(checkpoints.CheckpointError, match="none of the 1 checkpoints"):
-        checkpoints.load_latest(tmp_path)
+        checkpoints.newest(tmp_path)
 
 
 def test_code_in_a_file_is_not_run(tmp_path):
@@ -69,7 +73,8 @@ def test_an_error_while_writing_leaves_the_old_file_and_no_litter(tmp_path):
     with pytest.raises(RuntimeError), atomic_write(target) as file:
         file.write(b"half of the new")
         raise RuntimeError
-    assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_a_kill_while_writing_leaves_the_old_file(tmp_path):

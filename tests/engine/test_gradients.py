@@ -1,5 +1,6 @@
 """One batch in pieces and on ranks has the gradient of the batch as a whole."""
 
+import copy
 import itertools
 import tempfile
 from dataclasses import replace
@@ -8,42 +9,78 @@ import pytest
 import torch
 from torch import nn
 
+from imsvd_core.data.batch import Batch
+from imsvd_core.engine.config import LoopConfig
 from imsvd_core.engine.gradients import Gradients
 from imsvd_core.engine.optim import OptimConfig
-from imsvd_core.engine.trainer import Loop, LoopConfig
-from imsvd_core.methods import IMSVD, BarlowTwins, VICReg
+from imsvd_core.engine.trainer import Trainer
+from imsvd_core.methods import BYOL, IMSVD, BarlowTwins, SwAV, VICReg
+from imsvd_core.methods.base import Method
+from imsvd_core.networks import NetworkConfig
 
-METHODS = [IMSVD(units=4, temperature=0.5), VICReg(), BarlowTwins()]
+NETWORK = NetworkConfig(hidden=(16,), dim=8)
+METHODS = [
+    IMSVD(units=4, temperature=0.5),
+    VICReg(),
+    BarlowTwins(),
+    BYOL(predictor_hidden=12),
+    SwAV(prototypes=6),
+]
 CONFIG = LoopConfig(epochs=3, batch_size=16, precision="fp32", log_every=1, device="cpu")
 SAMPLES = 32
+FIRST = "network.layers.0.weight"
+
+
+class Features(nn.Module):
+    """In place of a backbone and a projector: rows of six numbers → tables of eight columns."""
+
+    def __init__(self, norm, dropout, draws):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(6, 12),
+            nn.BatchNorm1d(12) if norm else nn.Tanh(),
+            nn.Dropout(dropout),
+            nn.Linear(12, 8),
+        )
+        self.draws = draws
+
+    def embed(self, x):
+        if self.draws is not None:
+            self.draws.append(torch.rand(1).item())
+        return self.layers(x)
+
+    def forward(self, x1, x2):
+        return self.embed(x1), self.embed(x2)
+
+
+def small(config, norm=False, dropout=0.0, draws=None):
+    """A method on a tiny network without batch-norm, unless asked for: its samples are independent."""
+    torch.manual_seed(0)
+    method = config.build(NETWORK)
+    method.network = Features(norm, dropout, draws)
+    if isinstance(config, BYOL):
+        method.target = copy.deepcopy(method.network).requires_grad_(False)
+        method.predictor = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8))
+    return method
 
 
 def train(run_dir, method, accumulate=1, config=CONFIG, norm=False, noise=0.1, draws=None):
-    """A small twin network on two noisy views, all noise the sample's own: trained parameters, and the losses."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(6, 12), nn.BatchNorm1d(12) if norm else nn.Tanh(), nn.Linear(12, 8)
-    )
-    x = torch.randn(SAMPLES, 6)
-    views = x + noise * torch.randn(2, SAMPLES, 6)
-
-    def step(indices, generator):
-        if draws is not None:
-            draws.append((torch.rand(1, generator=generator).item(), torch.rand(1).item()))
-        return model(views[0, indices]), model(views[1, indices])
-
-    loop = Loop(
-        step,
-        {"model": model},
+    """A small method on two noisy views, all noise the sample's own: what it remembers, and the
+    losses."""
+    module = small(method, norm, draws=draws)
+    trainer = Trainer(
+        module,
         SAMPLES,
         replace(config, accumulate=accumulate),
         OptimConfig(name="sgd", lr=0.05, warmup_epochs=0),
         run_dir,
-        objective=method.build(8),
         progress=False,
     )
-    losses = torch.stack([progressed.metrics["loss"] for progressed in loop])
-    return model.state_dict(), losses
+    x = torch.randn(SAMPLES, 6, generator=torch.Generator().manual_seed(3))
+    views = x + noise * torch.randn(2, SAMPLES, 6, generator=torch.Generator().manual_seed(4))
+    batches = (Batch(tuple(views[:, rows]), rows, rows) for _, rows in trainer.order)
+    losses = torch.stack([progressed.metrics["loss"] for progressed in trainer.train(batches)])
+    return module.state_dict(), losses
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
@@ -54,53 +91,84 @@ def test_pieces_train_as_the_whole_batch(tmp_path, method, accumulate):
     torch.testing.assert_close(losses_of_pieces, losses, rtol=1e-6, atol=1e-6)
     for name in whole:
         torch.testing.assert_close(pieces[name], whole[name], rtol=1e-6, atol=1e-6)
-    torch.manual_seed(0)
-    assert (whole["0.weight"] - nn.Linear(6, 12).weight).abs().max() > 1e-3  # it was trained at all
+    start = small(method).state_dict()[FIRST]
+    assert (whole[FIRST] - start).abs().max() > 1e-3  # it was trained at all
 
 
 def test_running_statistics_see_every_piece_once(tmp_path):
-    """Where the views do not change and the rate is 0, one step more or less of the running mean would show."""
+    """Where the views do not change and the rate is 0, one step more or less of the running mean
+    would show."""
     state, _ = train(tmp_path, METHODS[0], accumulate=4, norm=True)
-    assert state["1.num_batches_tracked"] == 2 * 6  # views, steps
+    assert state["network.layers.1.num_batches_tracked"] == 2 * 6  # views, steps
+
+
+class Pieces(Method):
+    """A norm between two maps, under the cross-joint loss of the batch or the mean square of each
+    piece."""
+
+    def __init__(self, whole):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Linear(12, 8))
+        self.model[1].running_mean.fill_(1000)
+        self.whole_batch, self.joint = whole, small(METHODS[0])
+
+    def embed(self, batch):
+        (x,) = batch.views
+        return (self.model(x), self.model(-x)) if self.whole_batch else (self.model(x),)
+
+    def loss(self, *embeddings):
+        if self.whole_batch:
+            return self.joint.loss(*embeddings)
+        return {"loss": embeddings[0].square().mean()}
 
 
 @pytest.mark.parametrize("joint", [True, False])
 def test_running_statistics_forget_as_much_over_pieces_as_over_the_whole_batch(joint):
     norms = []
     for accumulate in (1, 4):
-        torch.manual_seed(0)
-        model, piece = (
-            nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Linear(12, 8)),
-            torch.randn(8, 6),
-        )
-        model[1].running_mean.fill_(1000)
-        gradients = Gradients(
-            lambda x, g: (model(x), model(-x)) if joint else {"loss": model(x).square().mean()},
-            METHODS[0].build(8) if joint else None,
-            [model],
-            torch.device("cpu"),
-            torch.amp.GradScaler("cpu", enabled=False),
-            None,
-            accumulate,
-        )
-        gradients(
-            piece.repeat(4, 1).chunk(accumulate), 0
-        )  # every piece has the statistics of the whole
-        norms.append(model[1])
+        method, device = Pieces(joint), torch.device("cpu")
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        gradients = Gradients(method, device, scaler, None, accumulate)
+        piece = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+        # every piece has the statistics of the whole
+        x = piece.repeat(4, 1).chunk(accumulate)
+        gradients([Batch((rows,), rows, rows) for rows in x], 0)
+        norms.append(method.model[1])
     whole, pieces = norms
-    assert whole.running_mean.mean() < 910 and pieces.momentum == whole.momentum == 0.1
-    torch.testing.assert_close(
-        pieces.running_mean, whole.running_mean, rtol=1e-6, atol=0.3 if joint else 1e-3
-    )  # views take turns
+    assert whole.running_mean.mean() < 910
+    assert pieces.momentum == whole.momentum == 0.1
+    atol = 0.3 if joint else 1e-3  # views take turns
+    torch.testing.assert_close(pieces.running_mean, whole.running_mean, rtol=1e-6, atol=atol)
     assert pieces.num_batches_tracked == whole.num_batches_tracked
 
 
-def test_both_passes_draw_alike(tmp_path):
+def test_both_passes_draw_alike_and_every_piece_draws_its_own(tmp_path):
     draws = []
     train(tmp_path, METHODS[0], accumulate=4, draws=draws)
     for step in range(6):
-        first, again = draws[8 * step : 8 * step + 4], draws[8 * step + 4 : 8 * step + 8]
-        assert first == again and len(set(first)) == 4
+        views = draws[16 * step : 16 * step + 16]  # two passes of four pieces of two views
+        assert views[:8] == views[8:]
+        assert len(set(views[:8])) == 8
+
+
+def test_dropout_of_two_passes_trains_as_itself(tmp_path):
+    """The second pass would have other gradients under other masks; compared with plain autograd."""
+    method = small(METHODS[1], dropout=0.5)
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    batch = [Batch((part, part + 0.1), part, part) for part in x.chunk(2)]
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    Gradients(method, torch.device("cpu"), scaler, None, 2)(batch, 5)
+    gradient = method.network.layers[0].weight.grad.clone()
+    method.zero_grad()
+    embeddings = []
+    for number, piece in enumerate(batch):
+        with torch.random.fork_rng([]):
+            torch.manual_seed(5 + number)
+            embeddings.append(method.embed(piece))
+    z1, z2 = (torch.cat(parts) for parts in zip(*embeddings, strict=True))
+    method.loss(z1, z2)["loss"].backward()
+    torch.testing.assert_close(gradient, method.network.layers[0].weight.grad)
 
 
 def test_fp16_scales_the_loss_of_the_whole(tmp_path):
@@ -116,8 +184,8 @@ def test_fp16_scales_the_loss_of_the_whole(tmp_path):
     ]
     start, _ = train(tmp_path / "start", VICReg(0, 0, 0))
     moved, alike = (
-        (ends[0]["0.weight"] - start["0.weight"]).norm(),
-        (ends[0]["0.weight"] - ends[1]["0.weight"]).norm(),
+        (ends[0][FIRST] - start[FIRST]).norm(),
+        (ends[0][FIRST] - ends[1][FIRST]).norm(),
     )
     assert alike < 0.02 * moved
 
@@ -126,24 +194,26 @@ def test_fp16_scales_the_loss_of_the_whole(tmp_path):
 
 
 def value_and_gradient(rank, size):
-    """Of every method on this rank's share of 24 samples."""
+    """Of the methods whose loss joins the ranks, on this rank's share of 24 samples."""
     results = []
-    for method in METHODS:
+    for config in METHODS[:3]:
         z = 2 * torch.randn(2, 24, 8, generator=torch.Generator().manual_seed(0))
         z1, z2 = (view.chunk(size)[rank].clone().requires_grad_() for view in z)
-        loss = method.build(8)(z1, z2)["loss"]
+        loss = small(config).loss(z1, z2)["loss"]
         loss.backward()
         results.append((loss.detach(), torch.stack([z1.grad, z2.grad])))
     return results
 
 
 def test_every_method_takes_the_batch_of_all_ranks(ranks):
-    """Its mean over ranks, which DDP takes, is the joined batch's gradient: no factor of the world size either way."""
+    """Its mean over ranks, which DDP takes, is the joined batch's gradient: no factor of the world
+    size either way."""
     alone = value_and_gradient(0, 1)
-    for method, (loss, gradient), *shares in zip(METHODS, alone, *ranks(value_and_gradient, 2)):
-        for value, _ in shares:
-            torch.testing.assert_close(value, loss, rtol=1e-6, atol=1e-6, msg=method.name)
-        averaged = torch.cat([share for _, share in shares], dim=1) / 2
+    shares = ranks(value_and_gradient, 2)
+    for number, (method, (loss, gradient)) in enumerate(zip(METHODS, alone, strict=False)):
+        for share in shares:
+            torch.testing.assert_close(share[number][0], loss, rtol=1e-6, atol=1e-6)
+        averaged = torch.cat([share[number][1] for share in shares], dim=1) / 2
         torch.testing.assert_close(averaged, gradient, rtol=1e-5, atol=1e-8, msg=method.name)
 
 

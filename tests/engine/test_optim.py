@@ -10,7 +10,7 @@ from imsvd_core.engine.optim import OptimConfig, build_optimizer, learning_rate
 
 
 @pytest.mark.parametrize(
-    "epochs, warmup", [(1, 10), (3, 0), (3, 0.5), (100, 10), (1, 1), (2, 1.99)]
+    ("epochs", "warmup"), [(1, 10), (3, 0), (3, 0.5), (100, 10), (1, 1), (2, 1.99)]
 )
 def test_the_rate_rises_to_its_peak_then_falls_to_its_floor_for_any_warmup_and_length(
     epochs, warmup
@@ -23,7 +23,8 @@ def test_the_rate_rises_to_its_peak_then_falls_to_its_floor_for_any_warmup_and_l
     ]
     top = min(round(warmup * per_epoch), len(rates))
     assert rates[max(top - 1, 0)] == pytest.approx(0.4)
-    assert rates[:top] == sorted(rates[:top]) and rates[top:] == sorted(rates[top:], reverse=True)
+    assert rates[:top] == sorted(rates[:top])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
     assert min(rates) > 0
     if len(rates) > top + 1:
         assert rates[-1] == pytest.approx(0.004)
@@ -46,7 +47,8 @@ def test_biases_and_norms_are_not_decayed():
 
 
 def lars_by_hand(weights, gradients, lr, decay=1e-6, momentum=0.9, trust=0.001, joint_norm=False):
-    """You et al. (2017), and with `joint_norm` as in the code of Barlow Twins: the norm of what is applied."""
+    """You et al. (2017), and with `joint_norm` as in the code of Barlow Twins: the norm of what is
+    applied."""
     velocities = [torch.zeros_like(w) for w in weights]
     for step in gradients:
         for w, g, velocity in zip(weights, step, velocities, strict=True):

@@ -17,7 +17,7 @@ from imsvd_core.views import imagenet_views
 EVERY = [(name, scale) for name in RECIPES for scale in get_args(Scale)]
 
 
-@pytest.mark.parametrize("name, scale", EVERY)
+@pytest.mark.parametrize(("name", "scale"), EVERY)
 def test_every_recipe_builds_and_comes_back_from_json(name, scale):
     one = recipe(name, scale)
     with torch.device("meta"):
@@ -38,7 +38,8 @@ def test_recipes_differ():
 
 @pytest.mark.parametrize("epochs", [100, 200, 400, 800, 1000])
 def test_the_imagenet_recipes_are_the_papers(epochs):
-    """ResNet-50, 8192-8160, V = 102, B = 80, LARS 0.6·bs/256 to 0.002 after 10 epochs of warm-up, wd 1e-6, batch 2048."""
+    """ResNet-50, 8192-8160, V = 102, B = 80, LARS 0.6·bs/256 to 0.002 after 10 epochs of warm-up,
+    wd 1e-6, batch 2048."""
     full = recipe(f"imagenet-{epochs}", "full")
     assert (
         full.network.backbone,
@@ -46,7 +47,8 @@ def test_the_imagenet_recipes_are_the_papers(epochs):
         full.network.hidden,
         full.network.dim,
     ) == ("resnet50", False, (8192,), 8160)
-    assert full.method == IMSVD(units=80) and full.method.temperature == 1
+    assert full.method == IMSVD(units=80)
+    assert full.method.temperature == 1
     assert (full.optim.name, full.optim.lr, full.optim.weight_decay, full.optim.warmup_epochs) == (
         "lars",
         4.8,
@@ -60,7 +62,8 @@ def test_the_imagenet_recipes_are_the_papers(epochs):
         2048,
         imagenet_views(224),
     )
-    assert full.linear.view.scale == (0.2, 1.0) and (
+    assert full.linear.view.scale == (0.2, 1.0)
+    assert (
         full.eval_view.resize,
         full.eval_view.size,
     ) == (256, 224)
@@ -74,14 +77,16 @@ def test_the_imagenet_recipes_are_the_papers(epochs):
 
 
 def test_the_full_recipe_is_the_authors():
-    """ResNet-18, projector 512-1024-1024-1024, B = 32, SGD 0.1·bs/256, wd 5e-4, batch 512, 800 epochs, temperature 1."""
+    """ResNet-18, projector 512-1024-1024-1024, B = 32, SGD 0.1·bs/256, wd 5e-4, batch 512, 800
+    epochs, temperature 1."""
     full = recipe("cifar10", "full")
     assert (full.network.backbone, full.network.hidden, full.network.dim) == (
         "resnet18",
         (1024, 1024),
         1024,
     )
-    assert full.method == IMSVD(units=32) and full.method.temperature == 1
+    assert full.method == IMSVD(units=32)
+    assert full.method.temperature == 1
     assert (full.optim.name, full.optim.lr, full.optim.weight_decay) == (
         "sgd",
         0.1 * 512 / 256,
@@ -102,7 +107,8 @@ def test_unequal_units_come_back_from_json():
 
 def test_the_environment_sets_the_scale(monkeypatch):
     monkeypatch.delenv("IMSVD_SCALE", raising=False)
-    assert current_scale() == "laptop" and recipe("cifar10") == recipe("cifar10", "laptop")
+    assert current_scale() == "laptop"
+    assert recipe("cifar10") == recipe("cifar10", "laptop")
     monkeypatch.setenv("IMSVD_SCALE", "smoke")
     assert recipe("cifar10") == recipe("cifar10", "smoke")
     monkeypatch.setenv("IMSVD_SCALE", "huge")

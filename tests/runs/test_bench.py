@@ -1,4 +1,5 @@
-"""What a step costs: whole steps, waiting included, the warm-up not; among ranks the mean time and the greatest memory."""
+"""What a step costs: whole steps, waiting included, the warm-up not; among ranks the mean time and
+the greatest memory."""
 
 import os
 import time
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from imsvd_core.data.memory import ImageData
-from imsvd_core.engine.trainer import Loop
+from imsvd_core.engine.trainer import Trainer
 from imsvd_core.recipes import Recipe, recipe
 from imsvd_core.runs import bench as efficiency
 from imsvd_core.runs.bench import bench_step
@@ -59,10 +60,8 @@ def test_the_figures_are_those_of_the_counted_steps(monkeypatch):
         2.5,
     )
     assert found["images_per_second"] == 8 / 2.5
-    assert (
-        found["hours_per_100_epochs"] == pytest.approx(100 * 3 * 2.5 / 3600, rel=1e-3)
-        and found["steps_per_epoch"] == 3
-    )
+    assert found["hours_per_100_epochs"] == pytest.approx(100 * 3 * 2.5 / 3600, rel=1e-3)
+    assert found["steps_per_epoch"] == 3
     assert (found["steps"], found["warmup"], found["ranks"], found["train_images"]) == (4, 3, 1, 30)
     assert (found["method"], found["backbone"], found["data"], found["streamed"]) == (
         "imsvd",
@@ -91,7 +90,8 @@ def test_a_step_is_whole_with_its_wait_for_the_input(monkeypatch):
     )
     one, rest = small()
     found = bench_step(one, steps=3, warmup=1, **rest)
-    assert found["step_seconds_quartiles"] == [2, 2] and found["step_seconds_mean"] == 2
+    assert found["step_seconds_quartiles"] == [2, 2]
+    assert found["step_seconds_mean"] == 2
 
 
 def test_a_clock_counts_seconds():
@@ -102,7 +102,7 @@ def test_a_clock_counts_seconds():
 
 
 def test_nothing_is_saved_and_nothing_left(monkeypatch, tmp_path):
-    monkeypatch.setattr(Loop, "_write_checkpoint", lambda self: 1 / 0)
+    monkeypatch.setattr(Trainer, "_write_checkpoint", lambda self: 1 / 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     one, rest = small()
     bench_step(one, steps=5, warmup=2, **rest)
@@ -130,22 +130,22 @@ def on_a_rank(rank: int, size: int) -> dict:
 
 def test_ranks_tell_their_mean_time_and_their_greatest_memory(ranks):
     first, second = ranks(on_a_rank, 2)
-    assert first == second and first["ranks"] == 2
-    assert (
-        first["step_seconds"] == first["step_seconds_mean"] == 2 and first["images_per_second"] == 4
-    )
+    assert first == second
+    assert first["ranks"] == 2
+    assert first["step_seconds"] == first["step_seconds_mean"] == 2
+    assert first["images_per_second"] == 4
     assert first["peak_resident_GB"] == 2
 
 
 def test_told_to_stop_it_measured_nothing(monkeypatch):
-    train_one = Loop._train_one
+    train_one = Trainer.take_step
 
     def told(self, batches):
         if self.step == 3:
             os.kill(os.getpid(), signals._NOTICES[0])
         return train_one(self, batches)
 
-    monkeypatch.setattr(Loop, "_train_one", told)
+    monkeypatch.setattr(Trainer, "take_step", told)
     one, rest = small()
     with signals.heed(), pytest.raises(signals.Stopped, match="after 2 of 8 steps"):
         bench_step(one, steps=8, warmup=2, **rest)

@@ -15,7 +15,7 @@ from torchvision.io import write_jpeg
 from imsvd_core.cli import main
 from imsvd_core.data import memory as datasets
 from imsvd_core.engine import checkpoints
-from imsvd_core.engine.trainer import Loop
+from imsvd_core.engine.trainer import Trainer
 from imsvd_core.networks import NetworkConfig
 from imsvd_core.recipes import EVALUATIONS, OWN, evaluation, recipe
 from imsvd_core.results import read_result
@@ -259,13 +259,13 @@ def test_a_full_width_probe_takes_a_step_saves_and_goes_on(tree, tmp_path, monke
         NetworkConfig("resnet50", cifar_stem=False, hidden=(), dim=8), seed=0
     ).backbone
     torch.save(backbone.state_dict(), tmp_path / "resnet50.pth")
-    taken = Loop._train_one
+    taken = Trainer.take_step
 
     def and_stop(self, batches):
         self.stop()
         return taken(self, batches)
 
-    monkeypatch.setattr(Loop, "_train_one", and_stop)
+    monkeypatch.setattr(Trainer, "take_step", and_stop)
     trained = open_backbone(tmp_path / "resnet50.pth")
     asked = evaluation("imagenet-linear", None, trained.recipe)
     assert (
@@ -275,7 +275,7 @@ def test_a_full_width_probe_takes_a_step_saves_and_goes_on(tree, tmp_path, monke
     )
     with pytest.raises(signals.Stopped, match="step 1 of 2"):
         evaluations.evaluate("imagenet-linear", trained, asked, progress=False)
-    monkeypatch.setattr(Loop, "_train_one", taken)
+    monkeypatch.setattr(Trainer, "take_step", taken)
     cut = read_result(
         evaluations.evaluate(
             "imagenet-linear", open_backbone(tmp_path / "resnet50.pth"), asked, progress=False

@@ -16,7 +16,8 @@ from imsvd_core.runs.pretrain import Pretraining
 
 @pytest.fixture
 def photographs(tmp_path) -> Path:
-    """A tree of JPEGs: Tiny-ImageNet's if it is under the data root, else drawn ones of as many pixels."""
+    """A tree of JPEGs: Tiny-ImageNet's if it is under the data root, else drawn ones of as many
+    pixels."""
     real = datasets.data_root() / "tiny-imagenet-40"
     if real.is_dir():
         return real
@@ -38,15 +39,14 @@ def test_a_step_at_true_widths_is_taken_saved_resumed_and_exported(tmp_path, pho
     for progressed in first:
         break
     after = first.network.projector[-1].weight[:8, :8].detach().clone()
-    assert (
-        progressed.step == 1
-        and progressed.metrics["loss"].isfinite()
-        and not torch.equal(start, after)
-    )
+    assert progressed.step == 1
+    assert progressed.metrics["loss"].isfinite()
+    assert not torch.equal(start, after)
     del first
 
     second = Pretraining(few, tmp_path / "run", progress=False)
-    assert second.loop.step == 1 and torch.equal(second.network.projector[-1].weight[:8, :8], after)
+    assert second.trainer.step == 1
+    assert torch.equal(second.network.projector[-1].weight[:8, :8], after)
     assert [progressed.step for progressed in second] == [2]
     second.finish()
     _, backbone = load_run(tmp_path / "run")
@@ -54,4 +54,5 @@ def test_a_step_at_true_widths_is_taken_saved_resumed_and_exported(tmp_path, pho
     ours, exported = (
         represent(network, [images], "cpu") for network in (second.network.backbone, backbone)
     )
-    assert exported.shape == (2, 2048) and torch.equal(ours, exported)
+    assert exported.shape == (2, 2048)
+    assert torch.equal(ours, exported)

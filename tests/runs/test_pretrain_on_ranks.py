@@ -44,10 +44,10 @@ DRIVER = """
 import os, signal, sys
 from imsvd_core.data import memory as datasets
 from imsvd_core.cli import main
-from imsvd_core.engine.trainer import Loop
+from imsvd_core.engine.trainer import Trainer
 
 datasets.ATTRIBUTES_SIZES = {"train": 600, "test": 200}
-last, train_one = int(sys.argv.pop(1)), Loop._train_one
+last, train_one = int(sys.argv.pop(1)), Trainer.take_step
 
 def train_until_killed(self, batches):
     if self.step == last:
@@ -58,7 +58,7 @@ def train_until_killed(self, batches):
         os.kill(os.getppid(), signal.SIGKILL)
     return train_one(self, batches)
 
-Loop._train_one = train_until_killed
+Trainer.take_step = train_until_killed
 main()
 """
 
@@ -111,7 +111,8 @@ def test_a_run_of_two_ranks_killed_and_resumed_under_torchrun_is_the_one_that_su
     driver, tmp_path
 ):
     told, silent = submit(driver, tmp_path / "whole")
-    assert "written to" in told and "written to" not in silent
+    assert "written to" in told
+    assert "written to" not in silent
     assert torchrun(driver, tmp_path / "killed", kill_at=7).returncode != 0
     assert (tmp_path / "killed" / "checkpoints" / "step-000000006.pt").exists()
     resumed = torchrun(driver, tmp_path / "killed")
@@ -136,7 +137,8 @@ def test_a_run_of_two_ranks_killed_and_resumed_under_torchrun_is_the_one_that_su
         ]
         for name in ("whole", "killed")
     ]
-    assert records[0] == records[1] and [line["step"] for line in records[0]] == [
+    assert records[0] == records[1]
+    assert [line["step"] for line in records[0]] == [
         0,
         1,
         2,
@@ -163,14 +165,10 @@ def test_another_number_of_ranks_is_refused_in_one_line(driver, tmp_path, monkey
     monkeypatch.setattr(datasets, "ATTRIBUTES_SIZES", {"train": 600, "test": 200})
     main([*OPTIONS, "--run-dir", str(tmp_path / "alone")])
     refused = torchrun(driver, tmp_path / "alone")
-    assert (
-        refused.stderr.count("imsvd pretrain: ") == 1
-        and "world_size: 1 before, 2 now" in refused.stderr
-    )
-    assert (
-        "exitcode  : 2" in refused.stderr
-        and 'Traceback (most recent call last):\n  File "' + driver not in refused.stderr
-    )
+    assert refused.stderr.count("imsvd pretrain: ") == 1
+    assert "world_size: 1 before, 2 now" in refused.stderr
+    assert "exitcode  : 2" in refused.stderr
+    assert 'Traceback (most recent call last):\n  File "' + driver not in refused.stderr
 
 
 @pytest.mark.slow  # twice two processes
@@ -178,12 +176,11 @@ def test_ranks_whose_launcher_is_gone_save_and_stop_together(driver, tmp_path):
     orphans = torchrun(
         driver, tmp_path / "run", LAUNCHER_DIES="yes"
     )  # returns when they have closed its pipes
-    assert (
-        orphans.returncode == -signal.SIGKILL
-        and orphans.stderr.count(" of 10: run the same command to go on") == 1
-    )
+    assert orphans.returncode == -signal.SIGKILL
+    assert orphans.stderr.count(" of 10: run the same command to go on") == 1
     steps = [json.loads(line)["step"] for line in open(tmp_path / "run" / "metrics.jsonl")]
-    assert max(steps) < 10 and not (tmp_path / "run" / "result.json").exists()
+    assert max(steps) < 10
+    assert not (tmp_path / "run" / "result.json").exists()
     assert torchrun(driver, tmp_path / "run").returncode == 0
     assert [json.loads(line)["step"] for line in open(tmp_path / "run" / "metrics.jsonl")] == [
         0,
@@ -205,6 +202,5 @@ def test_ranks_whose_launcher_is_gone_save_and_stop_together(driver, tmp_path):
 @pytest.mark.slow  # two processes
 def test_an_error_of_one_rank_is_told_and_ends_both(driver, tmp_path):
     failed = torchrun(driver, tmp_path / "run", RANK_1_FAILS="yes")
-    assert (
-        failed.returncode != 0 and failed.stderr.count("imsvd pretrain: rank 1 alone failed") == 1
-    )
+    assert failed.returncode != 0
+    assert failed.stderr.count("imsvd pretrain: rank 1 alone failed") == 1

@@ -43,20 +43,20 @@ TWO_NODES = LaunchConfig(nodes=2, tasks_per_node=1, time="30")
 
 SLOWLY = """
 import os as _os
-_train_one = Loop._train_one
+_train_one = Trainer.take_step
 def _slowly(self, batches):
     if _os.environ.get("SLURM_RESTART_COUNT", "0") in {attempts}:
         time.sleep({seconds})
     return _train_one(self, batches)
-Loop._train_one = _slowly
+Trainer.take_step = _slowly
 """
 FAILING = """
-_train_one = Loop._train_one
+_train_one = Trainer.take_step
 def _failing(self, batches):
     if self.rank == 1 and self.step == 5:
         raise RuntimeError("rank 1 alone failed")
     return _train_one(self, batches)
-Loop._train_one = _failing
+Trainer.take_step = _failing
 """
 
 

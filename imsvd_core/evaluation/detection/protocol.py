@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, redirect_stdout
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.resnet import ResNet
 
+from imsvd_core.data.batch import Batch
 from imsvd_core.data.coco import CocoImages, Target
 from imsvd_core.distributed import mean_over_ranks, on_rank_0, world
+from imsvd_core.engine.config import LoopConfig
 from imsvd_core.engine.optim import OptimConfig
-from imsvd_core.engine.trainer import Loop, LoopConfig, stream_seed
+from imsvd_core.engine.order import Order, stream_seed
+from imsvd_core.engine.trainer import Trainer
 from imsvd_core.evaluation.detection.detector import DetectorConfig, build_detector
 from imsvd_core.evaluation.features import fingerprint
+from imsvd_core.methods.base import Method
 from imsvd_core.system import signals
 from imsvd_core.system.config import config_hash, essential, plain
-from imsvd_core.system.devices import PRECISIONS, pick_device
+from imsvd_core.system.devices import PRECISIONS
 from imsvd_core.system.files import atomic_write, hold
 from imsvd_core.system.progress import bar
 
@@ -133,21 +137,22 @@ def evaluate(
     config.check(train, test)
     train = train if config.train_images is None else train.subset(config.train_images)
     test = test if config.test_images is None else test.subset(config.test_images)
-    detector, loop = training(backbone, train, config, run_dir, progress=progress)
-    for _ in loop:
+    detector, trainer = training(backbone, train, config, run_dir, progress=progress)
+    order = trainer.order.since(trainer.step)
+    for _ in trainer.train(training_batches(train, order, config, trainer.device)):
         pass
-    loop.refuse_unfinished()
+    trainer.refuse_unfinished()
     held: list[Any] = []
-    on_rank_0(lambda: held.append(hold(loop.run_dir)))()
+    on_rank_0(lambda: held.append(hold(trainer.run_dir)))()
     test_settings = {**plain(config), "loop": None, "data": fingerprint(test.ids, test.records)}
-    folder = loop.run_dir / f"test-{config_hash(test_settings)}"
+    folder = trainer.run_dir / f"test-{config_hash(test_settings)}"
     with signals.interruptible():  # every block of detections is kept as it comes
-        _make_precise(detector, train, config, loop.device, folder, progress)
-        figures = _test(detector, test, config, loop.device, folder, progress)
+        _make_precise(detector, train, config, trainer.device, folder, progress)
+        figures = _test(detector, test, config, trainer.device, folder, progress)
     return figures | {
-        "iterations": loop.step,
+        "iterations": trainer.step,
         "train_images": len(train),
-        "seconds": round(loop.seconds, 1),
+        "seconds": round(trainer.seconds, 1),
     }
 
 
@@ -158,10 +163,10 @@ def training(
     run_dir: Path | str,
     *,
     progress: bool = True,
-) -> tuple[GeneralizedRCNN, Loop]:
+) -> tuple[GeneralizedRCNN, Trainer]:
     """The detector, and the loop that trains it when it is iterated, in a folder under `run_dir` that its settings name.
 
-    The new layers' weights are fixed by `config.loop.seed`. Raises as `Loop` does.
+    The new layers' weights are fixed by `config.loop.seed`. Raises as `Trainer` does.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(config.loop.seed, "weights", 0))
@@ -178,9 +183,8 @@ def training(
             "backbone": fingerprint(*backbone.state_dict().values()),
         }
     )
-    loop = Loop(
-        partial(losses, detector, config),
-        {"detector": detector},
+    trainer = Trainer(
+        Detection(detector),
         len(train),
         config.loop,
         config.optim,
@@ -189,26 +193,62 @@ def training(
         progress=progress,
         steps=config.iterations,
         rate=config.learning_rate,
-        batches=partial(train.batches, device=pick_device(config.loop.device)),
     )
-    return detector, loop
+    return detector, trainer
 
 
-def losses(
-    detector: nn.Module,
-    config: DetectionConfig,
-    batch: tuple[list[Tensor], list[Target]],
-    generator: torch.Generator,
-) -> dict[str, Tensor]:
-    """The detector's losses, and their sum as "loss", on images (bytes) of which some are mirrored."""
-    draws = torch.rand(len(batch[0]), generator=generator, device=generator.device)
-    mirrored = (draws < config.flip).tolist()
-    seen = [
+class Detection(Method):
+    """A detector under the sum of its losses; the losses of pieces are averaged."""
+
+    whole_batch = False
+
+    def __init__(self, detector: GeneralizedRCNN):
+        super().__init__()
+        self.detector = detector
+        self.names: tuple[str, ...] = ()
+
+    def embed(self, batch: Batch) -> tuple[Tensor, ...]:
+        """The detector's losses, scalars, of images (bytes) and what stands in them."""
+        (images,) = batch.views
+        losses = self.detector([image / 255 for image in images], batch.labels)
+        self.names = tuple(losses)
+        return tuple(losses.values())
+
+    def loss(self, *embeddings: Tensor) -> dict[str, Tensor]:
+        parts = dict(zip(self.names, embeddings, strict=True))
+        return {"loss": torch.stack(embeddings).sum(), **parts}
+
+
+def training_batches(
+    train: CocoImages, order: Order, config: DetectionConfig, device: torch.device
+) -> Iterator[Batch]:
+    """The pieces of every batch, of which some images are mirrored."""
+    pending: deque[tuple[int, Tensor]] = deque()
+
+    def noted() -> Iterator[tuple[int, Tensor]]:
+        for step, indices in order:
+            pending.append((step, indices))
+            yield step, indices
+
+    latest, generator = -1, torch.Generator(device)
+    for images, targets in train.batches(noted(), device=device):
+        step, indices = pending.popleft()
+        if step != latest:
+            latest, generator = step, order.generator(step, device)
+        images, targets = mirror(images, targets, config.flip, generator)
+        yield Batch((images,), targets, indices)
+
+
+def mirror(
+    images: list[Tensor], targets: list[Target], chance: float, generator: torch.Generator
+) -> tuple[list[Tensor], list[Target]]:
+    """Images and targets, of which each is flipped with that chance."""
+    draws = torch.rand(len(images), generator=generator, device=generator.device)
+    flips = [
         flip(image, target) if turn else (image, target)
-        for image, target, turn in zip(*batch, mirrored, strict=True)
+        for image, target, turn in zip(images, targets, (draws < chance).tolist(), strict=True)
     ]
-    parts = detector([image / 255 for image, _ in seen], [target for _, target in seen])
-    return {"loss": torch.stack([*parts.values()]).sum(), **parts}
+    return [image for image, _ in flips], [target for _, target in flips]
 
 
 def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
@@ -359,7 +399,9 @@ def _make_precise(
                     _autocast(config, device),
                 ):
                     torch.manual_seed(seed)
-                    losses(detector, config, batch, torch.Generator(device).manual_seed(seed))
+                    generator = torch.Generator(device).manual_seed(seed)
+                    images, targets = mirror(*batch, config.flip, generator)
+                    detector([image / 255 for image in images], targets)
                 moves(1)
 
             with (

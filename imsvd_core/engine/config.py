@@ -1,0 +1,63 @@
+"""How a training runs: its length, its precision, its record."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long, how large, how precise, and where."""
+
+    epochs: int = 3
+    """Times that every sample is visited."""
+    batch_size: int = 512
+    """Samples of one optimizer step, on all ranks together; what is left of an epoch's last batch
+    is dropped."""
+    accumulate: int = 1
+    """Pieces that a batch is cut into, to fit memory. Pretraining's loss is that of the whole batch
+    all the same."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Of the network's products and activations, by autocast; weights and losses stay fp32."""
+    channels_last: bool = True
+    """Keep convolutions, and with them what flows through, in the memory layout that is faster for
+    most."""
+    compile: bool = False
+    """Compile the trained modules with torch.compile."""
+    device: str = "auto"
+    """auto takes CUDA, else Apple's MPS, else the CPU."""
+    seed: int = 0
+    """Of the first weights, the order of the data and every draw."""
+    save_every: int = 0
+    """Steps between checkpoints beside those at the end of every epoch; 0 for none by this count.
+    """
+    save_minutes: float = 15.0
+    """Minutes after which a checkpoint is due, however many steps that were; 0 for none by the
+    clock."""
+    keep: int = 2
+    """Checkpoints to keep."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("epochs", 1),
+            ("batch_size", 1),
+            ("accumulate", 1),
+            ("seed", 0),
+            ("save_every", 0),
+            ("keep", 1),
+            ("log_every", 1),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value} must be at least {least}, and whole")
+        if not self.save_minutes >= 0:
+            raise ValueError(f"save_minutes={self.save_minutes} must be at least 0")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size={self.batch_size} cannot be cut into accumulate={self.accumulate} equal pieces"
+            )
+        if self.precision not in ("fp32", "bf16", "fp16"):
+            raise ValueError(f"precision={self.precision!r} must be 'fp32', 'bf16' or 'fp16'")

@@ -1,0 +1,27 @@
+"""Barlow Twins: cross-correlation towards the identity (Zbontar et al., 2021)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from imsvd_core.methods.base import check_weights
+from imsvd_core.methods.vicreg import PeerMethod
+from imsvd_core.networks import NetworkConfig
+
+
+@dataclass(frozen=True)
+class BarlowTwins:
+    """Cross-correlation towards the identity (Zbontar et al., 2021); loss from lightly."""
+
+    redundancy_weight: float = 5e-3
+    name: Literal["barlow_twins"] = "barlow_twins"
+
+    def __post_init__(self) -> None:
+        check_weights(self)
+
+    def check(self, network: NetworkConfig) -> None:
+        """Every network will do."""
+
+    def build(self, network: NetworkConfig) -> PeerMethod:
+        from lightly.loss import BarlowTwinsLoss  # slow to import
+
+        return PeerMethod(network, BarlowTwinsLoss(lambda_param=self.redundancy_weight))

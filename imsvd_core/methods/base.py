@@ -1,0 +1,87 @@
+"""What every method is: a module that embeds pieces of a batch, and gives the loss of the whole."""
+
+import math
+from collections.abc import Callable
+from dataclasses import fields
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from imsvd_core.data.batch import Batch
+from imsvd_core.distributed import world
+from imsvd_core.networks import NetworkConfig, TwinNetwork
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+class Method(nn.Module):
+    """All that a training trains and remembers, and its loss. The engine moves, averages, optimises
+    and saves it whole.
+
+    In a process group every rank embeds its own share. `loss` is that of the batch of all ranks, or
+    of this rank's share where the mean over ranks is the same; the engine averages the gradients.
+    """
+
+    whole_batch: ClassVar[bool] = True
+    """Whether the loss needs the whole batch; else the losses of its pieces may be averaged."""
+
+    backbone: nn.Module
+    """What evaluations take from it."""
+
+    def embed(self, batch: Batch) -> tuple[Tensor, ...]:
+        """What `loss` needs of one piece of the batch: tensors, a row for each sample of the piece."""
+        raise NotImplementedError
+
+    def loss(self, *embeddings: Tensor) -> dict[str, Tensor]:
+        """Scalars to record, of the embeddings of a whole batch; "loss" is minimised."""
+        raise NotImplementedError
+
+    def after_step(self, progress: float) -> None:
+        """What follows an update of the weights: momentum, queues. `progress` of the training is in
+        (0, 1]."""
+
+    def before_epoch(self, embed_all: Callable[[], Tensor]) -> None:
+        """What precedes an epoch: clusters of `embed_all()`, the training set's representations (N,
+        features)."""
+
+    def forward(self, batch: Batch) -> tuple[Tensor, ...]:
+        return self.embed(batch)
+
+
+class TwinMethod(Method):
+    """A method whose one network embeds both views."""
+
+    def __init__(self, network: NetworkConfig):
+        super().__init__()
+        self.network = TwinNetwork.build(network)
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.network.backbone
+
+    def embed(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Logits z1, z2 of the two views, (n, D) each."""
+        x1, x2 = batch.views
+        return self.network(x1, x2)
+
+
+def check_weights(config: "DataclassInstance") -> None:
+    """Raise ValueError for a weight of the configuration that is negative or not finite."""
+    for field in fields(config):
+        weight = getattr(config, field.name)
+        if field.name.endswith("_weight") and not (weight >= 0 and math.isfinite(weight)):
+            raise ValueError(
+                f"{field.name}={weight} must be a finite number ≥ 0 (default {field.default})"
+            )
+
+
+def of_all_ranks(z: Tensor) -> Tensor:
+    """(n, D) → (W·n, D), the rows of every rank; the gradient comes back summed over the ranks'
+    losses."""
+    if world()[1] == 1:
+        return z
+    from lightly.utils.dist import gather  # slow to import
+
+    return torch.cat(gather(z.contiguous()))
