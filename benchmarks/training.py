@@ -36,8 +36,8 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 def parts(run: Pretraining) -> dict[str, Callable[[], object]]:
     """Views, network and loss of one batch, each by itself."""
     device, precision = run.device, PRECISIONS[run.recipe.loop.precision]
-    images = next(run.trainer.batches(run.trainer._plan(0)))
     generator = torch.Generator(device).manual_seed(0)
+    images = run.train.images[: run.recipe.loop.batch_size].to(device)
     x1, x2 = run.views(images, generator)
 
     def network() -> None:
@@ -52,7 +52,7 @@ def parts(run: Pretraining) -> dict[str, Callable[[], object]]:
     return {
         "views": lambda: run.views(images, generator),
         "network": network,
-        "loss": lambda: run.method(*logits)["loss"].backward(),
+        "loss": lambda: run.method.loss(*logits)["loss"].backward(),
     }
 
 

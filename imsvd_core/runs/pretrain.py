@@ -97,6 +97,11 @@ class Pretraining:
         )
 
     @property
+    def network(self) -> TwinNetwork:
+        """The backbone and the projector that are trained."""
+        return self.method.network
+
+    @property
     def precision(self) -> torch.dtype | None:
         return PRECISIONS[self.recipe.loop.precision]
 
@@ -165,7 +170,7 @@ class Pretraining:
         else:
             pixels = images.images.to(self.device)
             draws = zip((first, second), (pixels, pixels), strict=True)
-        network, method = self.method.network, self.recipe.method
+        network, method = self.network, self.recipe.method
         was_training = network.training
         network.eval()
         codes = []

@@ -175,7 +175,7 @@ def test_a_planted_answer_is_found_in_streamed_images_and_none_in_shuffled_ones(
 
 def weights(run_dir: Path) -> torch.Tensor:
     (home,) = run_dir.iterdir()
-    return checkpoints.load_latest(home / "checkpoints")[0]["modules"]["head"]["weight"]
+    return checkpoints.load(checkpoints.newest(home / "checkpoints"))["method"]["head.weight"]
 
 
 def _probe(config, tree: str, run_dir: str, rank: int, size: int) -> tuple[dict, torch.Tensor]:

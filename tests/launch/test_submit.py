@@ -180,7 +180,7 @@ def test_a_job_told_by_usr2_saves_starts_again_and_ends_as_if_nothing_was(tmp_pa
     ends = [
         torch.load(tmp_path / name / "checkpoints" / "step-000000050.pt", weights_only=True)[
             "state"
-        ]["modules"]["network"]
+        ]["method"]
         for name in sent
     ]
     assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())

@@ -284,7 +284,7 @@ def test_a_full_width_probe_takes_a_step_saves_and_goes_on(tree, tmp_path, monke
     whole = replace(open_backbone(tmp_path / "resnet50.pth"), folder=tmp_path / "whole")
     left_alone = read_result(evaluations.evaluate("imagenet-linear", whole, asked, progress=False))
     heads = [
-        checkpoints.load_latest(folder / "checkpoints")[0]["modules"]["head"]
+        checkpoints.load(checkpoints.newest(folder / "checkpoints"))["method"]
         for home in (Path("runs/resnet50"), tmp_path / "whole")
         for folder in (home / "imagenet-linear").iterdir()
     ]

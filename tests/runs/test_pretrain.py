@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from imsvd_core.data import memory as datasets
 from imsvd_core.engine.trainer import Trainer
 from imsvd_core.methods import BarlowTwins, VICReg
+from imsvd_core.networks import NetworkConfig
 from imsvd_core.recipes import recipe
 from imsvd_core.results import read_result
 from imsvd_core.runs.backbones import load_backbone, load_run, save_backbone
@@ -126,8 +127,8 @@ def test_a_run_killed_at_five_random_steps_ends_with_the_weights_of_an_undisturb
         ]
         for name in ("whole", "killed")
     ]
-    for name, value in ends[0]["modules"]["network"].items():
-        assert torch.equal(value, ends[1]["modules"]["network"][name]), name
+    for name, value in ends[0]["method"].items():
+        assert torch.equal(value, ends[1]["method"][name]), name
     records = [
         [
             (line["step"], line.get("loss"), line.get("knn_20"))
@@ -235,9 +236,10 @@ def test_a_streamed_run_that_a_spoilt_file_ended_goes_on_without_it(small, image
 def test_peers_compute_in_float32_under_autocast():
     z1, z2 = torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(0)) * 12
     for peer in (VICReg(), BarlowTwins()):
-        plain = peer.build(32)(z1, z2)["loss"]
+        method = peer.build(NetworkConfig(dim=32))
+        plain = method.loss(z1, z2)["loss"]
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(peer.build(32)(z1, z2)["loss"], plain)
+            assert torch.equal(method.loss(z1, z2)["loss"], plain)
     with pytest.raises(ValueError, match="variance_weight=-3"):
         VICReg(variance_weight=-3)
 

@@ -127,9 +127,9 @@ def test_a_run_of_two_ranks_killed_and_resumed_under_torchrun_is_the_one_that_su
         ]
         for name in ("whole", "killed")
     ]
-    for name, value in ends[0]["modules"]["network"].items():
-        assert torch.equal(value, ends[1]["modules"]["network"][name]), name
-    assert "backbone.conv1.weight" in ends[0]["modules"]["network"]
+    for name, value in ends[0]["method"].items():
+        assert torch.equal(value, ends[1]["method"][name]), name
+    assert "network.backbone.conv1.weight" in ends[0]["method"]
     records = [
         [
             {key: value for key, value in json.loads(line).items() if key != "samples_per_second"}
