@@ -31,8 +31,8 @@ from torchvision import transforms
 from imsvd_core.data import memory as datasets
 from imsvd_core.data import tree as folders
 from imsvd_core.data.tree import FolderImages
-from imsvd_core.system.devices import pick_device
 from imsvd_core.results import provenance, write_result
+from imsvd_core.system.devices import pick_device
 from imsvd_core.views import IMAGENET_MEAN, IMAGENET_STD, TwoViews, imagenet_views
 
 VIEWS = TwoViews(imagenet_views())

@@ -36,8 +36,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from imsvd_core.evaluation import knn
-from imsvd_core.system.progress import bar
 from imsvd_core.results import provenance, write_result
+from imsvd_core.system.progress import bar
 
 NEIGHBORS = (20, 200)
 FULL = {

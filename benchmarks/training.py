@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from imsvd_core.system.devices import PRECISIONS, pick_device
 from imsvd_core.recipes import recipe
 from imsvd_core.results import provenance, write_result
 from imsvd_core.runs.pretrain import Pretraining
+from imsvd_core.system.devices import PRECISIONS, pick_device
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from imsvd_core.engine.trainer import LoopConfig
+from imsvd_core.engine.config import LoopConfig
 from imsvd_core.results import provenance, read_result, stored, stored_path, write_result
 from imsvd_core.system.config import config_hash
 

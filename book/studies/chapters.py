@@ -12,9 +12,9 @@ import jupytext
 from nbclient import NotebookClient
 
 from imsvd_core.data import memory as datasets
-from imsvd_core.system.devices import pick_device
 from imsvd_core.recipes import current_scale
 from imsvd_core.results import provenance, write_result
+from imsvd_core.system.devices import pick_device
 
 BOOK = Path(__file__).parents[1]
 

@@ -12,11 +12,11 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from imsvd_core.system.devices import pick_device
 from imsvd_core.loss import cross_joint_entropy
 from imsvd_core.recipes import recipe
 from imsvd_core.results import provenance, write_json, write_result
 from imsvd_core.runs.pretrain import Pretraining, load_data
+from imsvd_core.system.devices import pick_device
 
 SEEDS = (0, 1, 2)
 

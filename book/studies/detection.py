@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from imsvd_core.data.coco import open_coco
-from imsvd_core.engine.trainer import LoopConfig, stream_seed
+from imsvd_core.engine.config import LoopConfig
+from imsvd_core.engine.order import stream_seed
 from imsvd_core.evaluation.detection import protocol as detection
 from imsvd_core.evaluation.detection.detector import DetectorConfig
 from imsvd_core.evaluation.detection.protocol import DetectionConfig
@@ -78,8 +79,8 @@ def overfit(run_dir: Path) -> dict:
         ten.truth(),
         ten.ids.tolist(),
     )
-    detector, loop = detection.training(backbone("narrow"), ten, OVERFIT, run_dir)
-    for progressed in loop:
+    detector, trainer = detection.training(backbone("narrow"), ten, OVERFIT, run_dir)
+    for progressed in detection.steps(trainer, ten, OVERFIT):
         if progressed.step % WATCHED == 0:
             detector.eval()  # by the running statistics
             found = [
@@ -88,12 +89,12 @@ def overfit(run_dir: Path) -> dict:
                 for one in detection.detect(detector, [image], [number], ten.categories)
             ]
             detector.train()
-            loop.record(**detection.score(found, truth, ids))
+            trainer.record(**detection.score(found, truth, ids))
     ends = {
         name: detection.evaluate(backbone("narrow"), (ten, other), OVERFIT, run_dir=run_dir)
         for name, other in (("on_the_ten", ten), ("on_the_test_split", test))
     }
-    curves = {"losses": loop.records(), "watched": loop.records("box_ap50")}
+    curves = {"losses": trainer.records(), "watched": trainer.records("box_ap50")}
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     core_seconds = round(sum(one.ru_utime + one.ru_stime for one in used))
     figures = {
@@ -109,18 +110,19 @@ def overfit(run_dir: Path) -> dict:
 
 def one_process(run_dir: Path, steps: int) -> dict:
     """Take `steps` training steps of the full-width detector from where `run_dir` stands; what is there before and after."""
-    detector, loop = detection.training(
-        backbone("resnet50"), open_coco("coco:coco-mini"), FULL, run_dir, progress=False
+    train = open_coco("coco:coco-mini")
+    detector, trainer = detection.training(
+        backbone("resnet50"), train, FULL, run_dir, progress=False
     )
     states = [fingerprint(*detector.state_dict().values())]
-    first = loop.step
-    for _ in islice(loop, steps):
+    first = trainer.step
+    for _ in islice(detection.steps(trainer, train, FULL), steps):
         states.append(fingerprint(*detector.state_dict().values()))
     return {
         "from_step": first,
-        "to_step": loop.step,
+        "to_step": trainer.step,
         "states": states,
-        "seconds": round(loop.seconds, 1),
+        "seconds": round(trainer.seconds, 1),
         "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "parameters": sum(parameter.numel() for parameter in detector.parameters()),
     }

@@ -13,10 +13,10 @@ from itertools import product
 from pathlib import Path
 
 from imsvd_core.discretization import hardness
-from imsvd_core.system.devices import pick_device
 from imsvd_core.recipes import recipe
 from imsvd_core.results import provenance, write_json, write_result
 from imsvd_core.runs.pretrain import Pretraining, load_data
+from imsvd_core.system.devices import pick_device
 
 BATCH_SIZES = (128, 512)
 UNITS = (4, 8, 16, 32, 64, 128)

@@ -12,7 +12,7 @@ from torch import nn
 
 from imsvd_core.data import tree as folders
 from imsvd_core.data.coco import open_coco
-from imsvd_core.engine.trainer import LoopConfig
+from imsvd_core.engine.config import LoopConfig
 from imsvd_core.evaluation.detection import protocol as detection
 from imsvd_core.evaluation.detection.detector import DetectorConfig
 from imsvd_core.evaluation.detection.protocol import DetectionConfig
@@ -259,8 +259,8 @@ def test_a_run_cut_in_training_and_in_testing_ends_identical(pair, tmp_path, mon
     monkeypatch.setattr(detection, "BLOCK", 2)
     whole = detection.evaluate(backbone(), pair, CONFIG, run_dir=tmp_path / "whole", progress=False)
 
-    _, loop = detection.training(backbone(), pair[0], CONFIG, tmp_path / "cut", progress=False)
-    for progressed in loop:
+    _, trainer = detection.training(backbone(), pair[0], CONFIG, tmp_path / "cut", progress=False)
+    for progressed in detection.steps(trainer, pair[0], CONFIG):
         if progressed.step == 2:
             break
     torch.manual_seed(5)  # what happens in between must not matter
@@ -323,7 +323,7 @@ def test_the_seed_fixes_first_weights_and_precise_statistics_whatever_was_drawn_
 
 def test_another_test_of_the_same_detector_does_not_train_it_again(pair, tmp_path, monkeypatch):
     detection.evaluate(backbone(), pair, CONFIG, run_dir=tmp_path, progress=False)
-    monkeypatch.setattr(detection, "losses", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr(detection.Detection, "embed", lambda *a: pytest.fail("trained again"))
     other = replace(
         CONFIG, test_images=2, precise_bn=0, detector=replace(SMALL, score_threshold=0.5)
     )
@@ -342,7 +342,8 @@ def test_the_backbone_of_the_caller_stays_as_it_was_and_another_trains_anew(pair
     given = backbone().requires_grad_(False)
     before = {name: value.clone() for name, value in given.state_dict().items()}
     for _ in range(2):
-        list(detection.training(given, pair[0], CONFIG, tmp_path / "runs", progress=False)[1])
+        _, trainer = detection.training(given, pair[0], CONFIG, tmp_path / "runs", progress=False)
+        list(detection.steps(trainer, pair[0], CONFIG))
     assert identical(given.state_dict(), before)
     assert len(list((tmp_path / "runs").iterdir())) == 1
     with torch.no_grad():
@@ -391,25 +392,16 @@ def test_mirrored_and_resized_pictures_keep_boxes_and_masks_on_their_objects(pai
 
 def test_flips_are_drawn_with_their_probability(pair):
     images, targets = zip(*map(pair[0].read, range(4)), strict=True)
-    seen = []
-
-    def detector(images, targets):
-        seen.extend(image.sum(0)[:, 0] for image in images)
-        return {"loss_x": torch.zeros(())}
-
-    for probability, changed in ((0.0, 0), (1.0, 40), (0.5, 20)):
-        seen.clear()
+    for probability, changed, slack in ((0.0, 0, 0), (1.0, 40, 0), (0.5, 20, 7)):
+        edges = []
         generator = torch.Generator().manual_seed(0)
         for _ in range(10):
             marked = [image.clone() for image in images]
             for image in marked:
                 image[:, :, 0] = 0
-            detection.losses(
-                detector, replace(CONFIG, flip=probability), (marked, list(targets)), generator
-            )
-        assert abs(sum(bool(edge.any()) for edge in seen) - changed) <= (
-            7 if probability == 0.5 else 0
-        )
+            mirrored, _ = detection.mirror(marked, list(targets), probability, generator)
+            edges += [image.sum(0)[:, 0] for image in mirrored]
+        assert abs(sum(bool(edge.any()) for edge in edges) - changed) <= slack
 
 
 def test_the_rate_rises_in_the_warm_up_and_drops_tenfold():

@@ -14,8 +14,8 @@ from torchvision.io import write_png
 from imsvd_core.data.memory import ImageData
 from imsvd_core.data.tree import open_folder
 from imsvd_core.engine import checkpoints
+from imsvd_core.engine.config import LoopConfig
 from imsvd_core.engine.optim import OptimConfig
-from imsvd_core.engine.trainer import LoopConfig
 from imsvd_core.evaluation import features, linear
 from imsvd_core.views import EvalView, ViewConfig
 

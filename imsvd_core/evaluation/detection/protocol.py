@@ -30,7 +30,7 @@ from imsvd_core.distributed import mean_over_ranks, on_rank_0, world
 from imsvd_core.engine.config import LoopConfig
 from imsvd_core.engine.optim import OptimConfig
 from imsvd_core.engine.order import Order, stream_seed
-from imsvd_core.engine.trainer import Trainer
+from imsvd_core.engine.trainer import Progressed, Trainer
 from imsvd_core.evaluation.detection.detector import DetectorConfig, build_detector
 from imsvd_core.evaluation.features import fingerprint
 from imsvd_core.methods.base import Method
@@ -138,8 +138,7 @@ def evaluate(
     train = train if config.train_images is None else train.subset(config.train_images)
     test = test if config.test_images is None else test.subset(config.test_images)
     detector, trainer = training(backbone, train, config, run_dir, progress=progress)
-    order = trainer.order.since(trainer.step)
-    for _ in trainer.train(training_batches(train, order, config, trainer.device)):
+    for _ in steps(trainer, train, config):
         pass
     trainer.refuse_unfinished()
     held: list[Any] = []
@@ -195,6 +194,12 @@ def training(
         rate=config.learning_rate,
     )
     return detector, trainer
+
+
+def steps(trainer: Trainer, train: CocoImages, config: DetectionConfig) -> Iterator[Progressed]:
+    """Train to the end, and tell after every step where the training stands."""
+    order = trainer.order.since(trainer.step)
+    return trainer.train(training_batches(train, order, config, trainer.device))
 
 
 class Detection(Method):
