@@ -4,7 +4,7 @@ BIN    := .venv/bin
 READY  := .venv/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help book test slurm notebooks serve bench clean
+.PHONY: help book test check lint types quick format slurm notebooks serve bench clean
 
 help:  ## List these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +19,23 @@ test: $(READY)  ## Test the package, every chapter as a notebook, and the render
 	OMP_NUM_THREADS=1 IMSVD_BOOK=build/smoke $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slurm" || status=1; \
 	exit $$status
 
+check: lint types quick  ## Lint, format, spelling, types and the quick tests, in less than a minute
+
+lint: $(READY)  ## Of these, ruff, its formatter and codespell
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/codespell
+
+types: $(READY)  ## Of these, mypy
+	$(BIN)/mypy
+
+quick: $(READY)  ## Of these, the tests that are neither marked slow nor of the book
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not slurm and not book and not gpu"
+
+format: $(READY)  ## Format all code, and mend what ruff can mend safely
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
 slurm: $(READY)  ## Test launching on a real Slurm of two nodes, started for it; needs root and Slurm's packages
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/slurm
 
@@ -32,7 +49,7 @@ bench: $(READY)  ## Time the package against textbook versions and peers
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:  ## Remove everything built (the environment stays; remove .venv by hand)
-	rm -rf _build build *.egg-info
+	rm -rf _build build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # The environment, made again only when what it is made from has changed.
 $(READY): requirements.txt pyproject.toml
