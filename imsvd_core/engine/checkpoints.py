@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from imsvd_core.system.files import atomic_write, check_hold
+from imsvd_core.system.run_folder import RunFolder
 
 FORMAT = "imsvd-checkpoint/1"
 _NAME = re.compile(r"step-(\d+)\.pt")
@@ -18,31 +18,37 @@ class CheckpointError(RuntimeError):
     """A file that is not a whole checkpoint of ours; the message names it and what to do."""
 
 
-def save(directory: Path | str, step: int, state: dict[str, Any], keep: int = 2) -> Path:
-    """Write `state` as the checkpoint of `step`, then remove all but the newest `keep` ≥ 1. Returns
-    its path.
+def save(
+    directory: Path | str,
+    step: int,
+    state: dict[str, Any],
+    keep: int = 2,
+    run: RunFolder | None = None,
+) -> Path:
+    """Write `state` as the checkpoint of `step`, and remove all but the newest `keep` ≥ 1.
 
     `state` may hold tensors, numbers, strings, and lists and dicts of them: what
-    `weights_only=True` reads back.
+    `weights_only=True` reads back. `run` is the run folder that `directory` belongs to.
+    Returns the checkpoint's path. Raises Superseded if another process has taken `run` over.
     """
     if keep < 1:
         raise ValueError(f"keep={keep} must be at least 1: the newest checkpoint has to stay")
-    path = Path(directory) / f"step-{step:09d}.pt"
-    check_hold(path)  # else what we remove may be what our successor is writing
-    for left_over in Path(directory).glob(
-        ".step-*.part"
-    ):  # of a process that was killed while it saved
+    path = Path(directory).absolute() / f"step-{step:09d}.pt"
+    run = run or RunFolder(directory)
+    # else the files removed next may be those that a successor is writing
+    run.check()
+    for left_over in Path(directory).glob(".step-*.part"):
+        # of a process that was killed while it saved
         left_over.unlink(missing_ok=True)
-    with atomic_write(path) as file:
+    with run.atomic_write(path) as file:
         torch.save({"format": FORMAT, "step": step, "state": state}, file)
-    check_hold(path)
-    there = paths(directory)
-    now = there.index(
-        path
-    )  # files before it are of later steps: of a past that a resumption has undone
-    for old in there[:now] + there[now + keep :]:
+    run.check()
+    saved = paths(path.parent)
+    now = saved.index(path)
+    # files before it are of later steps: of a past that a resumption has undone
+    for old in saved[:now] + saved[now + keep :]:
         old.unlink(missing_ok=True)
-    return path
+    return Path(directory) / path.name
 
 
 def paths(directory: Path | str) -> list[Path]:

@@ -8,27 +8,27 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from imsvd_core.system.files import atomic_write, check_hold
+from imsvd_core.system.run_folder import RunFolder
 
 
 class Metrics:
     """metrics.jsonl: a line of figures for every step that somebody recorded something of."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, run: RunFolder | None = None):
         self.path = path
+        self.run = run or RunFolder(path.parent)
 
     def clear(self) -> None:
-        check_hold(self.path)
+        self.run.check()
         self.path.write_text("")
 
     def append(self, step: int, epoch: float, figures: Mapping[str, float]) -> None:
-        line = {"step": step, "epoch": epoch}
-        line |= {
-            name: value if math.isfinite(value) else None for name, value in figures.items()
-        }  # JSON has no NaN
-        check_hold(self.path)
+        # JSON has no NaN
+        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        line = json.dumps({"step": step, "epoch": epoch} | finite)
+        self.run.check()
         with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(line + "\n")
 
     def lines(self, key: str) -> list[dict[str, float]]:
         """The lines that hold `key`, oldest first."""
@@ -38,7 +38,7 @@ class Metrics:
     def forget_after(self, step: int) -> None:
         """Drop what was written after `step`, and a last line that was cut short."""
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        with atomic_write(self.path) as file:
+        with self.run.atomic_write(self.path.absolute()) as file:
             file.writelines(
                 line.encode()
                 for line in lines

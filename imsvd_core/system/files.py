@@ -13,7 +13,7 @@ import tempfile
 import time
 import uuid
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -24,14 +24,19 @@ except ImportError:  # Windows
     fcntl = None
 
 
+def _pass() -> None:
+    """What is checked of a file that belongs to no run."""
+
+
 @contextmanager
-def atomic_write(path: Path | str, *, fenced: bool = True) -> Iterator[BinaryIO]:
+def atomic_write(
+    path: Path | str, check: Callable[[], None] = _pass, *, fenced: bool = True
+) -> Iterator[BinaryIO]:
     """Open a temporary neighbour of `path` for writing; on success flush it to disk and
     rename it into place.
 
     A reader sees the old file or the new one, never a part; after an error or a kill the
-    old one stands. Raises Superseded, with the old one standing, where this process held
-    a folder above and has lost it, if `fenced`.
+    old one stands, too if `check`, which is called right before the renaming, raises.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,10 +49,12 @@ def atomic_write(path: Path | str, *, fenced: bool = True) -> Iterator[BinaryIO]
         os.chmod(temporary, 0o666 & ~_umask())
         if fenced:
             check_hold(path)
+        check()
         try:
             os.replace(temporary, path)
-        except FileNotFoundError:  # a successor has tidied up
-            check_hold(path)
+        except FileNotFoundError:
+            # a successor may have tidied up
+            check()
             raise
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
