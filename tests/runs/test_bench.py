@@ -13,7 +13,7 @@ from imsvd_core.engine.trainer import Trainer
 from imsvd_core.recipes import Recipe, recipe
 from imsvd_core.runs import bench as efficiency
 from imsvd_core.runs.bench import bench_step
-from imsvd_core.runs.pretrain import Pretraining
+
 from imsvd_core.system import signals
 
 
@@ -72,19 +72,14 @@ def test_the_figures_are_those_of_the_counted_steps(monkeypatch):
 
 
 def test_a_step_is_whole_with_its_wait_for_the_input(monkeypatch):
-    source, now = Pretraining._source, [0]
+    views, now = ImageData.views, [0]
 
-    def slow(self):
-        batches, two_views = source(self)
+    def waiting(self, *args, **kwargs):
+        for number, batch in enumerate(views(self, *args, **kwargs)):
+            now[0] += 2 if number else 1000  # the first decodes much
+            yield batch
 
-        def waiting(plan):
-            for number, batch in enumerate(batches(plan)):
-                now[0] += 2 if number else 1000  # the first decodes much
-                yield batch
-
-        return waiting, two_views
-
-    monkeypatch.setattr(Pretraining, "_source", slow)
+    monkeypatch.setattr(ImageData, "views", waiting)
     monkeypatch.setattr(
         efficiency, "_clock", lambda device: (lambda: now[0], lambda before, after: after - before)
     )
