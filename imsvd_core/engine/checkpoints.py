@@ -78,7 +78,8 @@ def load(path: Path | str, map_location: str | torch.device = "cpu") -> dict[str
             f"{path} was not written by this package as {FORMAT!r}; "
             "give a checkpoint from a run's checkpoints/ folder"
         )
-    return content["state"]
+    state: dict[str, Any] = content["state"]
+    return state
 
 
 def newest(directory: Path | str) -> Path | None:
@@ -105,7 +106,8 @@ def newest(directory: Path | str) -> Path | None:
 def weights(state: dict[str, Any]) -> dict[str, Any]:
     """The method's state dict in a checkpoint's state; older ones hold its parts by name."""
     if "method" in state:
-        return state["method"]
+        method: dict[str, Any] = state["method"]
+        return method
     return {
         f"{part}.{name}": value
         for part, values in state["modules"].items()

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class Gradients:
             with self._averaged(number):
                 with self._setting(seed + number):
                     metrics = self.method.loss(*(self.shared or self.method)(piece))
-                self.scaler.scale(metrics["loss"] / self.pieces).backward()
+                torch.autograd.backward(self.scaler.scale(metrics["loss"] / self.pieces))
             for name, value in metrics.items():
                 means[name] = means.get(name, 0) + value.detach().float() / self.pieces
         return means
@@ -69,14 +70,14 @@ class Gradients:
         whole = [torch.cat(parts).requires_grad_() for parts in zip(*embeddings, strict=True)]
         with self._setting(seed):
             metrics = self.method.loss(*whole)
-        self.scaler.scale(metrics["loss"]).backward()
+        torch.autograd.backward(self.scaler.scale(metrics["loss"]))
         slopes = [None if z.grad is None else z.grad.chunk(self.pieces) for z in whole]
         again = self._embed(self.shared or self.method, batch, seed)
         for number in range(self.pieces):
             with self._averaged(number):
                 tables = zip(next(again), slopes, strict=True)
                 pairs = [(z, slope[number]) for z, slope in tables if z.requires_grad and slope]
-                torch.autograd.backward(*zip(*pairs, strict=True))
+                torch.autograd.backward([z for z, _ in pairs], [slope for _, slope in pairs])
         return {name: value.detach().float() for name, value in metrics.items()}
 
     def _embed(
@@ -88,7 +89,7 @@ class Gradients:
                 embeddings = embed(piece)
             yield embeddings
 
-    def _averaged(self, number: int) -> AbstractContextManager:
+    def _averaged(self, number: int) -> AbstractContextManager[Any]:
         """Gradients of all pieces but the last stay on their rank: the sum travels once."""
         return self.shared.no_sync() if self.shared and number < self.pieces - 1 else nullcontext()
 
@@ -128,18 +129,19 @@ def _norms(method: nn.Module) -> list[_BatchNorm]:
 @contextmanager
 def _one_update_of_statistics(method: nn.Module, pieces: int) -> Iterator[None]:
     """Let `pieces` updates of batch-norm's running statistics weigh, and count, as one."""
-    norms = (
-        [norm for norm in _norms(method) if norm.momentum is not None] if pieces > 1 else []
-    )  # None: a plain mean
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
-    for norm in norms:
-        norm.momentum = 1 - (1 - norm.momentum) ** (1 / pieces)
+    restore = []
+    for norm in _norms(method) if pieces > 1 else []:
+        momentum, count = norm.momentum, norm.num_batches_tracked
+        if momentum is None or count is None:  # statistics that are a plain mean
+            continue
+        restore.append((norm, momentum, count, count.clone()))
+        norm.momentum = 1 - (1 - momentum) ** (1 / pieces)
     try:
         yield
     finally:
-        for norm, (momentum, batches) in zip(norms, before, strict=True):
+        for norm, momentum, count, start in restore:
             norm.momentum = momentum
-            norm.num_batches_tracked.sub_(batches).div_(pieces, rounding_mode="floor").add_(batches)
+            count.sub_(start).div_(pieces, rounding_mode="floor").add_(start)
 
 
 @contextmanager

@@ -81,7 +81,7 @@ def build_optimizer(config: OptimConfig, modules: Iterable[nn.Module]) -> torch.
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
     if config.name == "lars":
-        from timm.optim import Lars  # slow to import
+        from timm.optim.lars import Lars  # slow to import
 
         return Lars(groups, lr=config.lr, momentum=config.momentum, trust_coeff=0.001)
     return torch.optim.AdamW(groups, lr=config.lr)

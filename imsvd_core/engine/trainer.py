@@ -99,7 +99,7 @@ class Trainer:
         self.settings = json.loads(json.dumps(fixed))
         self.device = pick_device(config.device)
         layout = torch.channels_last if config.channels_last else torch.preserve_format
-        method.to(self.device, memory_format=layout)
+        method.to(self.device).to(memory_format=layout)
         if config.compile:
             method.compile()
         self.optimizer = build_optimizer(optim, [method])

@@ -27,8 +27,10 @@ class Method(nn.Module):
     whole_batch: ClassVar[bool] = True
     """Whether the loss needs the whole batch; else the losses of its pieces may be averaged."""
 
-    backbone: nn.Module
-    """What evaluations take from it."""
+    @property
+    def backbone(self) -> nn.Module:
+        """What evaluations take from it."""
+        raise NotImplementedError
 
     def embed(self, batch: Batch) -> tuple[Tensor, ...]:
         """What `loss` needs of one piece of the batch: tensors, a row for each sample of the piece."""
@@ -59,12 +61,14 @@ class TwinMethod(Method):
 
     @property
     def backbone(self) -> nn.Module:
-        return self.network.backbone
+        backbone: nn.Module = self.network.backbone
+        return backbone
 
     def embed(self, batch: Batch) -> tuple[Tensor, ...]:
         """Logits z1, z2 of the two views, (n, D) each."""
         x1, x2 = batch.views
-        return self.network(x1, x2)
+        z1, z2 = self.network(x1, x2)
+        return z1, z2
 
 
 def check_weights(config: "DataclassInstance") -> None:

@@ -6,9 +6,10 @@ from typing import Literal
 from torch import Tensor
 
 from imsvd_core.discretization import unit_counts
-from imsvd_core.loss import CrossJointEntropyLoss, Invariance, Products
+from imsvd_core.loss import CrossJointEntropyLoss
 from imsvd_core.methods.base import TwinMethod
 from imsvd_core.networks import NetworkConfig
+from imsvd_core.streaming import Invariance, Products
 
 
 @dataclass(frozen=True)
