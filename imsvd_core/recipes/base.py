@@ -1,0 +1,92 @@
+"""What a recipe is: one pretraining and the evaluations that belong to it, at three scales."""
+
+import os
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal, get_args
+
+from imsvd_core.engine.config import LoopConfig
+from imsvd_core.engine.optim import OptimConfig
+from imsvd_core.evaluation.knn import KNNConfig
+from imsvd_core.evaluation.linear import LinearConfig
+from imsvd_core.methods import IMSVD, MethodConfig
+from imsvd_core.networks import NetworkConfig
+from imsvd_core.system.config import plain
+from imsvd_core.system.devices import fast_precision
+from imsvd_core.views import CIFAR_MEAN, CIFAR_STD, TwoViewConfig, cifar_views
+
+Scale = Literal["smoke", "laptop", "full"]
+
+
+@dataclass(frozen=True)
+class EvalViewConfig:
+    """The view that evaluations see: shorter side to `resize`, then the middle `size` of it."""
+
+    resize: int = 32
+    size: int = 32
+    mean: tuple[float, float, float] = CIFAR_MEAN
+    std: tuple[float, float, float] = CIFAR_STD
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One pretraining and the evaluations that belong to it."""
+
+    method: MethodConfig = field(default_factory=IMSVD)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    views: TwoViewConfig = field(default_factory=cifar_views)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    eval_view: EvalViewConfig = field(default_factory=EvalViewConfig)
+    knn: KNNConfig = field(default_factory=KNNConfig)
+    watch: KNNConfig = field(
+        default_factory=lambda: KNNConfig(neighbors=(20,), gallery=10_000, queries=2_000)
+    )
+    """The smaller kNN that accompanies training, before it and after every epoch."""
+    look: int = 2048
+    """Test images whose codes and joint matrix accompany training."""
+    linear: LinearConfig = field(default_factory=LinearConfig)
+    data: str = "auto"
+    """Data set: auto, cifar10, cifar100, fashion-mnist, attributes, folder:PATH (in memory) or
+    tree:PATH (streamed)."""
+    on_corrupt: Literal["error", "skip"] = "error"
+    """An unreadable image file ends the run, or is passed over: left out in memory, replaced by the
+    next if streamed."""
+    samples: int | None = None
+    """Training images to use, class-balanced; all of them by default."""
+
+    def __post_init__(self) -> None:
+        self.method.check(self.network)
+
+    def training_settings(self) -> dict[str, Any]:
+        """What fixes the training: all but what judges it, and may change after it, and how spoilt
+        files are met."""
+        settings = plain(self)
+        for name in ("knn", "watch", "look", "linear", "eval_view", "on_corrupt"):
+            del settings[name]
+        return settings
+
+
+def current_scale() -> Scale:
+    """IMSVD_SCALE, or `laptop`. Raises ValueError for any other word."""
+    scale = os.environ.get("IMSVD_SCALE", "laptop")
+    if scale not in get_args(Scale):
+        raise ValueError(f"IMSVD_SCALE={scale!r} must be one of {', '.join(get_args(Scale))}")
+    return scale
+
+
+def fast_here(settings: Any) -> Any:
+    """The same settings with fp32 for bf16, wherever they train, on a machine that would emulate
+    bf16."""
+    if isinstance(settings, LoopConfig):
+        return (
+            replace(settings, precision=fast_precision())
+            if settings.precision == "bf16"
+            else settings
+        )
+    if not is_dataclass(settings):
+        return settings
+    inner = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    return replace(
+        settings,
+        **{name: fast_here(value) for name, value in inner.items() if is_dataclass(value)},
+    )

@@ -1,0 +1,143 @@
+"""Recipes of evaluations, of whatever backbone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from imsvd_core.engine.optim import OptimConfig
+from imsvd_core.evaluation.detection.detector import DetectorConfig
+from imsvd_core.evaluation.detection.protocol import DetectionConfig
+from imsvd_core.evaluation.knn import KNNConfig
+from imsvd_core.evaluation.linear import LinearConfig
+from imsvd_core.evaluation.svm import SVMConfig
+from imsvd_core.recipes.base import EvalViewConfig, Recipe, Scale, current_scale, fast_here
+from imsvd_core.recipes.imagenet import imagenet
+
+EvaluationConfig = KNNConfig | LinearConfig | SVMConfig | DetectionConfig
+
+
+@dataclass(frozen=True)
+class EvaluationRecipe:
+    """One evaluation, of whatever backbone."""
+
+    config: EvaluationConfig
+    data: str
+    """Data set, as a pretraining's; voc:PATH and coco:PATH for the layouts of VOC and COCO."""
+    eval_view: EvalViewConfig = field(default_factory=EvalViewConfig)
+    """What kNN and the linear probe see of a test image."""
+
+
+def evaluation(
+    name: str, scale: Scale | None = None, trained: Recipe | None = None
+) -> EvaluationRecipe:
+    """The evaluation `name` at a scale, of a backbone that was `trained` so: knn and linear as its
+    recipe has them (by default ImageNet's), the others as the paper does, all with the
+    normalisation that the backbone knows.
+
+    Raises ValueError naming the evaluations there are.
+    """
+    if name not in EVALUATIONS and name not in OWN:
+        raise ValueError(f"evaluation={name!r} must be one of {', '.join((*OWN, *EVALUATIONS))}")
+    scale = scale or current_scale()
+    trained = trained or imagenet(scale)
+    if name in OWN:
+        return EvaluationRecipe(getattr(trained, name), trained.data, trained.eval_view)
+    asked = EVALUATIONS[name](scale)
+    asked = asked if scale == "full" else fast_here(asked)
+    known = {"mean": trained.eval_view.mean, "std": trained.eval_view.std}
+    config = asked.config
+    if isinstance(config, LinearConfig):
+        config = replace(config, view=replace(config.view, **known))
+    elif isinstance(config, SVMConfig):
+        config = replace(config, **known)
+    elif isinstance(config, DetectionConfig):
+        config = replace(config, detector=replace(config.detector, **known))
+    return replace(asked, config=config, eval_view=replace(asked.eval_view, **known))
+
+
+def _imagenet_knn(scale: Scale) -> EvaluationRecipe:
+    """kNN on ImageNet (Table II)."""
+    own = imagenet(scale)
+    return EvaluationRecipe(
+        own.knn, own.data if scale == "full" else "tree:tiny-imagenet-40", own.eval_view
+    )
+
+
+def _imagenet_linear(scale: Scale) -> EvaluationRecipe:
+    """Linear probe on ImageNet (Tables I and IV to IX)."""
+    return replace(_imagenet_knn(scale), config=imagenet(scale).linear)
+
+
+def _places205_linear(scale: Scale) -> EvaluationRecipe:
+    """Linear probe on Places205 (Table III). The weight decay is VISSL's."""
+    like = _imagenet_linear(scale)
+    data = "tree:places205" if like.data == "tree:imagenet" else like.data
+    optim = OptimConfig(
+        name="sgd", lr=0.01, weight_decay=5e-4, momentum=0.9, warmup_epochs=0, milestones=(5, 10)
+    )
+    loop = replace(like.config.loop, epochs=1 if scale == "smoke" else 14)
+    view = replace(like.config.view, scale=(0.08, 1.0))
+    return replace(like, config=replace(like.config, optim=optim, view=view, loop=loop), data=data)
+
+
+def _voc07_svm(scale: Scale) -> EvaluationRecipe:
+    """Support vector machines on VOC07 (Table III)."""
+    if scale == "full":
+        return EvaluationRecipe(SVMConfig(), "voc:voc07")
+    small = SVMConfig(
+        pool="mean", resize=128, size=128, jobs=1
+    )  # the last map has 7×7 places at 224 pixels only
+    if scale == "smoke":
+        small = replace(small, costs=(0.1, 1.0), train_images=48, test_images=16)
+    return EvaluationRecipe(small, "voc:voc-mini")
+
+
+def _coco_detection(scale: Scale) -> EvaluationRecipe:
+    """Mask R-CNN R50-C4 on COCO, 1× (Table III)."""
+    full = DetectionConfig()
+    if scale == "full":
+        return EvaluationRecipe(full, "coco:coco")
+    small = DetectorConfig(
+        min_sizes=(192, 224, 256),
+        test_size=224,
+        max_size=384,
+        anchors=(16, 32, 64, 128, 256),
+        train_proposals=(1000, 200),
+        test_proposals=(500, 100),
+        rois=32,
+        roi_size=8,
+        mask_channels=64,
+    )
+    laptop = replace(
+        full,
+        detector=small,
+        iterations=300,
+        lr=0.02,
+        drops=(200, 270),
+        precise_bn=20,
+        loop=replace(full.loop, batch_size=4, precision="bf16"),
+    )
+    if scale == "laptop":
+        return EvaluationRecipe(laptop, "coco:coco-mini")
+    small = replace(small, min_sizes=(96,), test_size=96, max_size=160, rois=8)
+    smoke = replace(
+        laptop,
+        detector=small,
+        iterations=2,
+        warmup=1,
+        drops=(),
+        precise_bn=1,
+        train_images=4,
+        test_images=2,
+        loop=replace(full.loop, batch_size=2, log_every=1),
+    )
+    return EvaluationRecipe(smoke, "coco:coco-mini")
+
+
+OWN = ("knn", "linear")  #: evaluations that a run brings its own settings for
+EVALUATIONS: dict[str, Callable[[Scale], EvaluationRecipe]] = {
+    "imagenet-knn": _imagenet_knn,
+    "imagenet-linear": _imagenet_linear,
+    "places205-linear": _places205_linear,
+    "voc07-svm": _voc07_svm,
+    "coco-detection": _coco_detection,
+}
