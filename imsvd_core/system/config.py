@@ -1,61 +1,200 @@
-"""Settings as JSON and back, their identity, and how two differ."""
+"""Settings as JSON and back, their identity, and how two differ.
+
+Settings are identified by what differs from the defaults of a numbered schema: a setting that is
+added later, with the old behaviour as its default, changes no identity. A default therefore never
+changes without a new number.
+"""
 
 import hashlib
 import json
 import types
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+#: Number of the defaults that identities refer to; tests/system/schema-1.json lists them.
+SCHEMA = 1
 #: Settings of a loop that touch the record and not the training: a run may be resumed under others.
 OPERATIONAL = ("save_every", "save_minutes", "keep", "log_every", "tensorboard")
+#: What a value of a type is called in an error message.
+WORDS: dict[type, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "text, in quotes",
+    bool: "true or false",
+    Path: "a path, in quotes",
+    types.NoneType: "null",
+}
+
+
+def settings(config: Any) -> Any:
+    """What identifies a configuration: the schema's number, and what is not its default.
+
+    Goes through mappings and sequences of configurations; anything else stays as JSON holds it.
+    """
+    if is_dataclass(config) and not isinstance(config, type):
+        return {"schema": SCHEMA, **_name(config), **_changed(config, default_values(type(config)))}
+    if isinstance(config, Mapping):
+        return {str(key): settings(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [settings(value) for value in config]
+    return plain(config)
 
 
 def config_hash(config: Any) -> str:
-    """Twelve hex digits that change with any value of the configuration."""
+    """Twelve hex digits of `settings(config)`: another value changes them, a later setting not."""
+    return full_hash(settings(config))
+
+
+def full_hash(config: Any) -> str:
+    """Twelve hex digits of all values; the `config_hash` of results from before the schemas."""
     return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def default_values(kind: type) -> dict[str, Any]:
+    """The default of each field of a dataclass that has one."""
+    values = {field.name: field.default for field in fields(kind)}
+    for field in fields(kind):
+        if field.default_factory is not MISSING:
+            values[field.name] = field.default_factory()
+    return {name: value for name, value in values.items() if value is not MISSING}
+
+
+def _changed(config: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that differ from `defaults`; of a part, what differs from the default part."""
+    changed: dict[str, Any] = {}
+    for field in fields(config):
+        value, default = getattr(config, field.name), defaults.get(field.name, MISSING)
+        if value == default:
+            continue
+        if is_dataclass(value):
+            changed[field.name] = _name(value) | _changed(value, _defaults_of(type(value), default))
+        else:
+            changed[field.name] = plain(value)
+    return changed
+
+
+def _defaults_of(kind: type, default: Any) -> dict[str, Any]:
+    """The defaults of a part of the class `kind`: those of the containing class, if it has some."""
+    return vars(default) if type(default) is kind else default_values(kind)
+
+
+def _name(config: Any) -> dict[str, str]:
+    return {"name": config.name} if hasattr(config, "name") else {}
 
 
 def plain(value: Any) -> Any:
     """Dataclasses, tuples and paths as what JSON can hold; raises TypeError for anything else."""
+    return json.loads(json.dumps(value, default=_for_json))
+
+
+def _for_json(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    return json.loads(json.dumps(value, default=_path))
-
-
-def _path(value: Any) -> str:
+        return asdict(value)
     if isinstance(value, Path):
         return str(value)
     raise TypeError(
-        f"{value!r} ({type(value).__name__}) has no place in a result: give numbers, strings, lists, dicts"
+        f"{value!r} ({type(value).__name__}) has no place in a result: "
+        "give numbers, strings, lists, dicts"
     )
 
 
-def from_plain(kind: Any, value: Any) -> Any:
-    """A configuration back from the JSON that it was stored as: the inverse of `plain`.
+def from_plain(kind: Any, value: Any, default: Any = MISSING, path: str = "") -> Any:
+    """What `plain` or `settings` wrote, as `kind` again; a setting that is absent has its default.
 
-    Raises ValueError for a field that `kind` does not have.
+    Args:
+        kind: a dataclass, or the annotation of a field.
+        value: what JSON or TOML gave.
+        default: what the containing class has by default; its fields stand for absent ones.
+        path: name of the setting, for messages.
+
+    Raises ValueError for a value of another type, an unknown field, and a missing one.
     """
-    if get_origin(kind) is types.UnionType and isinstance(
-        value, Mapping
-    ):  # of methods, or a view that may be None
-        named = [
-            one
-            for one in get_args(kind)
-            if is_dataclass(one) and value.get("name") == getattr(one, "name", None)
-        ]
-        if not named:
-            raise ValueError(f"name={value.get('name')!r} is none of {kind}")
-        kind = named[0]
-    if is_dataclass(kind) and isinstance(value, Mapping):
-        hints = get_type_hints(kind)
-        if unknown := sorted(set(value) - set(hints)):
-            raise ValueError(
-                f"{kind.__name__} has no field {', '.join(unknown)}; it has: {', '.join(hints)}"
-            )
-        return kind(**{name: from_plain(hints[name], item) for name, item in value.items()})
-    return tuple(value) if isinstance(value, list) else value
+    origin, parts = get_origin(kind), get_args(kind)
+    if isinstance(kind, type) and is_dataclass(kind):
+        if value is None and default is not MISSING:
+            # The probe's view in the oldest runs, where it was not used.
+            return default
+        return _read_config(kind, _require(value, Mapping, "a table of settings", path), default)
+    if origin in (Union, types.UnionType):
+        return _read_option(parts, value, default, path)
+    if origin is Literal:
+        words = f"one of {', '.join(map(str, parts))}"
+        if not isinstance(value, tuple(map(type, parts))):
+            raise ValueError(f"{path}={value!r} must be text, {words}")
+        if value not in parts:
+            raise ValueError(f"{path}={value!r} must be {words}")
+        return value
+    if origin is tuple:
+        _require(value, (list, tuple), "a list" + (" of texts" if str in parts else ""), path)
+        kinds = parts[:1] * len(value) if parts[-1] is ... else parts
+        if len(kinds) != len(value):
+            raise ValueError(f"{path}={value!r} must be a list of {len(kinds)}")
+        return tuple(
+            from_plain(part, item, path=path) for part, item in zip(kinds, value, strict=True)
+        )
+    if origin in (dict, Mapping):
+        _require(value, Mapping, "a table" + (" of texts" if parts[1] is str else ""), path)
+        return {
+            key: from_plain(parts[1], item, path=f"{path}.{key}") for key, item in value.items()
+        }
+    if kind is Any:
+        return tuple(value) if isinstance(value, list) else value
+    accepted = {float: (float, int), Path: (Path, str)}.get(kind, kind)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{path}={value!r} must be {WORDS.get(kind, kind)}")
+    return value if kind is types.NoneType else kind(value)
+
+
+def _require(value: Any, kind: Any, words: str, path: str) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(f"{path}={value!r} must be {words}")
+    return value
+
+
+def _read_option(parts: tuple[Any, ...], value: Any, default: Any, path: str) -> Any:
+    """`value` as the one of the types of a union that it fits; classes are told apart by `name`."""
+    if isinstance(value, Mapping) and any(is_dataclass(part) for part in parts):
+        name = value.get("name")
+        parts = tuple(p for p in parts if is_dataclass(p) and getattr(p, "name", None) == name)
+        if not parts:
+            raise ValueError(f"name={name!r} is none of the classes that {path} may have")
+    problems = []
+    for part in parts:
+        try:
+            return from_plain(part, value, default, path)
+        except ValueError as error:
+            problems.append(error)
+    raise problems[0]
+
+
+def _read_config(kind: type, value: Mapping[str, Any], default: Any) -> Any:
+    hints = get_type_hints(kind)
+    if value.get("schema", SCHEMA) != SCHEMA:
+        raise ValueError(f"schema={value['schema']} is not known here, only {SCHEMA}: update imsvd")
+    names = [field.name for field in fields(kind)]
+    if unknown := sorted(set(value) - {*names, *_name(kind), "schema"}):
+        has = ", ".join(names)
+        raise ValueError(f"{kind.__name__} has no field {', '.join(unknown)}; it has: {has}")
+    values = _defaults_of(kind, default)
+    for field in fields(kind):
+        if field.name in value:
+            inner = values.get(field.name, MISSING)
+            values[field.name] = from_plain(hints[field.name], value[field.name], inner, field.name)
+        elif field.name not in values:
+            raise ValueError(f"{kind.__name__} needs {field.name}")
+    return kind(**values)
+
+
+def complete(kind: type, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored settings of `kind` with those that they lack: absent means default.
+
+    Two runs have the same settings if these are equal. Entries unknown to `kind` stay as they are.
+    """
+    names = {field.name for field in fields(kind)}
+    known = {name: value for name, value in stored.items() if name in names}
+    return {**stored, **plain(from_plain(kind, known))}
 
 
 def essential(settings: Mapping[str, Any]) -> dict[str, Any]:
