@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from imsvd_core.system.config import config_hash, plain
+from imsvd_core.system.config import config_hash, plain, settings
 from imsvd_core.system.devices import device_name
 from imsvd_core.system.files import atomic_write
 
@@ -27,15 +27,23 @@ class Provenance:
     """What somebody needs to get a figure again."""
 
     command: str
-    commit: str  #: git commit of the package, with "+changes" if the tree differed from it; "unknown" outside git
-    config_hash: str  #: of the complete configuration
+    commit: str
+    """Git commit of the package, with "+changes" if the tree differs; "unknown" outside git."""
+    config_hash: str
+    """Hash of `settings`."""
     seed: int
-    device: str  #: the processor's name
+    device: str
+    """The processor's name."""
     dataset: str
-    seconds: float  #: wall time of the run
-    date: str  #: UTC, ISO 8601
+    seconds: float
+    """Wall time of the run."""
+    date: str
+    """UTC, ISO 8601."""
     versions: dict[str, str] = field(default_factory=dict)
-    world_size: int = 1  #: processes that ran it together
+    world_size: int = 1
+    """Processes that ran it together."""
+    settings: Any = None
+    """What differs from the defaults in the configuration."""
 
 
 def provenance(
@@ -48,7 +56,10 @@ def provenance(
     command: str | None = None,
     world_size: int = 1,
 ) -> Provenance:
-    """Provenance of a run of this process, now. `config` is a dataclass or anything JSON can hold."""
+    """Provenance of a run of this process, now.
+
+    `config` is a dataclass, or whatever JSON can hold, with dataclasses inside.
+    """
     return Provenance(
         command=command or _command(),
         commit=code_version(),
@@ -61,6 +72,7 @@ def provenance(
         versions={name: metadata.version(name) for name in ("torch", "torchvision", "numpy")}
         | {"python": platform.python_version()},
         world_size=world_size,
+        settings=settings(config),
     )
 
 
@@ -81,7 +93,8 @@ def write_result(
 ) -> Path:
     """Store `figures` under `name` with their provenance.
 
-    Raises FileExistsError if other figures stand there already, unless `overwrite`; ValueError for NaN or infinity.
+    Raises FileExistsError if other figures stand there already, unless `overwrite`; ValueError for
+    NaN or infinity.
     """
     path = Path(path)
     if path.exists() and not overwrite and read_result(path)["figures"] != plain(figures):
@@ -105,16 +118,19 @@ def read_result(path: Path | str) -> dict[str, Any]:
 
 
 def stored(name: str) -> dict[str, Any]:
-    """The result that the book keeps under `name`. Raises FileNotFoundError naming those there are."""
+    """The result that the book keeps under `name`. Raises FileNotFoundError that lists them."""
     return read_result(stored_path(f"{name}.json"))
 
 
 def stored_path(file: str) -> Path:
-    """Where the book keeps `file`, a result (.json) or a model (.safetensors). Raises FileNotFoundError naming those there are."""
+    """Where the book keeps `file`, a result (.json) or a model (.safetensors).
+
+    Raises FileNotFoundError that lists the files of that kind.
+    """
     path = STORE / file
     if not path.exists():
-        there = ", ".join(sorted(other.name for other in STORE.glob(f"*{path.suffix}"))) or "none"
-        raise FileNotFoundError(f"no stored result {file!r} in {STORE}; there are: {there}")
+        files = ", ".join(sorted(other.name for other in STORE.glob(f"*{path.suffix}"))) or "none"
+        raise FileNotFoundError(f"no stored result {file!r} in {STORE}; there are: {files}")
     return path
 
 
@@ -124,7 +140,10 @@ def _command() -> str:
 
 @lru_cache(maxsize=1)
 def code_version() -> str:
-    """Git commit of the package, with "+changes" if the tree differs from it; a launch's copy remembers its own."""
+    """Git commit of the package, with "+changes" if the tree differs from it.
+
+    A launch's copy of the package remembers its commit in a file.
+    """
     here = Path(__file__).parent
     if (here / "COMMIT").exists():
         return (here / "COMMIT").read_text().strip()
@@ -135,11 +154,9 @@ def code_version() -> str:
         ).stdout.strip()
 
     try:
-        git(
-            "ls-files", "--error-unmatch", str(Path(__file__))
-        )  # in a repository, but is it this package's?
-        return git("rev-parse", "HEAD") + (
-            "+changes" if git("status", "--porcelain", "--", ".") else ""
-        )
+        # The folder may lie in a repository of somebody else's.
+        git("ls-files", "--error-unmatch", str(Path(__file__)))
+        changes = "+changes" if git("status", "--porcelain", "--", ".") else ""
+        return git("rev-parse", "HEAD") + changes
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -28,6 +28,7 @@ def test_a_result_says_where_it_comes_from(tmp_path, origin):
         "date",
         "versions",
         "world_size",
+        "settings",
     }
     assert all(result["provenance"][key] not in ("", None) for key in result["provenance"])
     assert result["figures"] == {"knn_20": 51.0}
@@ -51,14 +52,14 @@ def test_other_figures_are_not_overwritten_silently(tmp_path, origin):
 
 
 def test_what_is_no_number_is_no_figure(tmp_path, origin):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="not JSON compliant"):
         write_result(tmp_path / "r.json", "knn", {"knn_20": float("nan")}, origin)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_is_no_result_is_named(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps({"figures": {}}))
-    with pytest.raises(ValueError, match="r.json is not a stored result"):
+    with pytest.raises(ValueError, match=r"r\.json is not a stored result"):
         read_result(tmp_path / "r.json")
 
 

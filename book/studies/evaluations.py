@@ -27,7 +27,6 @@ from imsvd_core.results import STORE, provenance, read_result, write_result
 from imsvd_core.runs import evaluate as evaluations
 from imsvd_core.runs.backbones import load_run, open_backbone, save_backbone
 from imsvd_core.runs.pretrain import build_network
-from imsvd_core.system.config import plain
 from imsvd_core.system.files import atomic_write
 from imsvd_core.views import EvalView
 
@@ -140,7 +139,7 @@ def main(tiny_run: Path, out: Path, names: list[str], store: Path = STORE) -> No
     with atomic_write(store / "voc-mini-features.safetensors") as file:
         file.write(safetensors.torch.save(features))
     config = {
-        kind: plain(asdict(evaluation(kind, "laptop")))
+        kind: evaluation(kind, "laptop")
         for kind in ("knn", "imagenet-linear", "voc07-svm", "coco-detection")
     }
     seconds = sum(

@@ -69,10 +69,23 @@ def _changed(config: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
         if value == default:
             continue
         if is_dataclass(value):
-            changed[field.name] = _name(value) | _changed(value, _defaults_of(type(value), default))
+            changed[field.name] = _part(value, default)
         else:
-            changed[field.name] = plain(value)
+            changed[field.name] = _whole(plain(value))
     return changed
+
+
+def _whole(value: Any) -> Any:
+    """The value with 1 for 1.0: they are equal; code gives the one, a command line the other."""
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _part(config: Any, default: Any) -> dict[str, Any]:
+    """What differs in a part; its name only where its class is not that of the default."""
+    name = {} if type(config) is type(default) else _name(config)
+    return {**name, **_changed(config, _defaults_of(type(config), default))}
 
 
 def _defaults_of(kind: type, default: Any) -> dict[str, Any]:
@@ -156,7 +169,7 @@ def _require(value: Any, kind: Any, words: str, path: str) -> Any:
 def _read_option(parts: tuple[Any, ...], value: Any, default: Any, path: str) -> Any:
     """`value` as the one of the types of a union that it fits; classes are told apart by `name`."""
     if isinstance(value, Mapping) and any(is_dataclass(part) for part in parts):
-        name = value.get("name")
+        name = value.get("name", getattr(default, "name", None))
         parts = tuple(p for p in parts if is_dataclass(p) and getattr(p, "name", None) == name)
         if not parts:
             raise ValueError(f"name={name!r} is none of the classes that {path} may have")
