@@ -1,14 +1,15 @@
-"""ImageNet's input: the usual PIL two-view pipeline against ``imsvd_core.data.tree``, from files to a batch.
+"""ImageNet's input, from files to a batch: the usual PIL pipeline against ``imsvd_core.data.tree``.
 
     python benchmarks/input.py [--root ROOT] [--images 128] [--rounds 7] [--workers 2] [--json PATH]
 
-First the CPU time of a worker, an image, in turn in one process on one thread, on the same files of original
-size: PIL reads, decodes and makes both views up to normalised tensors; ours reads, decodes once and makes both
-crops as bytes. What ours leaves to the device, ``TwoViews.finish``, is timed beside it. Then the throughput of
-both whole pipelines, a DataLoader each with equally many workers, to float views on the device; "crops" is ours
-unfinished, which is what the workers alone can feed to a device that is not their own CPU. Figures are
-medians over rounds; ratios are PIL's time over ours, or our images per second over PIL's. ROOT holds JPEGs at any
-depth ($IMSVD_DATA/imagenet-samples by default). Without ``--json`` nothing is written.
+First the CPU time of a worker, an image, in turn in one process on one thread, on the same files
+of original size: PIL reads, decodes and makes both views up to normalised tensors; ours reads,
+decodes once and makes both crops as bytes. What ours leaves to the device, ``TwoViews.finish``,
+is timed beside it. Then the throughput of both whole pipelines, a DataLoader each with equally
+many workers, to float views on the device; "crops" is ours unfinished, which is what the workers
+alone can feed to a device that is not their own CPU. Figures are medians over rounds; ratios are
+PIL's time over ours, or our images per second over PIL's. ROOT holds JPEGs at any depth
+($IMSVD_DATA/imagenet-samples by default). Without ``--json`` nothing is written.
 """
 
 from __future__ import annotations
@@ -141,7 +142,8 @@ def main() -> None:
     names = [file for file, _ in datasets.scan(arguments.root)] if arguments.root.is_dir() else []
     if not names:
         print(
-            f"{arguments.root} holds no JPEG, so nothing was timed: give --root, a folder with images of original size"
+            f"{arguments.root} holds no JPEG, so nothing was timed: "
+            "give --root, a folder with images of original size"
         )
         return
     names = [
@@ -177,9 +179,8 @@ def main() -> None:
         rounds,
     )
 
-    torch.set_num_threads(
-        os.cpu_count() or 1
-    )  # PIL's main process only waits; ours has the views to finish
+    # PIL's main process only waits; ours has the views to finish
+    torch.set_num_threads(os.cpu_count() or 1)
 
     def run_ours(finished: bool = True) -> None:
         plan = enumerate(torch.arange(n).repeat(4).split(64))
@@ -218,17 +219,20 @@ def main() -> None:
         result |= {"images_per_second": speed, "finish_ms_per_image": ms["finish"]}
     spread = "in one round {:.1f} to {:.1f}".format
     print(
-        f"Two 224-pixel views of an image: median of {rounds} rounds, {n} images, one thread a worker"
+        f"Two 224-pixel views of an image: median of {rounds} rounds, {n} images, "
+        "one thread a worker"
     )
     print(
-        f"  CPU time of a worker: PIL {ms['pil']:.2f} ms, ours {ms['ours']:.2f} ms (decoding {ms['decode']:.2f} ms), "
+        f"  CPU time of a worker: PIL {ms['pil']:.2f} ms, ours {ms['ours']:.2f} ms "
+        f"(decoding {ms['decode']:.2f} ms), "
         f"ratio {result['worker']['ratio']:.1f} ({spread(*result['worker']['ratio_of_one_round'])})"
     )
     print(f"  finishing both views on {device}: {ms['finish']:.2f} ms")
     print(
-        f"  whole pipeline, {arguments.workers} workers: PIL {speed['pil']:.0f}, ours {speed['ours']:.0f} images/s "
-        f"(unfinished {speed['crops']:.0f}), "
-        f"ratio {result['throughput']['ratio']:.1f} ({spread(*result['throughput']['ratio_of_one_round'])})"
+        f"  whole pipeline, {arguments.workers} workers: PIL {speed['pil']:.0f}, "
+        f"ours {speed['ours']:.0f} images/s (unfinished {speed['crops']:.0f}), "
+        f"ratio {result['throughput']['ratio']:.1f} "
+        f"({spread(*result['throughput']['ratio_of_one_round'])})"
     )
     if arguments.json:
         setting = {

@@ -1,19 +1,23 @@
-"""Nearest neighbours on a CPU: ``imsvd_core.evaluation.knn`` against faiss's flat index and the plain full matrix.
+"""Nearest neighbours on a CPU: ``imsvd_core.evaluation.knn``, faiss's flat index, the full matrix.
 
     pip install faiss-cpu
-    python benchmarks/knn.py [--queries 50000] [--gallery 10000] [--features 512] [--rounds 5] [--no-full] [--json PATH]
+    python benchmarks/knn.py [--queries 50000] [--gallery 10000] [--features 512] [--rounds 5]
+                             [--no-full] [--json PATH]
 
-All search the same random features, normalised by each, with equally many threads (OMP_NUM_THREADS, the cores by
-default), in turn; a first round warms up. "plain" is ``(queries @ gallery.T).topk(k)``. A ratio is the median over rounds
-of one contender's time over faiss's in the same round; beside it the smallest and the largest. The peak is ru_maxrss of
-a process of its own less that of one which holds only the inputs. ``same_neighbors`` is the share of the indices that
-faiss finds too: similarities are rounded differently.
+All search the same random features, normalised by each, with equally many threads
+(OMP_NUM_THREADS, the cores by default), in turn; a first round warms up. "plain" is ``(queries @
+gallery.T).topk(k)``. A ratio is the median over rounds of one contender's time over faiss's in
+the same round; beside it the smallest and the largest. The peak is ru_maxrss of a process of its
+own less that of one which holds only the inputs. ``same_neighbors`` is the share of the indices
+that faiss finds too: similarities are rounded differently.
 
-At full size (generated features: 50,000 queries, 2048 features, 200 neighbours) one process each, the whole peak:
+At full size (generated features: 50,000 queries, 2048 features, 200 neighbours) one process each,
+the whole peak:
 
-* share: one of 8 ranks holds its 160,146 rows of ImageNet's 1,281,167, compares, exchanges with 7 others (which are
-  played: what they would send is handed over), merges and votes;
-* stream: one rank is handed rows as they are generated, 16,384 or 65,536 of them: the peak must not grow.
+* share: one of 8 ranks holds its 160,146 rows of ImageNet's 1,281,167, compares, exchanges with 7
+  others (which are played: what they would send is handed over), merges and votes;
+* stream: one rank is handed rows as they are generated, 16,384 or 65,536 of them: the peak must
+  not grow.
 
 Without ``--json`` nothing is written. Some eight minutes on two cores, most of them at full size.
 """
@@ -40,14 +44,8 @@ from imsvd_core.results import provenance, write_result
 from imsvd_core.system.progress import bar
 
 NEIGHBORS = (20, 200)
-FULL = {
-    "queries": 50_000,
-    "features": 2048,
-    "gallery": 160_146,
-    "ranks": 8,
-    "neighbors": 200,
-    "streamed": (16_384, 65_536),
-}
+FULL = {"queries": 50_000, "features": 2048, "gallery": 160_146, "ranks": 8, "neighbors": 200}
+STREAMED = (16_384, 65_536)
 
 
 def features(rows: int, width: int, seed: int) -> Tensor:
@@ -55,9 +53,9 @@ def features(rows: int, width: int, seed: int) -> Tensor:
 
 
 def ours(queries: Tensor, gallery: Tensor, k: int) -> Tensor:
-    found = knn.Neighbors(queries, k)
-    found.add(gallery)
-    return found.nearest()[1]
+    neighbors = knn.Neighbors(queries, k)
+    neighbors.add(gallery)
+    return neighbors.nearest()[1]
 
 
 def faiss(queries: Tensor, gallery: Tensor, k: int) -> Tensor:
@@ -80,9 +78,9 @@ def share() -> None:
     """One of the ranks at full size, from its features to its share's predictions."""
     size, most, rows = FULL["ranks"], FULL["neighbors"], FULL["gallery"]
     gallery = features(rows, FULL["features"], seed=1)
-    found = knn.Neighbors(features(FULL["queries"], FULL["features"], seed=0), most)
-    found.add(gallery)
-    similarity, index = found.nearest()
+    neighbors = knn.Neighbors(features(FULL["queries"], FULL["features"], seed=0), most)
+    neighbors.add(gallery)
+    similarity, index = neighbors.nearest()
     with (
         mock.patch.multiple(
             knn,
@@ -101,10 +99,11 @@ def share() -> None:
 
 def stream(rows: int) -> None:
     """One rank whose gallery is never held."""
-    found = knn.Neighbors(features(FULL["queries"], FULL["features"], seed=0), FULL["neighbors"])
+    queries = features(FULL["queries"], FULL["features"], seed=0)
+    neighbors = knn.Neighbors(queries, FULL["neighbors"])
     for start in range(0, rows, 512):
-        found.add(features(512, FULL["features"], seed=start + 1))
-    similarity, index = found.nearest()
+        neighbors.add(features(512, FULL["features"], seed=start + 1))
+    similarity, index = neighbors.nearest()
     knn.vote(similarity, index % 1000, 1000, neighbors=NEIGHBORS, temperature=0.07)
 
 
@@ -116,9 +115,10 @@ def child(args: argparse.Namespace) -> None:
     elif kind == "stream":
         stream(int(number))
     else:
-        given = features(args.queries, args.features, 0), features(args.gallery, args.features, 1)
+        queries = features(args.queries, args.features, 0)
+        gallery = features(args.gallery, args.features, 1)
         if kind != "inputs":
-            CONTENDERS[kind](*given, int(number))
+            CONTENDERS[kind](queries, gallery, int(number))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
@@ -150,15 +150,17 @@ def main() -> None:
     start = time.perf_counter()
     # A child inherits its parent's peak: processes of their own come before this one grows.
     alone = [f"{name}-{k}" for name in CONTENDERS for k in NEIGHBORS]
-    full = [] if args.no_full else ["share", *(f"stream-{rows}" for rows in FULL["streamed"])]
+    full = [] if args.no_full else ["share", *(f"stream-{rows}" for rows in STREAMED)]
     with bar("peaks", len(alone) + 1 + len(full), True) as advance:
         peaks = {name: (peak(name, args), advance(1))[0] for name in ("inputs", *alone, *full)}
     figures = {f"neighbors_{k}": search(k, args, peaks) for k in NEIGHBORS}
     if full:
         figures["full_size"] = {name: {"peak_GB": round(peaks[name] / 1e9, 3)} for name in full}
-    setting = {
-        name: getattr(args, name) for name in ("queries", "gallery", "features", "rounds")
-    } | {"threads": torch.get_num_threads(), "full_size": FULL if full else None}
+    setting = {name: getattr(args, name) for name in ("queries", "gallery", "features", "rounds")}
+    setting |= {
+        "threads": torch.get_num_threads(),
+        "full_size": FULL | {"streamed": STREAMED} if full else None,
+    }
     print(json.dumps({"setting": setting, "figures": figures}, indent=1))
     if args.json:
         origin = provenance(
@@ -175,26 +177,23 @@ def main() -> None:
 
 def search(k: int, args: argparse.Namespace, peaks: dict[str, int]) -> dict[str, object]:
     """Ratios of time, and peaks, at one k."""
-    queries, gallery = (
-        features(args.queries, args.features, 0),
-        features(args.gallery, args.features, 1),
-    )
+    queries = features(args.queries, args.features, 0)
+    gallery = features(args.gallery, args.features, 1)
     seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    found: dict[str, Tensor] = {}
+    indices: dict[str, Tensor] = {}
     with bar(f"k = {k}", (args.rounds + 1) * len(CONTENDERS), True) as advance:
         for number in range(args.rounds + 1):
             for name, run in CONTENDERS.items():
                 begin = time.perf_counter()
-                found[name] = run(queries, gallery, k)
+                indices[name] = run(queries, gallery, k)
                 if number:
                     seconds[name].append(time.perf_counter() - begin)
                 advance(1)
-    same = (found["ours"] == found["faiss"]).double().mean().item()
+    same = (indices["ours"] == indices["faiss"]).double().mean().item()
     figures: dict[str, object] = {"same_neighbors": round(same, 6)}
     for name in CONTENDERS:
-        ratios = [
-            mine / theirs for mine, theirs in zip(seconds[name], seconds["faiss"], strict=True)
-        ]
+        rounds = zip(seconds[name], seconds["faiss"], strict=True)
+        ratios = [contender / faiss_seconds for contender, faiss_seconds in rounds]
         figures[name] = {
             "time_over_faiss": round(statistics.median(ratios), 3),
             "in_one_round": [round(min(ratios), 3), round(max(ratios), 3)],

@@ -1,11 +1,12 @@
-"""The loss shared by ranks, beside one process that does it alone: time, memory, bytes, and one rank's share of the work.
+"""The loss shared by ranks beside one process alone: time, memory, bytes, one rank's share of work.
 
     python benchmarks/ranks.py [--samples 2048] [--dim 8160] [--units 80] [--rounds 5] [--json PATH]
 
-Two gloo ranks on this host and one process take turns on the same batch, one thread each; the slower rank counts.
-Memory is the peak resident set beyond what a process holds before the call, with an allocator that gives back at
-once what is freed. Bytes are those that the loopback device sent. The share is what one rank of W computes (codes of its samples, its rows of the matrix, its part of both gradients),
-its tables handed to it instead of sent; the ideal is 1/W of one process.
+Two gloo ranks on this host and one process take turns on the same batch, one thread each; the
+slower rank counts. Memory is the peak resident set beyond what a process holds before the call,
+with an allocator that gives back at once what is freed. Bytes are those that the loopback device
+sent. The share is what one rank of W computes (codes of its samples, its rows of the matrix, its
+part of both gradients), its tables handed to it instead of sent; the ideal is 1/W of one process.
 """
 
 import argparse
@@ -51,25 +52,25 @@ def own_rows(z: list[Tensor]) -> list[Tensor]:
 def timings(args: argparse.Namespace) -> dict[str, float | list[float]]:
     """On both ranks: seconds of a call, alone on rank 0 and shared, in turn."""
     whole = logits(args.samples, args.dim)
-    mine = own_rows(whole)
+    rows = own_rows(whole)
     alone, shared, sent = [], [], []
-    for turn in range(args.rounds + 1):
+    for _ in range(args.rounds + 1):
         dist.barrier()
         if dist.get_rank() == 0:
             start = time.perf_counter()
             step(whole, args.units, gather=False)
             alone.append(time.perf_counter() - start)
         dist.barrier()
-        before = psutil.net_io_counters(pernic=True)["lo"].bytes_sent
+        bytes_at_start = psutil.net_io_counters(pernic=True)["lo"].bytes_sent
         start = time.perf_counter()
-        step(mine, args.units, gather=True)
+        step(rows, args.units, gather=True)
         seconds = torch.tensor(time.perf_counter() - start)
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
-        sent.append(psutil.net_io_counters(pernic=True)["lo"].bytes_sent - before)
+        sent.append(psutil.net_io_counters(pernic=True)["lo"].bytes_sent - bytes_at_start)
         shared.append(seconds.item())
     if dist.get_rank():
         return {}
-    ratios = [b / a for a, b in zip(alone[1:], shared[1:])]  # the first turn warms up
+    ratios = [b / a for a, b in zip(alone[1:], shared[1:], strict=True)]  # the first turn warms up
     return {
         "slower_rank_over_one_process": round(statistics.median(ratios), 3),
         "in_one_round": [round(min(ratios), 3), round(max(ratios), 3)],
@@ -78,20 +79,20 @@ def timings(args: argparse.Namespace) -> dict[str, float | list[float]]:
 
 
 def memory(args: argparse.Namespace) -> dict[str, int]:
-    """On both ranks: peak bytes beyond what is held before the call, of the rank that needs more."""
+    """On both ranks: peak bytes beyond those held before the call, of the rank that needs more."""
     z = logits(args.samples, args.dim)
     z = own_rows(z) if dist.get_world_size() > 1 else z
-    step(
-        [part[:8, : 2 * args.units].clone() for part in z], args.units, gather=True
-    )  # loads what is loaded once
+    # Loads what is loaded once.
+    step([part[:8, : 2 * args.units].clone() for part in z], args.units, gather=True)
     hold = (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         - psutil.Process().memory_info().rss
     )
-    padding = torch.ones(max(hold, 0) // 4 + 1)  # a peak of the past must not hide this one
-    before = psutil.Process().memory_info().rss
+    # A peak of the past must not hide this one.
+    padding = torch.ones(max(hold, 0) // 4 + 1)
+    resident = psutil.Process().memory_info().rss
     step(z, args.units, gather=True)
-    extra = torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+    extra = torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident)
     dist.all_reduce(extra, dist.ReduceOp.MAX)
     del padding
     return {"extra_peak_bytes": int(extra)}
@@ -101,9 +102,9 @@ def run(rank: int, size: int, port: int, work, args: argparse.Namespace, answer)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=size)
-    found = work(args)
+    figures = work(args)
     if rank == 0:
-        answer.put(found)
+        answer.put(figures)
     dist.destroy_process_group()
 
 
@@ -117,12 +118,14 @@ def on_ranks(size: int, work, args: argparse.Namespace) -> dict:
 
 
 class Handed(Exchange):
-    """Rank 0 of `size`, whose tables are handed over instead of exchanged: what is left is its own work."""
+    """Rank 0 of `size`, whose tables are handed over instead of exchanged: its own work is left."""
 
-    size_, p1, p2 = 1, None, None
+    size_: int = 1
+    p1: Tensor
+    p2: Tensor
 
     def __init__(self, table: Tensor, columns: int | None = None, active: bool = True):
-        with mock.patch("imsvd_core.distributed.world", lambda: (0, self.size_)):
+        with mock.patch("imsvd_core.distributed.world", return_value=(0, self.size_)):
             super().__init__(table, columns)
 
     def sum(self, value: Tensor) -> Tensor:
@@ -139,12 +142,10 @@ class Handed(Exchange):
         return table.view(self.size, self.rows, -1).sum(0)  # as many numbers as would have arrived
 
     def to_samples(self, columns: Tensor) -> Tensor:
-        received = torch.zeros(self.rows * sum(self.widths)).split(
-            [self.rows * width for width in self.widths]
-        )
-        return torch.cat(
-            [part.view(self.rows, width) for part, width in zip(received, self.widths)], dim=1
-        )
+        sizes = [self.rows * width for width in self.widths]
+        received = torch.zeros(sum(sizes)).split(sizes)
+        parts = zip(received, self.widths, strict=True)
+        return torch.cat([part.view(self.rows, width) for part, width in parts], dim=1)
 
 
 def shares(args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -153,29 +154,30 @@ def shares(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     z = logits(args.samples, args.dim)
     p1, p2 = (part.unflatten(1, (-1, args.units)).softmax(-1).flatten(1) for part in z)
     seconds: dict[int, list[float]] = {size: [] for size in WORLDS}
-    for turn in range(args.rounds + 1):
+    for _ in range(args.rounds + 1):
         for size in WORLDS:
             Handed.size_, Handed.p1, Handed.p2 = size, p1[:, : round(args.dim / size)].clone(), p2
-            mine = [part[: args.samples // size].clone() for part in z]
+            rows = [part[: args.samples // size].clone() for part in z]
             with mock.patch("imsvd_core.streaming.Exchange", Handed):
                 start = time.perf_counter()
-                step(mine, args.units, gather=True)
+                step(rows, args.units, gather=True)
                 seconds[size].append(time.perf_counter() - start)
-    return {
-        str(size): {
-            "work_times_ranks": round(
-                statistics.median(b * size / a for a, b in zip(seconds[1][1:], seconds[size][1:])),
-                3,
-            ),
+    figures: dict[str, dict[str, float]] = {}
+    for size in WORLDS:
+        rounds = zip(seconds[1][1:], seconds[size][1:], strict=True)
+        figures[str(size)] = {
+            "work_times_ranks": round(statistics.median(b * size / a for a, b in rounds), 3),
             "bytes_sent": bytes_sent(args.samples, args.dim, size),
         }
-        for size in WORLDS
-    }
+    return figures
 
 
 def bytes_sent(samples: int, dim: int, ranks: int, entry: int = 4) -> int:
-    """What one rank sends in a call: the second view's codes to all, their gradient's sum back, the first view's
-    codes and their gradient for the columns that others own; occupancy and scalars are left out."""
+    """What one rank sends in a call.
+
+    The second view's codes to all, their gradient's sum back, the first view's codes and their
+    gradient for the columns that others own; occupancy and scalars are left out.
+    """
     table = samples * dim * entry
     return round(2 * table * (ranks - 1) / ranks + 2 * table * (ranks - 1) / ranks**2)
 
@@ -190,9 +192,8 @@ def main() -> None:
     args = parser.parse_args()
     start = time.perf_counter()
     two = on_ranks(2, timings, args)
-    with mock.patch.dict(
-        os.environ, MALLOC_MMAP_THRESHOLD_="1000000"
-    ):  # glibc would keep pieces of up to 32 MB
+    # glibc would keep pieces of up to 32 MB
+    with mock.patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_="1000000"):
         two |= on_ranks(2, memory, args)
         one = on_ranks(1, memory, args)
     figures = {

@@ -1,9 +1,11 @@
-"""Where a training step's time goes: views, network, loss; and on a GPU how many two-view images a second are trained on.
+"""Where a training step's time goes: views, network, loss; on a GPU also two-view images a second.
 
-    python benchmarks/training.py [--recipe cifar10] [--scale laptop] [--steps 8] [--rounds 3] [--compile] [--json PATH]
+    python benchmarks/training.py [--recipe cifar10] [--scale laptop] [--steps 8] [--rounds 3]
+                                  [--compile] [--json PATH]
 
-Whole steps run through the loop, as in `imsvd pretrain`; the parts are timed apart, forward and backward, on the same batch,
-rounds interleaved, medians. Shares are of the parts' sum; the loop's own work is what a step takes beyond it.
+Whole steps run through the trainer, as in `imsvd pretrain`; the parts are timed apart, forward
+and backward, on the same batch, rounds interleaved, medians. Shares are of the parts' sum; the
+trainer's own work is what a step takes beyond it.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from imsvd_core.data import ImageData
 from imsvd_core.recipes import recipe
 from imsvd_core.results import provenance, write_result
 from imsvd_core.runs.pretrain import Pretraining
@@ -35,6 +38,8 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 
 def parts(run: Pretraining) -> dict[str, Callable[[], object]]:
     """Views, network and loss of one batch, each by itself."""
+    if not isinstance(run.train, ImageData):
+        raise SystemExit(f"{run.train.title} is streamed: take a recipe with images in memory")
     device, precision = run.device, PRECISIONS[run.recipe.loop.precision]
     generator = torch.Generator(device).manual_seed(0)
     images = run.train.images[: run.recipe.loop.batch_size].to(device)
@@ -68,11 +73,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     begin = time.perf_counter()
-    one = recipe(args.recipe, args.scale)
-    one = replace(one, loop=replace(one.loop, compile=args.compile, log_every=10**6))
-    device = pick_device(one.loop.device)
+    config = recipe(args.recipe, args.scale)
+    config = replace(config, loop=replace(config.loop, compile=args.compile, log_every=10**6))
+    device = pick_device(config.loop.device)
     with tempfile.TemporaryDirectory() as folder:
-        run = Pretraining(one, folder, progress=False)
+        run = Pretraining(config, folder, progress=False)
         steps = iter(run)
         list(islice(steps, max(2, args.steps // 4)))  # warms up
         seconds: dict[str, list[float]] = {
@@ -87,18 +92,18 @@ def main() -> None:
                 seconds[name].append(min(timed(work, device) for _ in range(3)))
     median = {name: statistics.median(values) for name, values in seconds.items()}
     whole = sum(median[name] for name in ("views", "network", "loss"))
-    figures = {
+    figures: dict[str, float | str] = {
         f"{name}_share": round(median[name] / whole, 4) for name in ("views", "network", "loss")
     }
     figures |= {
         "step_over_parts": round(median["step"] / whole, 3),
-        "batch_size": one.loop.batch_size,
-        "backbone": one.network.backbone,
-        "dim": one.network.dim,
+        "batch_size": config.loop.batch_size,
+        "backbone": config.network.backbone,
+        "dim": config.network.dim,
     }
     if device.type == "cuda":  # only there does an absolute time say something
         figures |= {
-            "two_view_images_per_second": round(one.loop.batch_size / median["step"]),
+            "two_view_images_per_second": round(config.loop.batch_size / median["step"]),
             "peak_GB": round(torch.cuda.max_memory_allocated() / 1e9, 2),
         }
     setting = {
@@ -111,8 +116,8 @@ def main() -> None:
     print(json.dumps({"setting": setting, "figures": figures}, indent=1))
     if args.json:
         origin = provenance(
-            config=one,
-            seed=one.loop.seed,
+            config=config,
+            seed=config.loop.seed,
             device=device,
             dataset=run.train.title,
             seconds=time.perf_counter() - begin,

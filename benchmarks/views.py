@@ -1,11 +1,11 @@
-"""CPU time an image of CIFAR's two views: torchvision's usual PIL pipeline against ``imsvd_core.views``.
+"""CPU time an image of CIFAR's two views: the usual PIL pipeline against ``imsvd_core.views``.
 
     python benchmarks/views.py [--batch 512] [--rounds 15] [--json PATH]
 
-Both run in turn in one process on one thread, on the same 32x32 images; the figures are medians over rounds
-of process CPU time. PIL starts from decoded PIL images and is not charged for collating its tensors into a
-batch; ours starts from a uint8 batch and draws its parameters within the time. The ratio is PIL's over ours.
-Without ``--json`` nothing is written.
+Both run in turn in one process on one thread, on the same 32x32 images; the figures are medians
+over rounds of process CPU time. PIL starts from decoded PIL images and is not charged for
+collating its tensors into a batch; ours starts from a uint8 batch and draws its parameters within
+the time. The ratio is PIL's over ours. Without ``--json`` nothing is written.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def pil_view() -> Callable[[Image.Image], torch.Tensor]:
 
 
 def make_images(count: int) -> np.ndarray:
-    """(count, 32, 32, 3) uint8: smooth random colours with a little noise. What they show costs nothing."""
+    """(count, 32, 32, 3) uint8: smooth random colours with a little noise."""
     rng = np.random.default_rng(0)
     coarse = torch.from_numpy(rng.uniform(0, 255, (count, 3, 5, 5)).astype(np.float32))
     smooth = (
@@ -114,9 +114,8 @@ def main() -> None:
     )
     print(f"  torchvision on PIL {pil:8.4f} ms")
     print(f"  imsvd_core.views   {ours:8.4f} ms")
-    print(
-        f"  ratio              {pil / ours:8.1f}  (in one round {ratios[0]:.1f} to {ratios[-1]:.1f})"
-    )
+    spread = f"(in one round {ratios[0]:.1f} to {ratios[-1]:.1f})"
+    print(f"  ratio              {pil / ours:8.1f}  {spread}")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
