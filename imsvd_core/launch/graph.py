@@ -12,7 +12,15 @@ import tyro
 from imsvd_core.data import memory as datasets
 from imsvd_core.recipes import Recipe, Scale, recipe
 from imsvd_core.results import read_result, write_json
-from imsvd_core.system.config import config_hash, differences, essential, from_plain, plain
+from imsvd_core.system.config import (
+    complete,
+    config_hash,
+    differences,
+    essential,
+    from_plain,
+    full_hash,
+    plain,
+)
 
 METHODS = {
     "imsvd": "cifar10",
@@ -199,9 +207,11 @@ def finished(task: Task) -> bool:
     gave what a pretraining has left there so far."""
     stored = _config(task)
     if stored is not None and task.settings:
-        stored = plain(from_plain(Recipe, stored))  # with what came later, by its default
+        stored = complete(Recipe, stored)
         other = differences(
-            essential(stored), essential(task.settings), words=("there", "asked for")
+            essential(stored),
+            essential(complete(Recipe, task.settings)),
+            words=("there", "asked for"),
         )
         if other and (
             task.result.exists() or any((task.run_dir / "checkpoints").glob("step-*.pt"))
@@ -214,7 +224,11 @@ def finished(task: Task) -> bool:
         return False
     if stored is not None and task.argv[0] == "evaluate":
         kind = task.argv[1]
-        if read_result(task.result)["provenance"]["config_hash"] != evaluation_hash(kind, stored):
+        config = _config(task)
+        # Results from before the schemas are known by all values of the run's config.json.
+        before = full_hash({"evaluation": config[kind], "pretraining": config})
+        stored_hash = read_result(task.result)["provenance"]["config_hash"]
+        if stored_hash not in (evaluation_hash(kind, config), before):
             raise ValueError(
                 f"result={str(task.result)!r} was given by other settings than the run's own: "
                 f"remove it, or evaluate again with `imsvd evaluate {kind} {task.run_dir} --overwrite`"
@@ -223,9 +237,9 @@ def finished(task: Task) -> bool:
 
 
 def evaluation_hash(kind: str, config: Mapping[str, Any]) -> str:
-    """What the result of an evaluation by the run's own settings says of them, `config` being the run's config.json."""
-    trained = plain(from_plain(Recipe, config))  # what came later in, by its default
-    return config_hash({"evaluation": trained[kind], "pretraining": trained})
+    """The identity of an evaluation by a run's own settings; `config` is the run's config.json."""
+    trained = from_plain(Recipe, config)
+    return config_hash({"evaluation": getattr(trained, kind), "pretraining": trained})
 
 
 def _config(task: Task) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from imsvd_core.results import provenance, read_result, write_result
 from imsvd_core.runs import pretrain as training
 from imsvd_core.runs.backbones import TrainedBackbone
 from imsvd_core.system import signals
-from imsvd_core.system.config import config_hash, plain
+from imsvd_core.system.config import config_hash, full_hash
 from imsvd_core.system.devices import PRECISIONS, pick_device
 from imsvd_core.views import EvalView
 
@@ -63,11 +63,11 @@ def evaluate(
     )
     pretraining = replace(trained.recipe, eval_view=recipe.eval_view)
     whose = (
-        plain(pretraining)
+        pretraining
         if trained.is_ours
-        else [fingerprint(*trained.backbone.state_dict().values()), plain(recipe.eval_view)]
+        else [fingerprint(*trained.backbone.state_dict().values()), recipe.eval_view]
     )
-    config = {"evaluation": plain(recipe.config), "pretraining": whose}
+    config = {"evaluation": recipe.config, "pretraining": whose}
     seen = datasets.resolve(recipe.data) if recipe.data == "auto" else recipe.data
     config |= {} if seen == pretraining.data else {"data": seen}
     config |= {} if on_corrupt == pretraining.on_corrupt else {"on_corrupt": on_corrupt}
@@ -77,7 +77,8 @@ def evaluate(
         if (
             path.exists()
             and not overwrite
-            and read_result(path)["provenance"]["config_hash"] != config_hash(config)
+            and read_result(path)["provenance"]["config_hash"]
+            not in (config_hash(config), full_hash(config))
         ):
             raise FileExistsError(
                 f"{path} was given by other settings: pass --overwrite to replace it"

@@ -18,7 +18,7 @@ from imsvd_core.launch.reproduce import job_name, reproduce
 from imsvd_core.launch.status import look
 from imsvd_core.launch.submit import Submission
 from imsvd_core.results import write_json
-from imsvd_core.system.config import plain
+from imsvd_core.system.config import full_hash, plain
 
 DATA = ("--data", "attributes")
 
@@ -157,6 +157,22 @@ def test_an_evaluation_by_other_settings_is_refused(tmp_path):
         ValueError, match=r"knn.json' was given by other settings than the run's own: remove it"
     ):
         finished(knn)
+
+
+def test_an_evaluation_from_before_the_schemas_counts_while_its_settings_are_the_runs(tmp_path):
+    knn = build((2,), (), "smoke", tmp_path, DATA)["imsvd-2-epochs/knn"]
+    config = dict(knn.settings)
+    del config["look"]  # as if it had come later
+    write_json(knn.run_dir / "config.json", config)
+    for evaluation, ends in ((config["knn"], True), (config["knn"] | {"neighbors": [7]}, False)):
+        origin = {"config_hash": full_hash({"evaluation": evaluation, "pretraining": config})}
+        result = {"name": "x", "figures": {}, "provenance": origin}
+        write_json(knn.result, result)
+        if ends:
+            assert finished(knn)
+        else:
+            with pytest.raises(ValueError, match="was given by other settings"):
+                finished(knn)
 
 
 # Submission, with a queue that answers as Slurm does
