@@ -1,4 +1,4 @@
-"""What tests of several modules share: processes that form a group, and the option to keep what they measure."""
+"""What tests of several modules share: groups of processes, lanes, an option to keep figures."""
 
 import os
 import socket
@@ -18,6 +18,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=Path,
         help="with -m slurm: write what was observed as a result, for the book",
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark by what a test asks for: groups of processes start slowly, pages are built first."""
+    lanes = {"ranks": pytest.mark.slow, "rendering": pytest.mark.book}
+    for item in items:
+        for fixture in lanes.keys() & set(getattr(item, "fixturenames", ())):
+            item.add_marker(lanes[fixture])
 
 
 def _run(rank: int, size: int, port: int, work: Callable, folder: str, backend: str) -> None:
@@ -46,8 +54,8 @@ def ranks(tmp_path: Path, free_port: Callable[[], int]) -> Callable:
 @pytest.fixture
 def free_port() -> Callable[[], int]:
     def port() -> int:
-        with socket.socket() as one:
-            one.bind(("127.0.0.1", 0))
-            return one.getsockname()[1]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return probe.getsockname()[1]
 
     return port

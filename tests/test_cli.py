@@ -21,6 +21,7 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow  # a training and its evaluations
 def test_pretrain_then_evaluate(capsys):
     main(["pretrain", "cifar10", "--optim.lr", "0.003", "--knn.neighbors", "5", "--no-progress"])
     run = Path("runs/cifar10-smoke-seed0")
@@ -116,6 +117,7 @@ def test_no_command_and_a_wrong_one_show_the_usage(capsys):
         assert stop.value.code == code and "usage: imsvd" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # a process that imports torch
 def test_no_command_waits_for_what_only_the_svms_need():
     """Which takes over a second to import."""
     code = "import sys, imsvd_core.cli; assert not {'sklearn', 'joblib', 'timm', 'lightly'} & sys.modules.keys()"

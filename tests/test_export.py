@@ -72,6 +72,7 @@ def test_torchvision_lacks_the_classifier_alone(resnet50, tmp_path):
     assert torch.equal(features(theirs), features(resnet50))
 
 
+@pytest.mark.slow  # builds timm's ResNet-50
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_timm_gives_identical_features(resnet50, tmp_path, suffix):
     path = str(export(resnet50, "resnet50", False, "timm", tmp_path / f"r50.{suffix}"))

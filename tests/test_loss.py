@@ -189,6 +189,7 @@ def test_gradient_scales_with_what_comes_from_above_and_can_be_asked_for_twice()
     torch.testing.assert_close(thrice, 3 * once)
 
 
+@pytest.mark.slow  # a step at full width
 @pytest.mark.parametrize(
     "dim, units", [(1024, 32), (2000, 500), (20_000, 20), (3000, [1000] + [2] * 1000)]
 )

@@ -19,6 +19,7 @@ from imsvd_core.arrays.search import _CountedCodes
 from imsvd_core.loss import cross_joint_entropy
 
 
+@pytest.mark.slow  # sixteen descents of 800 steps
 def test_soft_tables_beat_the_best_hard_codes():
     found = optimise_tables(20, 6, 3, restarts=16, steps=800)
     hard, _ = search_hard_codes(20, 6, 3, target=hard_bound(20, 6))

@@ -363,6 +363,7 @@ def test_a_root_that_cannot_be_written_is_a_reason_and_not_a_crash(tmp_path, off
     assert not offline and "Not a directory" in capfd.readouterr().out
 
 
+@pytest.mark.slow  # waits for a host that stays silent
 def test_a_silent_host_is_given_up_within_ten_seconds(tmp_path, silent_host):
     start = time.monotonic()  # the real limits: the one test here that must wait for them
     assert datasets.resolve("auto", tmp_path) == "attributes"

@@ -255,6 +255,7 @@ def test_a_detector_that_knows_the_truth_is_scored_100_and_others_what_they_dese
 # The training
 
 
+@pytest.mark.slow  # trains a detector three times
 def test_a_run_cut_in_training_and_in_testing_ends_identical(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(detection, "BLOCK", 2)
     whole = detection.evaluate(backbone(), pair, CONFIG, run_dir=tmp_path / "whole", progress=False)
@@ -321,6 +322,7 @@ def test_the_seed_fixes_first_weights_and_precise_statistics_whatever_was_drawn_
     assert identical(first, second)
 
 
+@pytest.mark.slow  # trains a detector
 def test_another_test_of_the_same_detector_does_not_train_it_again(pair, tmp_path, monkeypatch):
     detection.evaluate(backbone(), pair, CONFIG, run_dir=tmp_path, progress=False)
     monkeypatch.setattr(detection.Detection, "embed", lambda *a: pytest.fail("trained again"))
@@ -465,6 +467,7 @@ def test_precise_statistics_are_the_means_over_batches_and_leave_the_weights_alo
     )
 
 
+@pytest.mark.slow  # trains a detector
 def test_the_test_uses_precise_statistics_of_the_last_weights(pair, tmp_path):
     detection.evaluate(backbone(), pair, CONFIG, run_dir=tmp_path / "precise", progress=False)
     detection.evaluate(

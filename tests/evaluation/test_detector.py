@@ -197,6 +197,7 @@ def test_proposals_are_trained_by_plain_l1_over_the_samples_that_every_image_sho
     )
 
 
+@pytest.mark.slow  # a step of a detector in bf16
 def test_boxes_are_float32_whatever_the_precision(detector):
     """bf16 has eight bits: a corner at 600 would be wrong by up to two pixels."""
     images, targets = pictures()

@@ -152,6 +152,7 @@ def test_a_finished_probe_is_reused_for_the_same_backbone_and_data_only(
     assert len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.slow  # trains probes on streamed images
 @pytest.mark.parametrize("config", [CONFIG, AUGMENTED])
 def test_a_planted_answer_is_found_in_streamed_images_and_none_in_shuffled_ones(
     backbone, tmp_path, config
@@ -203,6 +204,7 @@ def test_two_ranks_equal_one_process(tmp_path, ranks, augment):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow  # processes that decode
 def test_a_cut_run_on_streamed_images_ends_as_an_uncut_one(backbone, tmp_path, monkeypatch):
     config = replace(AUGMENTED, loop=replace(CONFIG.loop, epochs=2, batch_size=30, save_every=1))
     pair, steps = streamed(plant(tmp_path / "tree")), 0

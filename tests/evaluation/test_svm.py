@@ -187,6 +187,7 @@ def test_a_class_that_cannot_be_judged_is_named_and_not_scored():
         svm.fit(x, y, test_x, test_y, CLASSES, CONFIG)
 
 
+@pytest.mark.slow  # two worker processes
 def test_the_result_does_not_depend_on_the_number_of_processes():
     data = planted(0.8)
     assert svm.fit(*data, CLASSES, CONFIG) == svm.fit(*data, CLASSES, replace(CONFIG, jobs=2))
@@ -199,6 +200,7 @@ def workers(of: int) -> list[str]:
     ).stdout.split()
 
 
+@pytest.mark.slow  # three processes
 def test_a_worker_ends_with_the_process_that_it_works_for():
     code = (
         "import os, time, numpy as np; from imsvd_core.evaluation.svm import SVMConfig, _fit_class\n"

@@ -96,6 +96,7 @@ def test_the_batch_script_asks_for_what_was_configured(tmp_path, monkeypatch):
     assert any(line.startswith("srun ") and "--kill-on-bad-exit=1" in line for line in lines)
 
 
+@pytest.mark.slow  # a process that imports torch
 def test_a_snapshot_is_what_runs_whatever_happens_to_the_code_after_it(tmp_path):
     code = snapshot(tmp_path)
     assert snapshot(tmp_path) == code  # once
@@ -191,6 +192,7 @@ def test_a_job_told_by_usr2_saves_starts_again_and_ends_as_if_nothing_was(tmp_pa
     assert all(origin["command"].startswith("imsvd pretrain cifar10 ") for origin in origins)
 
 
+@pytest.mark.slow  # a whole training
 def test_debug_trains_in_this_process(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "ATTRIBUTES_SIZES", {"train": 600, "test": 200})
     before = dict(os.environ)
@@ -209,6 +211,7 @@ def test_debug_trains_in_this_process(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "result.json").exists() and dict(os.environ) == before
 
 
+@pytest.mark.slow  # a process that imports torch
 def test_an_evaluation_is_launched_like_a_training(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets, "ATTRIBUTES_SIZES", {"train": 600, "test": 200})
     monkeypatch.chdir(tmp_path)

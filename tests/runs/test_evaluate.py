@@ -59,6 +59,7 @@ def tree(tmp_path):
                 write_jpeg(data.images[number], str(folder / f"{number}.JPEG"))
 
 
+@pytest.mark.slow  # evaluations of a ResNet-50
 def test_a_state_dict_is_judged_by_the_papers_protocol_wherever_a_run_is(weights, tree, capsys):
     main(["evaluate", "imagenet-linear", str(weights), "--no-progress"])
     main(["evaluate", "imagenet-knn", str(weights), "--no-progress"])
@@ -79,6 +80,7 @@ def test_a_state_dict_is_judged_by_the_papers_protocol_wherever_a_run_is(weights
     assert read_result("runs/theirs/imagenet-linear.json")["provenance"]["date"] >= first
 
 
+@pytest.mark.slow  # two evaluations
 def test_other_data_get_a_file_of_their_own(weights, tree):
     main(
         [
@@ -101,6 +103,7 @@ def test_other_data_get_a_file_of_their_own(weights, tree):
     )
 
 
+@pytest.mark.slow  # two evaluations
 def test_figures_of_other_data_are_not_replaced_in_silence(weights, tree, tmp_path, capsys):
     """Two folders whose names become one file's name; the same folder, its spoilt files passed over."""
     small = ["evaluate", "imagenet-knn", str(weights), "--no-progress", "--data"]
@@ -167,6 +170,7 @@ def test_the_protocols_are_the_papers():
     )
 
 
+@pytest.mark.slow  # a training and four evaluations
 def test_a_run_and_its_weights_give_the_same_figures(weights, tmp_path):
     main(["pretrain", "cifar10", "--run-dir", "run", "--no-progress", "--loop.epochs", "1"])
     main(["evaluate", "knn", "run", "--no-progress"])
@@ -195,6 +199,7 @@ def test_the_folders_file_and_a_foreign_one_are_told_apart(tmp_path):
         open_backbone("nowhere")
 
 
+@pytest.mark.slow  # times training steps
 def test_bench_step_tells_hours_and_memory(capsys, tmp_path):
     main(
         [
@@ -235,6 +240,7 @@ def test_what_cannot_be_is_said_in_one_line(weights, capsys):
         )
 
 
+@pytest.mark.slow  # a whole evaluation each
 @pytest.mark.parametrize(
     ("name", "data", "figures"),
     [
@@ -348,6 +354,7 @@ def test_weights_that_are_no_numbers_are_refused_before_any_work(weights, capsys
     )
 
 
+@pytest.mark.slow  # two evaluations
 def test_a_result_that_another_call_has_left_meanwhile_stays(weights, tree, monkeypatch):
     """It came while this call was at work; what this one has trained is kept too."""
     trained = open_backbone(weights)

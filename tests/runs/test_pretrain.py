@@ -139,6 +139,7 @@ def test_a_run_killed_at_five_random_steps_ends_with_the_weights_of_an_undisturb
     assert records[0] == records[1]
 
 
+@pytest.mark.slow  # a whole training
 def test_a_run_leaves_everything_and_its_backbone_comes_back(small, tmp_path):
     result = read_result(pretrain(small, tmp_path, progress=False))
     assert {path.name for path in tmp_path.iterdir()} - {".lock", ".attempt"} == {
@@ -176,6 +177,7 @@ def test_seeds_fix_the_network_and_the_views(small, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(run.test_codes(), run.test_codes(), strict=False))
 
 
+@pytest.mark.slow  # two trainings
 def test_looking_leaves_no_trace(small, tmp_path):
     ends = []
     for looks in (False, True):
@@ -189,6 +191,7 @@ def test_looking_leaves_no_trace(small, tmp_path):
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+@pytest.mark.slow  # a whole training each
 @pytest.mark.parametrize("method", [VICReg(), BarlowTwins()])
 def test_the_methods_it_is_compared_with_train_too(small, tmp_path, method):
     run = Pretraining(replace(small, method=method), tmp_path, progress=False)
@@ -199,6 +202,7 @@ def test_the_methods_it_is_compared_with_train_too(small, tmp_path, method):
         run.test_codes()
 
 
+@pytest.mark.slow  # two trainings
 def test_other_settings_do_not_resume_and_saving_more_often_does(small, tmp_path):
     for _ in Pretraining(small, tmp_path, progress=False):
         break
@@ -213,6 +217,7 @@ def test_other_settings_do_not_resume_and_saving_more_often_does(small, tmp_path
         )
 
 
+@pytest.mark.slow  # two trainings
 def test_a_streamed_run_that_a_spoilt_file_ended_goes_on_without_it(small, images, tmp_path):
     shutil.copytree(images, tmp_path / "images")
     small = replace(
@@ -244,6 +249,7 @@ def test_peers_compute_in_float32_under_autocast():
         VICReg(variance_weight=-3)
 
 
+@pytest.mark.slow  # three trainings
 def test_a_run_killed_between_an_epochs_end_and_its_record_watches_again_and_only_then(
     small, tmp_path
 ):
@@ -258,6 +264,7 @@ def test_a_run_killed_between_an_epochs_end_and_its_record_watches_again_and_onl
     assert [line["step"] for line in lines if "knn_20" in line] == [0, 5, 10]
 
 
+@pytest.mark.slow  # two trainings
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2"])
 def test_a_signal_lets_a_training_save_and_stop_and_the_same_call_ends_it_as_if_nothing_was(
     small, tmp_path, monkeypatch, name
@@ -286,6 +293,7 @@ def test_a_signal_lets_a_training_save_and_stop_and_the_same_call_ends_it_as_if_
     assert all(torch.equal(value, cut[key]) for key, value in whole.items())
 
 
+@pytest.mark.slow  # a whole training
 def test_what_is_watched_is_kept_whatever_its_neighbors(small, tmp_path):
     other = replace(small, watch=replace(small.watch, neighbors=(10,)))
     figures = read_result(pretrain(other, tmp_path, progress=False))["figures"]
@@ -313,6 +321,7 @@ def test_an_unfinished_run_cannot_be_evaluated(tmp_path):
         load_run(tmp_path)
 
 
+@pytest.mark.slow  # a whole training
 def test_the_joint_matrix_brightens_on_its_diagonal(tmp_path, monkeypatch):
     """Two short epochs on the drawn pictures must lower every term that has room: DE and TI."""
     monkeypatch.setattr(datasets, "ATTRIBUTES_SIZES", {"train": 600, "test": 200})
