@@ -68,7 +68,7 @@ def _name(path: Path) -> str:
 
 
 def _modules(path: Path) -> set[str]:
-    """All that a file may import; of `from a import b`, a.b if that is a module of the package, else a."""
+    """All that a file may import; of `from a import b`, a.b if that is a module, else a."""
     modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
