@@ -37,6 +37,7 @@ def small_book(folder: Path, cell: str) -> Path:
     return folder
 
 
+@pytest.mark.slow  # builds a small book
 def test_a_failing_cell_fails_the_build_and_shows_its_traceback(tmp_path: Path) -> None:
     done = build(small_book(tmp_path, "unheard_of / 0"), DATASET)
     assert done.returncode != 0
@@ -44,6 +45,7 @@ def test_a_failing_cell_fails_the_build_and_shows_its_traceback(tmp_path: Path) 
     assert "unheard_of" in done.stdout
 
 
+@pytest.mark.slow  # builds a small book
 def test_a_warning_fails_the_build(tmp_path: Path) -> None:
     folder = small_book(tmp_path, "1 + 1")
     page = folder / "book" / "index.md"
@@ -53,6 +55,7 @@ def test_a_warning_fails_the_build(tmp_path: Path) -> None:
     assert "no-such-equation" in done.stdout
 
 
+@pytest.mark.slow  # builds a small book four times
 def test_a_page_runs_again_when_a_stored_result_changes_and_only_then(tmp_path: Path) -> None:
     folder = small_book(tmp_path, f"open({str(tmp_path / 'runs')!r}, 'a').write('x');")
     (folder / "book" / "results").mkdir()
