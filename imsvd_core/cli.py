@@ -25,7 +25,7 @@ from imsvd_core.engine import checkpoints
 from imsvd_core.engine.trainer import NonFiniteError
 from imsvd_core.launch import graph as graphs
 from imsvd_core.launch.reproduce import reproduce as bring_about
-from imsvd_core.launch.status import graphs_under, look, watch
+from imsvd_core.launch.status import graphs_under, standings_of, watch
 from imsvd_core.recipes import (
     EVALUATIONS,
     OWN,
@@ -290,7 +290,7 @@ def launch(argv: Sequence[str]) -> None:
         ]
     known = graphs_under(run_dir) if (folder / "submission.json").exists() else []
     for standing in (
-        one for graph in known for one in look(graph).values() if one.task.folder == folder
+        one for graph in known for one in standings_of(graph).values() if one.task.folder == folder
     ):
         if standing.live or standing.state == "unknown":
             raise ValueError(
@@ -384,7 +384,7 @@ def bench(argv: Sequence[str]) -> None:
     with process_group(_peek(argv, "--loop.device") or "auto"):
         command, name = _parse_recipe(argv[1:], BenchStepCommand, "imsvd bench step")
         start, one = time.perf_counter(), command.recipe
-        with signals.heed():
+        with signals.handle_stop_signals():
             figures = bench_step(
                 one, steps=command.steps, warmup=command.warmup, progress=command.progress
             )
@@ -454,7 +454,7 @@ def status(argv: Sequence[str]) -> None:
     command = tyro.cli(StatusCommand, prog="imsvd status", args=argv)
     found = graphs_under(command.folder)
     watch(
-        lambda: [standing for graph in found for standing in look(graph).values()],
+        lambda: [standing for graph in found for standing in standings_of(graph).values()],
         _wide(),
         once=command.once,
     )

@@ -223,7 +223,7 @@ class Trainer:
 
     def _agree(self) -> tuple[bool, bool]:
         """Whether any rank wants to stop, and whether rank 0's clock says that saving is due."""
-        stop = self._stop_requested or bool(signals.told()) or launcher_is_gone()
+        stop = self._stop_requested or bool(signals.stop_requested()) or launcher_is_gone()
         waited = time.monotonic() - self._saved_at
         due = self.rank == 0 and 0 < 60 * self.config.save_minutes <= waited
         votes = torch.tensor([float(stop), float(due)], device=self.device)

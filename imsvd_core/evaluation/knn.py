@@ -26,8 +26,9 @@ from imsvd_core.evaluation.features import (
     sum_over_ranks,
 )
 from imsvd_core.system.config import config_hash, plain
-from imsvd_core.system.files import atomic_write, hold
+from imsvd_core.system.files import atomic_write
 from imsvd_core.system.progress import bar
+from imsvd_core.system.run_folder import RunFolder
 from imsvd_core.views import EvalView
 
 
@@ -482,18 +483,7 @@ def _kept(
     if run_dir is None:
         yield None
         return
-    folder, holds, first = (
-        Path(run_dir) / f"knn-{config_hash(settings())}",
-        [],
-        on_rank_0 if ranks else lambda work: work,
-    )
-
-    @first
-    def claim() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        holds.append(hold(folder))
-
-    claim()
-    yield folder
-    first(shutil.rmtree)(folder)
-    holds.clear()
+    run = RunFolder(Path(run_dir) / f"knn-{config_hash(settings())}")
+    with run.on_rank_0() if ranks else run:
+        yield run.path
+        (on_rank_0(shutil.rmtree) if ranks else shutil.rmtree)(run.path)

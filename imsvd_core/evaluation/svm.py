@@ -4,12 +4,9 @@ import copy
 import json
 import logging
 import os
-import threading
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,8 +23,9 @@ from imsvd_core.networks import represent
 from imsvd_core.results import write_json
 from imsvd_core.system import signals
 from imsvd_core.system.config import config_hash, plain
-from imsvd_core.system.files import atomic_write, hold
+from imsvd_core.system.files import atomic_write
 from imsvd_core.system.progress import bar
+from imsvd_core.system.run_folder import RunFolder
 from imsvd_core.views import IMAGENET_MEAN, IMAGENET_STD, EvalView
 
 if TYPE_CHECKING:  # slow to import: every command would wait for it
@@ -152,9 +150,7 @@ def evaluate(
         "backbone": fingerprint(*backbone.state_dict().values()),
     }
     folder = Path(run_dir) / config_hash(settings)
-    folder.mkdir(parents=True, exist_ok=True)
-    held = hold(folder)
-    with signals.interruptible():
+    with RunFolder(folder) as run, signals.interruptible():
         (features, rows), (test_features, test_rows) = (
             embed(
                 backbone,
@@ -177,7 +173,7 @@ def evaluate(
             folder=folder,
             progress=progress,
         )
-    held.check()
+        run.check()
     return found | {"pool": config.pool, "difficult": config.difficult}
 
 
@@ -408,22 +404,10 @@ def _fit_class(
     from threadpoolctl import threadpool_limits
 
     if os.getpid() != parent:
-        _end_with(parent)
+        signals.end_with(parent)
     with threadpool_limits(1):  # sums in one order, however many processes there are
         classifier, result = train_class(features, labels, config)
         return name, classifier.decision_function(test_features), result
-
-
-@cache  # once a process
-def _end_with(parent: int) -> None:
-    """Let this process end within seconds of the one that it works for, however that dies."""
-
-    def look() -> None:
-        while os.getppid() == parent:
-            time.sleep(2)
-        os._exit(1)
-
-    threading.Thread(target=look, daemon=True).start()
 
 
 def _checked(

@@ -4,9 +4,12 @@ import math
 import os
 import re
 import tomllib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from imsvd_core.system.checks import at_least, literals, positive
+from imsvd_core.system.config import from_plain
 
 Executor = Literal["slurm", "local", "debug"]
 PROFILES = Path("~/.config/imsvd/clusters.toml")  #: or where IMSVD_CLUSTERS points
@@ -17,7 +20,8 @@ class LaunchConfig:
     """Where a job runs and what it may use."""
 
     executor: Executor = "slurm"
-    """slurm submits; local starts the same job in the background of this machine; debug runs it in this process."""
+    """slurm submits; local starts the same job in the background of this machine; debug runs it in
+    this process."""
     nodes: int = 1
     gpus_per_node: int = 0
     tasks_per_node: int | None = None
@@ -36,7 +40,8 @@ class LaunchConfig:
     options: dict[str, str] = field(default_factory=dict)
     """Any other options of sbatch: --options reservation night mail-type END."""
     time: str = "1-00:00:00"
-    """Limit of one attempt, as Slurm writes it: minutes, H:MM:SS, D-HH:MM:SS. A run that needs longer goes on in the next."""
+    """Limit of one attempt, as Slurm writes it: minutes, H:MM:SS, D-HH:MM:SS. A run that needs
+    longer goes on in the next."""
     grace_seconds: int = 120
     """How long before the limit the job is told (SIGUSR2), to save and be queued again."""
     max_requeues: int = 1000
@@ -48,25 +53,10 @@ class LaunchConfig:
     currency: str = "USD"
 
     def __post_init__(self) -> None:
-        if self.executor not in get_args(Executor):
-            raise ValueError(
-                f"executor={self.executor!r} must be one of {', '.join(get_args(Executor))}"
-            )
-        for name, least in (
-            ("nodes", 1),
-            ("gpus_per_node", 0),
-            ("tasks_per_node", 1),
-            ("cpus_per_task", 1),
-            ("grace_seconds", 1),
-            ("max_requeues", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise ValueError(f"{name}={value!r} must be at least {least}, and whole")
-        for name in ("mem_gb", "gpu_hour_price"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} must be positive")
+        literals(self)
+        at_least(self, nodes=1, gpus_per_node=0, tasks_per_node=1, cpus_per_task=1)
+        at_least(self, grace_seconds=1, max_requeues=0)
+        positive(self, "mem_gb", "gpu_hour_price")
         if self.executor != "slurm" and self.nodes > 1:
             raise ValueError(f"nodes={self.nodes} needs executor='slurm': this machine is one node")
         if self.gpus_per_node and self.ranks_per_node > self.gpus_per_node:
@@ -76,8 +66,8 @@ class LaunchConfig:
             )
         if 60 * self.minutes <= self.grace_seconds:
             raise ValueError(
-                f"time={self.time!r} must exceed grace_seconds={self.grace_seconds}, or the job is told to stop "
-                "as it starts"
+                f"time={self.time!r} must exceed grace_seconds={self.grace_seconds}, or the job is "
+                "told to stop as it starts"
             )
 
     @property
@@ -107,15 +97,16 @@ class LaunchConfig:
 
 
 def load_profile(name: str | None = None, path: Path | str | None = None) -> LaunchConfig:
-    """The settings that a TOML file keeps for the cluster `name`, by default for the one that its line `default` names.
+    """The settings that a TOML file keeps for the cluster `name`; by default its `default`.
 
         default = "ours"
         [ours]
         partition = "gpu"
         gpus_per_node = 8
 
-    `path` is ~/.config/imsvd/clusters.toml unless IMSVD_CLUSTERS or the caller names another. Without a file and a name,
-    plain `LaunchConfig()`. Raises FileNotFoundError or ValueError saying what the file has instead.
+    `path` is ~/.config/imsvd/clusters.toml unless IMSVD_CLUSTERS or the caller names another.
+    Without a file and a name, plain `LaunchConfig()`. Raises FileNotFoundError or ValueError saying
+    what the file has instead.
     """
     file = Path(path or os.environ.get("IMSVD_CLUSTERS", PROFILES)).expanduser()
     if not file.exists():
@@ -136,23 +127,18 @@ def load_profile(name: str | None = None, path: Path | str | None = None) -> Lau
         raise ValueError(
             f"profile={name!r} is not in {file}; there are: {', '.join(profiles) or 'none'}"
         )
-    known = [one.name for one in fields(LaunchConfig)]
-    if unknown := sorted(set(profiles[name]) - set(known)):
-        raise ValueError(
-            f"{file}, [{name}]: no setting is called {', '.join(unknown)}; there are: {', '.join(known)}"
-        )
     hints = get_type_hints(LaunchConfig)
+    if unknown := sorted(set(profiles[name]) - set(hints)):
+        raise ValueError(
+            f"{file}, [{name}]: no setting is called {', '.join(unknown)}; "
+            f"there are: {', '.join(hints)}"
+        )
     for key, value in profiles[name].items():
         if not _fits(value, hints[key]):
             raise ValueError(
                 f"{file}, [{name}]: {key}={value!r} must be {KINDS[_kinds(hints[key])[0]]}"
             )
-    return LaunchConfig(
-        **{
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in profiles[name].items()
-        }
-    )
+    return from_plain(LaunchConfig, profiles[name])
 
 
 KINDS = {
@@ -174,9 +160,9 @@ def _kinds(hint: Any) -> tuple[type, ...]:
 def _fits(value: Any, hint: Any) -> bool:
     kinds = _kinds(hint)
     if tuple in kinds:
-        return isinstance(value, list) and all(isinstance(one, str) for one in value)
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
     if dict in kinds:
-        return isinstance(value, dict) and all(isinstance(one, str) for one in value.values())
+        return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
     return isinstance(value, (*kinds, int) if float in kinds else kinds) and not isinstance(
         value, bool
     )

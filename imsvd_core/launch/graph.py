@@ -22,31 +22,50 @@ from imsvd_core.system.config import (
     plain,
 )
 
-METHODS = {
-    "imsvd": "cifar10",
-    "vicreg": "cifar10-vicreg",
-    "barlow-twins": "cifar10-barlow-twins",
-}  #: → recipe
+
+@dataclass(frozen=True)
+class Runs:
+    """The pretrainings that a table or a figure rests on, and how each is evaluated."""
+
+    text: str
+    recipes: tuple[str, ...]
+    #: How much of a recipe's epochs: a pretraining for each.
+    parts: tuple[float, ...]
+    evaluation: str | None = None
+
+
+METHODS = ("cifar10", "cifar10-vicreg", "cifar10-barlow-twins")
 TABLES = {
-    1: "linear probe of IMSVD, VICReg and Barlow Twins after half and all of the training, in miniature",
-    2: "kNN of the three after all of the training, in miniature",
+    1: Runs(
+        "linear probe of IMSVD, VICReg and Barlow Twins after half and all of the training, "
+        "in miniature",
+        METHODS,
+        (0.5, 1.0),
+        "linear",
+    ),
+    2: Runs("kNN of the three after all of the training, in miniature", METHODS, (1.0,), "knn"),
 }
-FIGURES = {3: "IMSVD's joint matrix, which its pretraining keeps in joints/"}
-GRAPH = "graph.json"  #: a graph's own file, in its folder
+FIGURES = {
+    3: Runs("IMSVD's joint matrix, which its pretraining keeps in joints/", METHODS[:1], (1.0,))
+}
+#: A graph's own file, in its folder.
+GRAPH = "graph.json"
 
 
 @dataclass(frozen=True)
 class Task:
     """One `imsvd` command that leaves one result file."""
 
-    name: str  #: such as imsvd-2-epochs/knn
-    argv: tuple[str, ...]  #: what follows `imsvd`
+    #: Such as imsvd-2-epochs/knn.
+    name: str
+    #: What follows `imsvd`.
+    argv: tuple[str, ...]
     run_dir: Path
     result: Path
-    needs: tuple[str, ...] = ()  #: tasks that must be done before
-    settings: Mapping[str, Any] = field(
-        default_factory=dict
-    )  #: recipe of the pretraining; {} for whatever is found
+    #: Tasks that must be done before.
+    needs: tuple[str, ...] = ()
+    #: The recipe of the pretraining; {} for any.
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -55,37 +74,37 @@ class Task:
 
 
 class Graph:
-    """Tasks in an order in which each comes after those that it needs: iterate it, or ask for one by its name.
+    """Tasks in an order in which each comes after those that it needs; `graph[name]` is one.
 
     Raises ValueError for two tasks of one name or one result, a need that is no task, and a circle.
     """
 
     def __init__(self, tasks: Iterable[Task]):
-        tasks = list(tasks)
-        self._tasks = {task.name: task for task in tasks}
-        for what in ("name", "result"):
-            seen: dict[Any, str] = {}
-            for task in tasks:
-                if (value := getattr(task, what)) in seen:
-                    raise ValueError(
-                        f"{what}={str(value)!r} is that of two tasks, {seen[value]} and {task.name}: "
-                        "give each its own"
-                    )
-                seen[value] = task.name
+        self._tasks: dict[str, Task] = {}
+        results: dict[Path, str] = {}
         for task in tasks:
+            if task.name in self._tasks:
+                raise ValueError(f"name={task.name!r} is that of two tasks: give each its own")
+            if task.result in results:
+                raise ValueError(
+                    f"result={str(task.result)!r} is that of two tasks, {results[task.result]} and "
+                    f"{task.name}: give each its own"
+                )
+            self._tasks[task.name] = task
+            results[task.result] = task.name
+        for task in self:
             if unknown := [need for need in task.needs if need not in self._tasks]:
                 raise ValueError(
                     f"needs={unknown} of {task.name} are no tasks; there are: {', '.join(self._tasks)}"
                 )
+        needs = {task.name: task.needs for task in self}
         try:
-            order = graphlib.TopologicalSorter(
-                {task.name: task.needs for task in tasks}
-            ).static_order()
-            self._tasks = {name: self._tasks[name] for name in order}
+            order = tuple(graphlib.TopologicalSorter(needs).static_order())
         except graphlib.CycleError as error:
             raise ValueError(
                 f"needs go in a circle, {' → '.join(error.args[1])}: take one of them out"
             ) from None
+        self._tasks = {name: self._tasks[name] for name in order}
 
     def __iter__(self) -> Iterator[Task]:
         return iter(self._tasks.values())
@@ -113,22 +132,14 @@ class Graph:
         """The graph whose folder is `out`. Raises ValueError for a file that is none."""
         try:
             rows = json.loads((out / GRAPH).read_text())["tasks"]
-            return cls(
-                Task(
-                    **{
-                        **row,
-                        "argv": tuple(row["argv"]),
-                        "needs": tuple(row["needs"]),
-                        "run_dir": out / row["run_dir"],
-                        "result": out / row["result"],
-                    }
-                )
-                for row in rows
-            )
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            for row in rows:
+                row |= {name: out / row[name] for name in ("run_dir", "result")}
+            tasks = [from_plain(Task, row) for row in rows]
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{out / GRAPH} is not a graph: remove it, `imsvd reproduce` writes it anew"
             ) from error
+        return cls(tasks)
 
 
 def build(
@@ -140,71 +151,81 @@ def build(
 ) -> Graph:
     """What tables and figures of the paper need, at a scale, in run folders under `out`.
 
-    `settings` are options of `imsvd pretrain`, such as ("--loop.epochs", "4"), for all pretrainings alike. `auto`
-    data are what it stands for here, for all. Raises ValueError for what is not held, naming what is.
+    `settings` are options of `imsvd pretrain`, such as ("--loop.epochs", "4"), for all pretrainings
+    alike. The data `auto` are resolved here, once for all. Raises ValueError for a table or figure
+    that is not planned, naming those that are.
     """
-    for kind, numbers, held in (("table", tables, TABLES), ("figure", figures, FIGURES)):
-        for number in numbers:
-            if number not in held:
-                raise ValueError(f"{kind}={number} is not held here yet; there are {_held()}")
-    if not tables and not figures:
-        raise ValueError(f"neither a table nor a figure is asked for; there are {_held()}")
+    parts = [*_planned("table", tables, TABLES), *_planned("figure", figures, FIGURES)]
+    if not parts:
+        raise ValueError(f"neither a table nor a figure is asked for; there are {_catalogue()}")
     tasks: list[Task] = []
-    data: dict[str, str] = {}  # asked for, once → found
-    for method, name in METHODS.items():
+    data: dict[str, str] = {}
+    for name in METHODS:
         whole = tyro.cli(
             Recipe, default=recipe(name, scale), args=list(settings), prog="imsvd reproduce"
         )
-        if whole.data not in data:
+        evaluations: dict[int, list[str]] = {}
+        for part in parts:
+            for share in part.parts if name in part.recipes else ():
+                epochs = max(1, int(share * whole.loop.epochs))
+                kinds = evaluations.setdefault(epochs, [])
+                if part.evaluation and part.evaluation not in kinds:
+                    kinds.append(part.evaluation)
+        if evaluations and whole.data not in data:
             data[whole.data] = datasets.resolve(whole.data) if whole.data == "auto" else whole.data
-        for epochs in sorted({max(1, whole.loop.epochs // 2), whole.loop.epochs}):
+        for epochs, kinds in sorted(evaluations.items()):
             trained = replace(whole, loop=replace(whole.loop, epochs=epochs), data=data[whole.data])
-            full = epochs == whole.loop.epochs
-            kinds = ["linear"] * (1 in tables) + ["knn"] * (2 in tables and full)
-            if not kinds and not (3 in figures and full and method == "imsvd"):
-                continue
-            folder = f"{method}-{epochs}-epoch{'s' if epochs > 1 else ''}"
-            run, first = out / folder, f"{folder}/pretrain"
-            argv = (
-                "pretrain",
-                name,
-                "--scale",
-                scale,
-                "--run-dir",
-                str(run),
-                *settings,
-                "--loop.epochs",
-                str(epochs),
-                *(("--data", trained.data) if whole.data == "auto" else ()),
-                "--no-progress",
-            )
-            tasks.append(Task(first, argv, run, run / "result.json", settings=plain(trained)))
-            for kind in kinds:
-                argv = ("evaluate", kind, str(run), *["--no-progress"] * (kind == "linear"))
-                tasks.append(
-                    Task(
-                        f"{folder}/{kind}",
-                        argv,
-                        run,
-                        run / f"{kind}.json",
-                        (first,),
-                        plain(trained),
-                    )
-                )
+            options = [*settings, "--loop.epochs", str(epochs)]
+            if whole.data == "auto":
+                options += ["--data", trained.data]
+            tasks += _tasks(name, scale, trained, options, kinds, out)
     return Graph(tasks)
 
 
-def _held() -> str:
+def _tasks(
+    name: str,
+    scale: Scale,
+    trained: Recipe,
+    options: Sequence[str],
+    evaluations: Iterable[str],
+    out: Path,
+) -> Iterator[Task]:
+    """A pretraining of the recipe `name`, and evaluations of it."""
+    epochs = trained.loop.epochs
+    method = trained.method.name.replace("_", "-")
+    folder = f"{method}-{epochs}-epoch{'s' if epochs > 1 else ''}"
+    run, settings, first = out / folder, plain(trained), f"{folder}/pretrain"
+    command = ("pretrain", name, "--scale", scale, "--run-dir", str(run))
+    argv = (*command, *options, "--no-progress")
+    yield Task(first, argv, run, run / "result.json", settings=settings)
+    for kind in evaluations:
+        argv = ("evaluate", kind, str(run))
+        if kind == "linear":
+            argv += ("--no-progress",)
+        yield Task(f"{folder}/{kind}", argv, run, run / f"{kind}.json", (first,), settings)
+
+
+def _planned(kind: str, numbers: Iterable[int], planned: Mapping[int, Runs]) -> list[Runs]:
+    for number in numbers:
+        if number not in planned:
+            raise ValueError(f"{kind}={number} is not held here yet; there are {_catalogue()}")
+    return [planned[number] for number in sorted(set(numbers))]
+
+
+def _catalogue() -> str:
     return "; ".join(
-        f"{kind} {number}: {text}"
-        for kind, held in (("table", TABLES), ("figure", FIGURES))
-        for number, text in held.items()
+        f"{kind} {number}: {runs.text}"
+        for kind, planned in (("table", TABLES), ("figure", FIGURES))
+        for number, runs in planned.items()
     )
 
 
 def finished(task: Task) -> bool:
-    """Whether the task's result is there. Raises ValueError, naming folder and remedy, if other settings gave it, or
-    gave what a pretraining has left there so far."""
+    """Whether the task's result is there.
+
+    Raises ValueError, naming folder and remedy, if other settings gave the result, or gave what a
+    pretraining has left there so far.
+    """
     stored = _config(task)
     if stored is not None and task.settings:
         stored = complete(Recipe, stored)
@@ -231,7 +252,7 @@ def finished(task: Task) -> bool:
         if stored_hash not in (evaluation_hash(kind, config), before):
             raise ValueError(
                 f"result={str(task.result)!r} was given by other settings than the run's own: "
-                f"remove it, or evaluate again with `imsvd evaluate {kind} {task.run_dir} --overwrite`"
+                f"remove it, or evaluate again: `imsvd evaluate {kind} {task.run_dir} --overwrite`"
             )
     return True
 

@@ -1,8 +1,10 @@
-"""A command as a cluster's job: told to stop it saves and is queued again, killed it is resumed, superseded it is fenced.
+"""A command as a cluster's job: stopped it saves and is queued again, killed it is resumed,
+superseded it is fenced off.
 
-submitit → Job() → imsvd_core.cli.run(argv) → Loop        on every rank
-            └─ SIGUSR2, SIGTERM → signals.told() ─┘       the ranks agree at a step's end, rank 0 saves, all leave,
-                                                          and rank 0 asks Slurm to queue the job again
+submitit → Job() → imsvd_core.cli.run(argv) → Trainer     on every rank
+            └─ SIGUSR2, SIGTERM → stop_requested() ─┘     the ranks agree at a step's end, rank 0
+                                                          saves, all leave, and rank 0 asks Slurm
+                                                          to queue the job again
 """
 
 import faulthandler
@@ -20,10 +22,11 @@ from datetime import UTC, datetime
 import submitit
 
 from imsvd_core.system import signals
-from imsvd_core.system.files import ATTEMPT
+from imsvd_core.system.run_folder import ATTEMPT
 
 COMMAND = "imsvd_core.cli:run"  #: what a job calls, with its command line
-LINGER = 30.0  #: seconds after which a rank that hangs while it leaves is ended, with a trace of where it hung
+#: Seconds after which a rank that hangs while it leaves is ended, with a trace of where it hung.
+LINGER = 30.0
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +61,7 @@ class Job:
             log.info(
                 "attempt %d of job %s: imsvd %s", attempt, environment.job_id, " ".join(self.argv)
             )
-        with signals.heed(override=True):
+        with signals.handle_stop_signals(override=True):
             try:
                 pkgutil.resolve_name(COMMAND)(self.argv)
             except signals.Stopped as stopped:
@@ -76,7 +79,7 @@ class Job:
             raise SystemExit(0)  # else srun would kill rank 0, which has yet to ask
         log.info("%s", why)
         if environment.cluster == "local":
-            if signals.told() == signal.SIGUSR2:
+            if signals.stop_requested() == signal.SIGUSR2:
                 environment._requeue(0)  # exits with what the local controller knows
         elif environment.cluster == "slurm" and _is_running(environment.job_id, attempt):
             if attempt >= self.max_requeues:
@@ -92,26 +95,26 @@ class Job:
 
 
 def _forget_earlier_attempt(environment: submitit.JobEnvironment) -> None:
-    """Remove what an earlier attempt of this job left of its outcome: it was not the last word, and half-written it
-    would stop submitit from writing a new one."""
+    """Remove the outcome that an earlier attempt of this job left: it was not the last, and
+    half-written it would stop submitit from writing a new one."""
     result = environment.paths.result_pickle
     for left_over in (result, result.with_suffix(".pkl.save_tmp")):
         left_over.unlink(missing_ok=True)
 
 
 def _is_running(job: str, attempt: int) -> bool:
-    """Whether Slurm counts this attempt as running: not as cancelled, nor as lost and started again elsewhere.
+    """Whether Slurm counts this attempt as running: neither cancelled, nor lost and started again.
 
-    Where Slurm does not answer, it is: to ask for nothing would lose the job's place.
+    True where Slurm does not answer: without a requeue the job would lose its place.
     """
     try:
-        told = subprocess.run(
+        answer = subprocess.run(
             ["scontrol", "show", "job", job], capture_output=True, text=True, timeout=30, check=True
         ).stdout
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("scontrol does not tell how the job stands: %s", error)
         return True
-    facts = dict(re.findall(r"(JobState|Restarts)=(\w+)", told))
+    facts = dict(re.findall(r"(JobState|Restarts)=(\w+)", answer))
     log.info("Slurm says: %s", facts)
     return facts.get("JobState") == "RUNNING" and int(facts.get("Restarts", attempt)) == attempt
 

@@ -14,12 +14,18 @@ from imsvd_core.data import memory as datasets
 from imsvd_core.data.memory import data_root
 from imsvd_core.launch.config import LaunchConfig
 from imsvd_core.launch.submit import Submission
+from imsvd_core.methods import IMSVD, BarlowTwins, VICReg
 from imsvd_core.networks import NetworkConfig, TwinNetwork
 from imsvd_core.recipes import Recipe
 from imsvd_core.results import STORE, read_result
 
-#: Table IV: what 100 epochs of ImageNet took on 32 Tesla V100 at batch size 2,048 (hours), and a GPU's peak memory (GB).
-TABLE_IV = {"imsvd": (8.5, 10.4), "vicreg": (11.0, 11.3), "barlow-twins": (12.0, 11.3)}
+#: Table IV: what 100 epochs of ImageNet took on 32 Tesla V100 at batch size 2,048 (hours), and a
+#: GPU's peak memory (GB); by the `name` of the method's config.
+TABLE_IV = {
+    IMSVD.name: (8.5, 10.4),
+    VICReg.name: (11.0, 11.3),
+    BarlowTwins.name: (12.0, 11.3),
+}
 TABLE_IV_GPUS, TABLE_IV_BATCH = 32, 2048
 PAPER = NetworkConfig("resnet50", False, (8192,), 8160)  #: of IMSVD's row
 PUBLISHED = {"cifar10": 50_000, "cifar100": 50_000, "fashion-mnist": 60_000}  #: training images
@@ -28,23 +34,24 @@ OPTIMIZER_STATES = {"adamw": 2, "sgd": 1, "lars": 1}  #: numbers kept beside eac
 
 @dataclass(frozen=True)
 class Plan:
-    """A launch before it is sent. Unknown figures are None; each measured or quoted one says where it comes from."""
+    """A launch before it is sent. Unknown figures are None; others say where they come from."""
 
     name: str
     config: LaunchConfig
-    samples: int | None  #: training images; None where the data are not here
+    #: Training images; None where the data are not here.
+    samples: int | None
     batch_per_rank: int
     steps: int | None
     hours: float | None
     hours_source: str
     memory_gb: float | None
     memory_source: str
-    starved: (
-        bool  #: whether a GPU's images are decoded by the one core that nobody asked to be more
-    )
+    #: Whether decoding is limited to one CPU core for each GPU.
+    starved: bool
     disk_gb: float
     disk_free_gb: float
-    refused: tuple[str, ...]  #: why it would not be sent, each with its remedy
+    #: Why it would not be sent, each with its remedy.
+    refused: tuple[str, ...]
 
     @property
     def attempts(self) -> int | None:
@@ -53,53 +60,59 @@ class Plan:
         return None if self.hours is None else max(1, math.ceil(self.hours / useful))
 
     def __str__(self) -> str:
-        config = self.config
-        devices = f"{config.gpus} GPUs" if config.gpus else f"{config.ranks} processes without GPU"
-        lines = [
-            f"{self.name}: {devices} ({config.nodes} × {config.ranks_per_node}), {self.batch_per_rank} images on each"
-        ]
-        lines.append(
-            f"  steps     {_number(self.steps)}"
-            + (f" over {self.samples:,} images" if self.samples else "")
-        )
-        hours = f"{_number(self.hours)} hours" if self.hours is not None else "unknown"
-        attempts = (
-            f"in {self.attempts} {'attempt' if self.attempts == 1 else 'attempts'}"
-            if self.attempts
-            else "in attempts"
-        )
-        lines.append(
-            f"  time      {hours} ({self.hours_source}), {attempts} of at most {config.time}"
-        )
-        if config.gpus and self.hours is not None:
-            price = config.gpu_hour_price
-            cost = (
-                f"{self.hours * config.gpus * price:,.0f} {config.currency} at {price:g} an hour"
-                if price
-                else "cost unknown: set gpu_hour_price in the profile"
-            )
-            lines.append(f"  GPU hours {self.hours * config.gpus:,.0f}; {cost}")
-        memory = (
-            f"{_number(self.memory_gb)} GB on each GPU" if self.memory_gb is not None else "unknown"
-        )
-        lines.append(f"  memory    {memory} ({self.memory_source})")
-        cores = f"{config.cpus_per_task or 1} for each process"
-        lines.append(
-            f"  cores     {cores}{', which decode its images: set cpus_per_task' if self.starved else ''}"
-        )
-        lines.append(
-            f"  disk      {_number(self.disk_gb)} GB for the run, {_number(self.disk_free_gb)} GB free"
-        )
+        lines = [self._devices(), self._steps(), self._time(), *self._price(), self._memory()]
+        lines += [self._cores(), self._disk()]
         lines += [f"  refused: {reason}" for reason in self.refused]
         return "\n".join(lines)
+
+    def _devices(self) -> str:
+        config = self.config
+        devices = f"{config.gpus} GPUs" if config.gpus else f"{config.ranks} processes without GPU"
+        return (
+            f"{self.name}: {devices} ({config.nodes} × {config.ranks_per_node}), "
+            f"{self.batch_per_rank} images on each"
+        )
+
+    def _steps(self) -> str:
+        over = f" over {self.samples:,} images" if self.samples else ""
+        return f"  steps     {_number(self.steps)}{over}"
+
+    def _time(self) -> str:
+        hours = _number(self.hours, " hours")
+        attempts = f"{self.attempts or ''} attempt{'s' if self.attempts != 1 else ''}".strip()
+        limit = self.config.time
+        return f"  time      {hours} ({self.hours_source}), in {attempts} of at most {limit}"
+
+    def _price(self) -> list[str]:
+        config = self.config
+        if not config.gpus or self.hours is None:
+            return []
+        hours, price = self.hours * config.gpus, config.gpu_hour_price
+        cost = "cost unknown: set gpu_hour_price in the profile"
+        if price:
+            cost = f"{hours * price:,.0f} {config.currency} at {price:g} an hour"
+        return [f"  GPU hours {hours:,.0f}; {cost}"]
+
+    def _memory(self) -> str:
+        memory = _number(self.memory_gb, " GB on each GPU")
+        return f"  memory    {memory} ({self.memory_source})"
+
+    def _cores(self) -> str:
+        remark = ", which decode its images: set cpus_per_task" if self.starved else ""
+        return f"  cores     {self.config.cpus_per_task or 1} for each process{remark}"
+
+    def _disk(self) -> str:
+        needed, free = _number(self.disk_gb), _number(self.disk_free_gb)
+        return f"  disk      {needed} GB for the run, {free} GB free"
 
 
 def plan(name: str, recipe: Recipe, config: LaunchConfig, run_dir: Path | str) -> Plan:
     """What `recipe` will take under `config`, in `run_dir`.
 
-    Time is what the run's own records say if it has begun, else what was measured on one GPU and stored for this
-    recipe (benchmarks/training.py), else the paper's Table IV, where it applies, labelled as quoted. The latter two are
-    scaled to epochs and GPUs as if nothing were lost between them.
+    Time is what the run's own records say if it has begun, else what was measured on one GPU and
+    stored for this recipe (benchmarks/training.py), else the paper's Table IV, where it applies,
+    labelled as quoted. The latter two are scaled to epochs and GPUs as if nothing were lost between
+    them.
     """
     run_dir = Path(run_dir).absolute()
     loop = recipe.loop
@@ -239,9 +252,9 @@ def _own_speed(run_dir: Path, ranks: int) -> float | None:
 
 def _memory(recipe: Recipe, config: LaunchConfig) -> tuple[float | None, str]:
     """A GPU's peak: the paper's, what is fixed (weights, gradients, momentum) exchanged, the rest scaled with the images."""
-    if recipe.network.backbone != "resnet50" or recipe.method.name != "imsvd" or not config.gpus:
+    if recipe.network.backbone != "resnet50" or recipe.method.name != IMSVD.name or not config.gpus:
         return None, "no measurement is stored, and the paper has none"
-    quoted = TABLE_IV["imsvd"][1]
+    quoted = TABLE_IV[IMSVD.name][1]
     fixed, ours = (
         4 * (2 + states) * _size(network) / 1e9
         for network, states in ((PAPER, 1), (recipe.network, OPTIMIZER_STATES[recipe.optim.name]))
@@ -260,7 +273,7 @@ def _size(config: NetworkConfig) -> int:
         return sum(parameter.numel() for parameter in TwinNetwork.build(config).parameters())
 
 
-def _number(value: float | None) -> str:
-    return (
-        "unknown" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
-    )
+def _number(value: float | None, unit: str = "") -> str:
+    if value is None:
+        return "unknown"
+    return f"{value:,}{unit}" if isinstance(value, int) else f"{value:,.1f}{unit}"

@@ -28,7 +28,7 @@ LIVE = frozenset(
         "RESV_DEL_HOLD",
     ]
 )
-PATIENCE = 60  # seconds that Slurm may take to answer
+SLURM_TIMEOUT = 60  # seconds
 _FIELDS = ("JobID", "State", "Reason", "StartTime", "TimeUsed", "RestartCnt", "exit_code", "Name")
 
 
@@ -38,17 +38,23 @@ class Entry:
 
     job_id: str
     name: str
-    state: str  #: Slurm's own word, such as RUNNING
-    reason: str = ""  #: why it is pending, in Slurm's own word
-    start: str = ""  #: when it started or is expected to, as Slurm prints it; "" if unknown
-    elapsed: str = ""  #: of the current attempt, as Slurm prints it
+    #: Slurm's own word, such as RUNNING.
+    state: str
+    #: Why it is pending, in Slurm's own word.
+    reason: str = ""
+    #: When it started or is expected to, as Slurm prints it; "" if unknown.
+    start: str = ""
+    #: Of the current attempt, as Slurm prints it.
+    elapsed: str = ""
     restarts: int = 0
-    exit_code: str = ""  #: such as 2, or "signal 9"; "" for 0 and for jobs that have not ended
-    in_queue: bool = True  #: squeue has told, not the accounting, which lags behind
+    #: Such as 2, or "signal 9"; "" for 0 and for jobs that have not ended.
+    exit_code: str = ""
+    #: Whether squeue says so, not the accounting, which lags behind.
+    in_queue: bool = True
 
     @property
     def live(self) -> bool:
-        """Whether it may still do something: what only the accounting calls running has left the queue."""
+        """Whether it may still do something; a job that squeue does not know has left the queue."""
         return self.in_queue and self.state in LIVE
 
 
@@ -57,13 +63,13 @@ class NoAnswer(RuntimeError):
 
 
 def ask(jobs: Mapping[str, str], names: Collection[str] = ()) -> dict[str, Entry]:
-    """What Slurm says of jobs {id: name}, and of those in the queue that bear one of `names`; by id.
+    """What Slurm says of jobs {id: name}, and of queued jobs that bear one of `names`; by id.
 
-    A job that neither squeue nor sacct knows is left out. Raises NoAnswer if squeue cannot be asked; there may be
-    no sacct.
+    A job that neither squeue nor sacct knows is left out. Raises NoAnswer if squeue cannot be
+    asked; sacct may be missing.
     """
-    wanted = {*names, *jobs.values()}
-    if not wanted:
+    every_name = {*names, *jobs.values()}
+    if not every_name:
         return {}
     form = ",".join(f"{field}:|" for field in _FIELDS)
     listed = read_squeue(
@@ -72,17 +78,17 @@ def ask(jobs: Mapping[str, str], names: Collection[str] = ()) -> dict[str, Entry
             "--noheader",
             "--states=all",
             f"--Format={form}",
-            f"--name={','.join(sorted(wanted))}",
+            f"--name={','.join(sorted(every_name))}",
         )
     )
-    known = {
+    entries = {
         entry.job_id: entry
         for entry in listed
         if entry.name in names or jobs.get(entry.job_id) == entry.name
     }
-    if gone := sorted(jobs.keys() - known.keys()):
+    if gone := sorted(jobs.keys() - entries.keys()):
         try:
-            told = _run(
+            accounts = _run(
                 "sacct",
                 "--allocations",
                 "--parsable2",
@@ -90,15 +96,14 @@ def ask(jobs: Mapping[str, str], names: Collection[str] = ()) -> dict[str, Entry
                 f"--jobs={','.join(gone)}",
                 "--format=JobIDRaw,State,ExitCode,Start,Elapsed,JobName",
             )
-        except NoAnswer:  # many clusters keep no accounts
-            return known
-        for entry in read_sacct(told):  # of several records of one job the last one counts
-            if entry.job_id in gone and entry.name in (
-                jobs[entry.job_id],
-                "allocation",
-            ):  # if it never began
-                known[entry.job_id] = entry
-    return known
+        except NoAnswer:
+            # many clusters keep no accounts
+            return entries
+        # of several records of one job the last one counts; one that never began is an allocation
+        for entry in read_sacct(accounts):
+            if entry.job_id in gone and entry.name in (jobs[entry.job_id], "allocation"):
+                entries[entry.job_id] = entry
+    return entries
 
 
 def read_squeue(text: str) -> list[Entry]:
@@ -134,7 +139,10 @@ def read_sacct(text: str) -> list[Entry]:
             continue
         job, state, code, start, elapsed, name = values
         status, _, signal = code.partition(":")
-        code = f"signal {signal}" if signal not in ("", "0") else "" if status == "0" else status
+        if signal not in ("", "0"):
+            code = f"signal {signal}"
+        else:
+            code = "" if status == "0" else status
         entries.append(
             Entry(
                 job,
@@ -160,26 +168,27 @@ def alive(submission: Submission) -> bool:
     """Whether a job that was started on this machine still runs."""
     number = int(submission.job_id) if submission.job_id.isdigit() else 0
     try:
-        if (
-            number <= 0 or os.waitpid(number, os.WNOHANG)[0] == number
-        ):  # a child of ours that has ended
+        # a child of this process that has ended
+        if number <= 0 or os.waitpid(number, os.WNOHANG)[0] == number:
             return False
-    except (ChildProcessError, AttributeError):  # another's; Windows
+    except (ChildProcessError, AttributeError):
+        # another's child; Windows
         pass
     try:
         os.kill(number, 0)
         command = Path(f"/proc/{number}/cmdline").read_bytes().decode(errors="replace")
-        if not command:  # dead, though nobody has asked after it yet; or just being started
-            return (
-                Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-            )
+        if not command:
+            # it is dead and not waited for yet, or just being started
+            state = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
+            return state not in "ZX"
     except PermissionError:
         return True
     except FileNotFoundError:  # no such view of processes here
         return not Path("/proc/self").exists()
     except OSError:
         return False
-    return submission.folder in command  # else the number has gone to another process
+    # else the number has gone to another process
+    return submission.folder in command
 
 
 def _of_wait(status: int) -> str:
@@ -194,12 +203,12 @@ def _known(time: str) -> str:
 
 def _run(*command: str) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_TIMEOUT)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NoAnswer(f"{command[0]} cannot be asked: {error}") from error
     if done.returncode:
-        said = done.stderr.strip().splitlines()
+        lines = done.stderr.strip().splitlines()
         raise NoAnswer(
-            f"{command[0]} failed: {said[-1] if said else f'exit code {done.returncode}'}"
+            f"{command[0]} failed: {lines[-1] if lines else f'exit code {done.returncode}'}"
         )
     return done.stdout

@@ -14,14 +14,23 @@ from imsvd_core.launch import queue
 from imsvd_core.launch.config import LaunchConfig
 from imsvd_core.launch.graph import Graph, Task
 from imsvd_core.launch.plan import plan
-from imsvd_core.launch.status import Standing, live_table, look, read_submission, summary, table
+from imsvd_core.launch.status import (
+    Standing,
+    live_table,
+    read_submission,
+    standings_of,
+    summary,
+    table,
+)
 from imsvd_core.launch.submit import Submission, snapshot, submit
 from imsvd_core.recipes import Recipe
 from imsvd_core.system.config import from_plain
-from imsvd_core.system.files import hold
+from imsvd_core.system.run_folder import RunFolder
 
-PATIENCE = 60.0  #: seconds to wait for jobs that are ending to have ended
-PAUSE = 1.0  #: seconds between looks at a job that runs here
+#: How long to wait for jobs that are ending to have ended.
+ENDING_SECONDS = 60.0
+#: How often a job that runs here is looked at.
+PAUSE_SECONDS = 1.0
 
 
 def reproduce(
@@ -29,17 +38,25 @@ def reproduce(
 ) -> bool:
     """Bring `graph`, whose folder is `out`, to its end; returns whether nothing has failed.
 
-    Whether a task is finished, on its way or lost is found out anew each time. With Slurm, what is neither finished
-    nor on its way is submitted, each task to start after those that it needs; this returns at once. Else tasks run
-    here, one after the other, shown live, and what needs a failed one is not run.
+    Whether a task is finished, on its way or lost is found out anew each time. With Slurm, what is
+    neither finished nor on its way is submitted, each task to start after those that it needs; this
+    returns at once. Else tasks run here, one after the other, shown live, and a task that needs a
+    failed one is not run.
 
-    Raises ValueError, before anything is submitted, if a training's plan is refused, if a folder holds a run with other settings, if another call is at
-    work in `out`, if a task is on its way with other settings or elsewhere, or if Slurm does not answer.
+    Raises ValueError, before anything is submitted, if a training's plan is refused, if a folder
+    holds a run with other settings, if another call is at work in `out`, if a task is on its way
+    with other settings or elsewhere, or if Slurm does not answer.
     """
-    if not dry_run:
-        out.mkdir(parents=True, exist_ok=True)
-        keep = hold(out)  # until the end: one call at a time
-    standings = list(look(graph).values())
+    if dry_run:
+        return _reproduce(graph, out, config, console, dry_run=True)
+    with RunFolder(out):  # one call at a time
+        return _reproduce(graph, out, config, console, dry_run=False)
+
+
+def _reproduce(
+    graph: Graph, out: Path, config: LaunchConfig, console: Console, *, dry_run: bool
+) -> bool:
+    standings = list(standings_of(graph).values())
     if all(standing.state == "done" for standing in standings):
         console.print(
             table(standings), f"{summary(standings)}: there is nothing left to do", sep="\n"
@@ -69,11 +86,8 @@ def reproduce(
         console.print(table(failed, "to be done again:"))
     if config.executor == "slurm":
         _submit_all(graph, out, config, code, console)
-        ok = True
-    else:
-        ok = _run_all(graph, out, config, code, console)
-    del keep
-    return ok
+        return True
+    return _run_all(graph, out, config, code, console)
 
 
 def job_name(task: Task, out: Path) -> str:
@@ -82,18 +96,18 @@ def job_name(task: Task, out: Path) -> str:
 
 
 def _refuse_strangers(standings: Sequence[Standing], config: LaunchConfig) -> None:
-    """Raise ValueError for a job on its way that gives other than what is asked for, or elsewhere."""
+    """Raise ValueError for a job on its way that has other settings or runs elsewhere."""
     for standing in standings:
         submission = read_submission(standing.task.folder) if standing.live else None
         if submission and (submission.executor == "slurm") != (config.executor == "slurm"):
             raise ValueError(
-                f"executor={config.executor!r}: {standing.task.name} is on its way by {submission.executor} "
-                f"(job {submission.job_id}): wait for its end, or stop it"
+                f"executor={config.executor!r}: {standing.task.name} is on its way by "
+                f"{submission.executor} (job {submission.job_id}): wait for its end, or stop it"
             )
         if submission and submission.argv != standing.task.argv:
             raise ValueError(
-                f"{standing.task.name} is on its way with other settings: stop it (job {submission.job_id}), "
-                "or give another --out"
+                f"{standing.task.name} is on its way with other settings: stop it "
+                f"(job {submission.job_id}), or give another --out"
             )
 
 
@@ -106,7 +120,8 @@ def _submit_all(
         queued = [entry for entry in queue.ask({}, names).values() if entry.live]
     except queue.NoAnswer as error:
         raise ValueError(f"executor='slurm': {error}; nothing was submitted") from None
-    standings = look(graph)  # after the queue was asked: what has left it in between has its result
+    # looked at after the queue: a job that has left it in between has its result
+    standings = standings_of(graph)
     useless = [
         entry.job_id for entry in queued if not _has_a_future(names[entry.name], entry, standings)
     ]
@@ -143,8 +158,8 @@ def _submit_all(
 
 def _wait_for_endings(graph: Graph, console: Console) -> None:
     """Let Slurm clear up after jobs that have just ended: until then it does not say how."""
-    until = time.monotonic() + PATIENCE
-    while endings := [one.task.name for one in look(graph).values() if one.ending]:
+    until = time.monotonic() + ENDING_SECONDS
+    while endings := [one.task.name for one in standings_of(graph).values() if one.ending]:
         if time.monotonic() > until:
             raise queue.NoAnswer(
                 f"Slurm is still clearing up after {', '.join(endings)}: try again in a minute"
@@ -154,7 +169,7 @@ def _wait_for_endings(graph: Graph, console: Console) -> None:
 
 
 def _has_a_future(task: Task, entry: queue.Entry, standings: dict[str, Standing]) -> bool:
-    """Not if it waits for what has failed, nor if we were cut off between asking for it and giving it its work."""
+    """False if the job waits for a failed one, or if we were cut off before it got its work."""
     return (
         standings[task.name].state != "not run"
         and (task.folder / f"{entry.job_id}_submitted.pkl").exists()
@@ -163,8 +178,8 @@ def _has_a_future(task: Task, entry: queue.Entry, standings: dict[str, Standing]
 
 def _adopt(task: Task, job: str, config: LaunchConfig, out: Path) -> None:
     """Record a job of ours that is in the queue, and that we were cut off from recording."""
-    there = read_submission(task.folder)
-    if there is None or there.job_id != job:
+    recorded = read_submission(task.folder)
+    if recorded is None or recorded.job_id != job:
         submission = Submission(
             job_name(task, out),
             task.argv,
@@ -187,13 +202,14 @@ def fitting(task: Task, config: LaunchConfig) -> LaunchConfig:
 def _run_all(graph: Graph, out: Path, config: LaunchConfig, code: Path, console: Console) -> bool:
     with live_table(console) as update:
         for task in graph:
-            standings = look(graph)
+            standings = standings_of(graph)
             if standings[task.name].state == "done" or any(
                 standings[need].state != "done" for need in task.needs
             ):
                 continue
             submission = read_submission(task.folder)
-            if not (submission and queue.alive(submission)):  # else of a call that was cut off
+            # a call that was cut off may have left a job that runs
+            if not (submission and queue.alive(submission)):
                 submission = submit(
                     task.argv,
                     name=job_name(task, out),
@@ -205,9 +221,9 @@ def _run_all(graph: Graph, out: Path, config: LaunchConfig, code: Path, console:
                 with contextlib.suppress(Exception, SystemExit):  # what it left tells
                     submission.job.results()
             while queue.alive(submission):
-                update(look(graph).values())
-                time.sleep(PAUSE)
-            update(look(graph).values())
-    standings = look(graph).values()
+                update(standings_of(graph).values())
+                time.sleep(PAUSE_SECONDS)
+            update(standings_of(graph).values())
+    standings = standings_of(graph).values()
     console.print(table(standings), summary(standings), sep="\n")
     return all(standing.state == "done" for standing in standings)

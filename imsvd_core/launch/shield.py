@@ -1,4 +1,5 @@
-"""Run a command for which SIGUSR2 and SIGTERM wait until it listens (`imsvd_core.system.signals.heed`), be it still importing.
+"""Run a command for which SIGUSR2 and SIGTERM wait until it handles them, while it still imports:
+see `imsvd_core.system.signals.handle_stop_signals`.
 
 python -IS shield.py COMMAND ...
 """

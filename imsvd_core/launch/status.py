@@ -53,17 +53,21 @@ class Standing:
 
     task: Task
     state: State
-    words: str = ""  #: what it waits for, how far it is, what it gave, why it failed
-    job: str | None = None  #: id of its last job
-    ending: bool = False  #: its job has come to its end, and Slurm is clearing up
-    log: tuple[str, ...] = ()  #: the last lines that a failed job said
+    #: What it waits for, how far it is, what it gave, why it failed.
+    words: str = ""
+    #: The id of its last job.
+    job: str | None = None
+    #: Whether its job has come to its end, and Slurm is clearing up.
+    ending: bool = False
+    #: The last lines of a failed job's log.
+    log: tuple[str, ...] = ()
 
     @property
     def live(self) -> bool:
         return self.state in ("running", "pending")
 
 
-def look(
+def standings_of(
     graph: Graph, ask: Callable[..., dict[str, queue.Entry]] = queue.ask
 ) -> dict[str, Standing]:
     """How every task stands, by name.
@@ -73,22 +77,21 @@ def look(
     submissions = {
         task.name: submission for task in graph if (submission := read_submission(task.folder))
     }
-    there: set[str] = set()
+    complete: set[str] = set()
     for task in graph:
-        if task.result.exists() and there.issuperset(task.needs):
-            there.add(task.name)
-    asked = {
+        if task.result.exists() and complete.issuperset(task.needs):
+            complete.add(task.name)
+    jobs = {
         submission.job_id: submission.name
         for name, submission in submissions.items()
-        if submission.executor == "slurm" and name not in there
+        if submission.executor == "slurm" and name not in complete
     }
     try:
-        entries, trouble = ask(asked), ""
+        entries, trouble = ask(jobs), ""
     except queue.NoAnswer as error:
         entries, trouble = {}, str(error)
-    done = {
-        task.name for task in graph if finished(task)
-    }  # now: what has left the queue by itself has its result
+    # after the queue: a job that has left it by itself has its result
+    done = {task.name for task in graph if finished(task)}
     standings: dict[str, Standing] = {}
     for task in graph:
         submission = submissions.get(task.name)
@@ -112,7 +115,10 @@ def look(
 def stand(
     task: Task, needs: Sequence[Standing], submission: Submission | None, entry: queue.Entry | None
 ) -> Standing:
-    """How an unfinished task stands that does not run here; `entry` is what Slurm says of its last submission."""
+    """How an unfinished task stands that does not run here.
+
+    `entry` is what Slurm says of its last submission.
+    """
     job = submission.job_id if submission else None
     lost = [need for need in needs if need.state in ("failed", "cancelled", "not run")]
     attempt = f"attempt {entry.restarts + 1}" if entry and entry.restarts else ""
@@ -125,7 +131,8 @@ def stand(
             job,
             entry.state == "COMPLETING",
         )
-    if lost:  # it may be in the queue still: Slurm takes it out
+    if lost:
+        # it may be in the queue still: Slurm takes it out
         reasons = [
             need.words if need.state == "not run" else f"{need.task.name} {_PAST[need.state]}"
             for need in lost
@@ -143,23 +150,23 @@ def stand(
     log = last_words(submission)
     if entry and entry.state == "CANCELLED":
         return Standing(task, "cancelled", _joined(*of_job), job, log=log)
+    return Standing(task, "failed", _joined(_failure(submission, entry), *of_job), job, log=log)
+
+
+def _failure(submission: Submission, entry: queue.Entry | None) -> str:
+    """Why a job that has ended counts as failed."""
+    if entry is None and submission.executor != "slurm":
+        return "ended without a result"
     if entry is None:
-        why = (
-            "ended without a result"
-            if submission.executor != "slurm"
-            else f"Slurm does not know job {job} any more"
-        )
-    elif entry.state == "FAILED":
-        why = (
-            f"exit code {entry.exit_code}"
-            if entry.exit_code.isdigit()
-            else entry.exit_code or "failed"
-        )
-    else:
-        why = {"COMPLETED": "completed, but left no result"}.get(entry.state, entry.state)
-        if entry.state in queue.LIVE:
-            why = f"left the queue, {why} when last heard of"
-    return Standing(task, "failed", _joined(why, *of_job), job, log=log)
+        return f"Slurm does not know job {submission.job_id} any more"
+    if entry.state == "FAILED":
+        code = entry.exit_code
+        return f"exit code {code}" if code.isdigit() else code or "failed"
+    if entry.state == "COMPLETED":
+        return "completed, but left no result"
+    if entry.state in queue.LIVE:
+        return f"left the queue, {entry.state} when last heard of"
+    return entry.state
 
 
 def outcome(task: Task) -> str:
@@ -187,45 +194,50 @@ def progress(task: Task) -> str:
     steps = [line for line in lines if "loss" in line]
     if not steps:
         return ""
-    if not config:  # a protocol's, whose length no file tells
+    if not config:
+        # a protocol's, whose length no file tells
         return f"step {steps[-1]['step']}"
     last, loop = steps[-1], config["loop"]
     total = round(last["step"] / last["epoch"]) * loop["epochs"]
-    said = [
+    parts = [
         f"step {last['step']} of {total}",
         f"loss {last['loss']:.3f}" if last["loss"] is not None else "loss not finite",
     ]
     for name, value in next((line for line in reversed(lines) if "gallery" in line), {}).items():
-        said += [f"{_named(name)} {value:g} %"] if name.startswith("knn_") else []
+        if name.startswith("knn_"):
+            parts.append(f"{_named(name)} {value:g} %")
     if speed := last.get("samples_per_second"):
-        said += [
+        parts += [
             f"{speed:.0f} images/s",
             f"{_duration((total - last['step']) * loop['batch_size'] / speed)} left",
         ]
-    return _joined(*said)
+    return _joined(*parts)
 
 
 _BLAME = re.compile(r"srun: error: (\S+: tasks? (\d+).*)")
 
 
 def last_words(submission: Submission, lines: int = 3) -> tuple[str, ...]:
-    """The last lines that a job said: those of the rank that srun blames first, else of the first that said any; and what
-    srun says of it where it did not end by itself."""
-    first = _said(submission, 0, "err")
+    """The last lines of a job's log: of the rank that srun blames first, else of the first rank
+    that wrote any; with srun's own line where the rank did not end by itself."""
+    first = _log_lines(submission, 0, "err")
     blamed = next((match for line in first if (match := _BLAME.match(line))), None)
     ranks = sorted(
         range(submission.tasks), key=lambda rank: blamed is None or rank != int(blamed[2])
     )
     for ending in ("err", "out"):
         for rank in ranks:
-            if said := _said(submission, rank, ending):
-                own = tuple([line for line in said if not line.startswith("srun:")][-lines:])
-                killed = blamed is not None and "Exited with exit code" not in blamed[1]
-                return (*own, blamed[1]) if killed else own or tuple(said[-lines:])
+            written = _log_lines(submission, rank, ending)
+            if not written:
+                continue
+            last = tuple([line for line in written if not line.startswith("srun:")][-lines:])
+            if blamed and "Exited with exit code" not in blamed[1]:
+                return (*last, blamed[1])
+            return last or tuple(written[-lines:])
     return ()
 
 
-def _said(submission: Submission, rank: int, ending: str) -> list[str]:
+def _log_lines(submission: Submission, rank: int, ending: str) -> list[str]:
     """The lines that end a rank's log."""
     try:
         with open(
@@ -250,7 +262,8 @@ def read_submission(folder: Path) -> Submission | None:
 
 
 def graphs_under(folder: Path) -> list[Graph]:
-    """The graphs in `folder` or right under it, of `imsvd reproduce`; runs of `imsvd launch` as graphs of one task.
+    """The graphs of `imsvd reproduce` in `folder` or right under it; runs of `imsvd launch` count
+    as graphs of one task.
 
     Raises ValueError if there are none.
     """
@@ -264,8 +277,8 @@ def graphs_under(folder: Path) -> list[Graph]:
             break
     if not graphs:
         raise ValueError(
-            f"folder={str(folder)!r} holds nothing that was launched: give the folder of `imsvd reproduce`, "
-            "the run folder of `imsvd launch`, or the folder that holds such folders"
+            f"folder={str(folder)!r} holds nothing that was launched: give the folder of "
+            "`imsvd reproduce`, the run folder of `imsvd launch`, or a folder of such folders"
         )
     return graphs
 
@@ -297,7 +310,7 @@ def table(standings: Iterable[Standing], title: str = "") -> Table:
     shown = Table(
         "task", "state", "", title=title or None, title_justify="left", box=None, pad_edge=False
     )
-    for standing in sorted(standings, key=lambda one: first[one.task.run_dir]):
+    for standing in sorted(standings, key=lambda standing: first[standing.task.run_dir]):
         words = Text(standing.words)
         for line in standing.log:
             words.append(f"\n  {line}", style="dim")
@@ -319,15 +332,14 @@ def watch(
     once: bool = False,
     seconds: float = REFRESH,
 ) -> list[Standing]:
-    """Show what `look_again` sees until nothing is on its way any more, or Ctrl-C; once if this is no terminal."""
+    """Show what `look_again` returns until nothing is on its way any more, or Ctrl-C; once if
+    `once`, or if this is no terminal."""
     standings = list(look_again())
     if once or not console.is_terminal:
         console.print(table(standings), summary(standings), sep="\n")
         return standings
-    with (
-        live_table(console, keep=True) as update,
-        contextlib.suppress(KeyboardInterrupt),
-    ):  # the jobs go on
+    # the jobs go on after Ctrl-C
+    with live_table(console, keep=True) as update, contextlib.suppress(KeyboardInterrupt):
         update(standings)
         while any(standing.live or standing.state == "unknown" for standing in standings):
             time.sleep(seconds)
@@ -340,7 +352,7 @@ def watch(
 def live_table(
     console: Console, *, keep: bool = False
 ) -> Iterator[Callable[[Iterable[Standing]], None]]:
-    """What is passed to the function stands on the terminal, in place of what stood there before; if this is one."""
+    """The function that it yields shows standings on the terminal, in place of the last ones."""
     if not console.is_terminal:
         yield lambda standings: None
         return
@@ -348,9 +360,8 @@ def live_table(
 
         def update(standings: Iterable[Standing]) -> None:
             standings = list(standings)
-            live.update(
-                Group(Text(summary(standings)), table(standings)), refresh=True
-            )  # a low terminal cuts off the end
+            # the summary first: a low terminal cuts off the end
+            live.update(Group(Text(summary(standings)), table(standings)), refresh=True)
 
         yield update
 

@@ -23,11 +23,8 @@ from imsvd_core.launch.config import LaunchConfig
 from imsvd_core.launch.job import Job
 from imsvd_core.results import code_version, write_json
 
-KEPT = (
-    "IMSVD_DATA",
-    "IMSVD_DATASET",
-    "IMSVD_SCALE",
-)  # environment that a job needs, whatever the cluster exports
+#: Environment variables that a job needs, whatever the cluster exports.
+KEPT = ("IMSVD_DATA", "IMSVD_DATASET", "IMSVD_SCALE")
 
 
 @dataclass(frozen=True)
@@ -35,29 +32,31 @@ class Submission:
     """A job that was sent, as submission.json keeps it."""
 
     name: str
-    argv: tuple[str, ...]  #: the `imsvd` command
+    #: The `imsvd` command.
+    argv: tuple[str, ...]
     job_id: str
     executor: str
-    folder: str  #: of its logs, `{job_id}_{rank}_log.out` and `.err`
+    #: Of its logs, `{job_id}_{rank}_log.out` and `.err`.
+    folder: str
     tasks: int
-    submitted: str  #: UTC, ISO 8601
-    job: submitit.Job | None = field(
-        default=None, repr=False, compare=False
-    )  #: only where it was sent
+    #: UTC, ISO 8601.
+    submitted: str
+    #: Only where it was sent.
+    job: submitit.Job | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def read(cls, folder: Path | str) -> "Submission | None":
         """The last one of `folder`; None if there is none."""
         try:
-            told = json.loads((Path(folder) / "submission.json").read_text())
+            fields = json.loads((Path(folder) / "submission.json").read_text())
         except FileNotFoundError:
             return None
-        return cls(**told | {"argv": tuple(told["argv"])})
+        return cls(**fields | {"argv": tuple(fields["argv"])})
 
     def write(self) -> None:
         """Keep it in its folder, in place of an earlier one."""
-        told = {key: value for key, value in vars(self).items() if key != "job"}
-        write_json(Path(self.folder) / "submission.json", told)
+        fields = {key: value for key, value in vars(self).items() if key != "job"}
+        write_json(Path(self.folder) / "submission.json", fields)
 
 
 def submit(
@@ -74,12 +73,14 @@ def submit(
     Args:
         folder: of logs, and of submission.json, which is written as soon as the job has its number.
         code: what `snapshot` returned.
-        after: numbers of Slurm jobs that have to end well before; if one does not, this one is taken out of the queue.
+        after: numbers of Slurm jobs that have to end well before; if one does not, this one is
+            taken out of the queue.
 
     Raises ValueError with what sbatch says, where it refuses.
     """
     folder = Path(folder).absolute()
-    name = re.sub(r"[^\w.@/+-]", "_", name)  # squeue takes a comma for two names
+    # squeue takes a comma for two names
+    name = re.sub(r"[^\w.@/+-]", "_", name)
     job = Job(argv, config.max_requeues)
     try:
         with (
@@ -120,7 +121,8 @@ def batch_script(
 def snapshot(folder: Path | str) -> Path:
     """Copy the package, as it is now, below `folder`; returns what is to stand in PYTHONPATH.
 
-    A job that starts, or starts again, next week then runs what was submitted. The same code is copied once.
+    A job that starts, or starts again, next week then runs what was submitted. The same code is
+    copied once.
     """
     package = Path(imsvd_core.__file__).parent
     files = sorted(
@@ -139,7 +141,8 @@ def snapshot(folder: Path | str) -> Path:
             (copy / "COMMIT").write_text(code_version())
             try:
                 copy.parent.rename(home)
-            except OSError:  # somebody else was faster
+            except OSError:
+                # another process may have been faster
                 if not home.exists():
                     raise
     return home
@@ -158,7 +161,10 @@ def _outside_any_job() -> Iterator[None]:
 
 @contextmanager
 def _in_background(folder: Path) -> Iterator[None]:
-    """Let what is started here outlive our terminal and our pipes: it writes to a log, and does not hear of their end."""
+    """Let a process that is started here outlive our terminal and our pipes.
+
+    It writes to a log, and gets no signal when they end.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -168,15 +174,15 @@ def _in_background(folder: Path) -> Iterator[None]:
         if threading.current_thread() is threading.main_thread()
         else []
     )
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in deaf}
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in deaf}
     with open(os.devnull) as nothing, open(folder / "controller.log", "a") as log:
-        for number, theirs in enumerate((nothing, log, log)):
-            os.dup2(theirs.fileno(), number)
+        for number, stream in enumerate((nothing, log, log)):
+            os.dup2(stream.fileno(), number)
     try:
         yield
     finally:
-        for number, answer in before.items():
-            signal.signal(number, answer)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         for number, own in enumerate(ours):
             os.dup2(own, number)
             os.close(own)
@@ -190,8 +196,8 @@ def _executor(
     if config.executor == "slurm":
         if shutil.which("sbatch") is None:
             raise ValueError(
-                "executor='slurm' needs sbatch, which is not here: run this on a login node of the cluster, "
-                "or choose executor='local'"
+                "executor='slurm' needs sbatch, which is not here: run this on a login node of the "
+                "cluster, or choose executor='local'"
             )
         executor = submitit.SlurmExecutor(
             folder, max_num_timeout=config.max_requeues, python=_python(code)
@@ -201,7 +207,8 @@ def _executor(
     executor = submitit.LocalExecutor(
         folder, max_num_timeout=config.max_requeues, python=_python(code)
     )
-    # submitit asks for the number of the shell that runs the set-up, and bash would give its own to the last command
+    # submitit waits for the shell that runs the set-up, and bash would replace itself by the last
+    # command
     setup = ["trap : EXIT", *config.setup] if config.setup else []
     executor.update_parameters(
         tasks_per_node=config.ranks_per_node,
@@ -228,35 +235,33 @@ def _environment(config: LaunchConfig, code: Path) -> dict[str, str]:
 def _slurm_parameters(
     config: LaunchConfig, name: str, code: Path, after: Sequence[str]
 ) -> dict[str, Any]:
-    given = {
+    resources = {
         "mem": config.mem_gb and f"{round(1024 * config.mem_gb)}MB",
         "cpus_per_task": config.cpus_per_task,
         "gpus_per_node": config.gpus_per_node or None,
     }
-    given |= {
+    resources |= {
         key: getattr(config, key)
         for key in ("partition", "account", "qos", "constraint", "exclude")
     }
-    more: dict[str, Any] = {
-        "requeue": True,
-        **config.options,
-    }  # queued again also where the cluster's default is not to
+    # queued again also where the cluster's default is not to
+    options: dict[str, Any] = {"requeue": True, **config.options}
     if after:
-        more |= {"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"}
+        options |= {"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"}
     return {
         "job_name": name,
         "nodes": config.nodes,
         "ntasks_per_node": config.ranks_per_node,
         "time": config.minutes,
         "signal_delay_s": config.grace_seconds,
-        "additional_parameters": more,
+        "additional_parameters": options,
         "wckey": None,  # submitit's own may be unknown
         "srun_args": ["--kill-on-bad-exit=1"],  # no rank outlives one that failed
         "setup": [
             *_setup(config, code),
             '[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK',
         ],  # srun does not inherit it
-        **{key: value for key, value in given.items() if value is not None},
+        **{key: value for key, value in resources.items() if value is not None},
     }
 
 
@@ -272,7 +277,7 @@ def _setup(config: LaunchConfig, code: Path) -> list[str]:
 
 
 def _python(code: Path) -> str:
-    """This Python, which keeps notices (SIGUSR2, SIGTERM) until it listens: one that comes while it imports would end it."""
+    """This Python behind the shield: a signal to stop that comes while it still imports waits."""
     return shlex.join(
         [sys.executable, "-IS", str(code / "imsvd_core" / "launch" / "shield.py"), sys.executable]
     )

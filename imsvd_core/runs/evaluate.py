@@ -102,7 +102,7 @@ def evaluate(
         "device": pick_device(device or loop.device),
         "precision": PRECISIONS[loop.precision],
     }
-    with signals.heed():
+    with signals.handle_stop_signals():
         match settings:
             case knn.KNNConfig():
                 with signals.interruptible():

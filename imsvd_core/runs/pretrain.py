@@ -222,7 +222,7 @@ def pretrain(recipe: Recipe, run_dir: Path | str, *, progress: bool = True) -> P
     notice), or when a rank's launcher is gone; `files.Superseded` when a later attempt has taken
     `run_dir` over.
     """
-    with signals.heed():
+    with signals.handle_stop_signals():
         run = Pretraining(recipe, run_dir, progress=progress)
         if run.trainer.step % run.trainer.order.steps_per_epoch == 0:
             run.watch()  # untrained, or killed between an epoch's end and its record

@@ -15,13 +15,14 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """CUDA, else MPS, else the CPU; or the device that `name` says. Among ranks, CUDA is the rank's own GPU.
+    """CUDA, else MPS, else the CPU; or the device `name`. Among ranks, CUDA is the rank's own GPU.
 
-    Raises ValueError for one that is not there, and among ranks for one GPU that all would share.
+    Raises ValueError for a device that is not there, and for one GPU that all ranks would share.
     """
     if name.startswith("cuda:") and world()[1] > 1:
         raise ValueError(
-            f"device={name!r} would put {world()[1]} ranks on one GPU: use 'cuda', which gives each its own"
+            f"device={name!r} would put {world()[1]} ranks on one GPU: "
+            "use 'cuda', which gives each its own"
         )
     available = {
         "cuda": torch.cuda.is_available(),
@@ -29,16 +30,13 @@ def pick_device(name: str = "auto") -> torch.device:
         "cpu": True,
     }
     if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
+        name = next(kind for kind, present in available.items() if present)
     if not available.get(name.split(":")[0], False):
-        raise ValueError(
-            f"device={name!r} is not here; there is: {', '.join(k for k, there in available.items() if there)}"
-        )
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if name == "cuda" and world()[1] > 1
-        else torch.device(name)
-    )
+        present = ", ".join(kind for kind, present in available.items() if present)
+        raise ValueError(f"device={name!r} is not here; there is: {present}")
+    if name == "cuda" and world()[1] > 1:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(name)
 
 
 @lru_cache(maxsize=1)

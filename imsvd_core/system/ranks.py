@@ -12,25 +12,26 @@ import torch
 import torch.distributed as dist
 
 from imsvd_core.distributed import world
+from imsvd_core.system.signals import orphaned
 
-PATIENCE = timedelta(hours=2)  #: how long ranks wait for one of them, which may be evaluating
-
+#: How long ranks wait for one of them, which may be evaluating.
+GROUP_TIMEOUT = timedelta(hours=2)
 
 _launcher: int | None = None  # the process that started this one as a rank
 
 
 def launcher_is_gone() -> bool:
-    """Whether this is a rank whose launcher has died: nobody would restart it, or end it with the others."""
-    return _launcher is not None and os.getppid() != _launcher
+    """Whether this is a rank whose launcher has died: it is to save and end by itself."""
+    return _launcher is not None and orphaned(_launcher)
 
 
 @contextmanager
 def process_group(device: str = "auto") -> Iterator[None]:
-    """Join the ranks that torchrun, or a Slurm or submitit job of several tasks, has started; alone, do nothing.
+    """Join the ranks that torchrun, or a Slurm or submitit job, has started; alone, do nothing.
 
-    NCCL where `device` is or may be CUDA, each rank on the GPU that its LOCAL_RANK counts; gloo elsewhere.
-    An error leaves the group standing, since to close it would be to wait for the others: the error is to end
-    this process, and its launcher or the broken connection then ends them.
+    NCCL where `device` is or may be CUDA, each rank on the GPU that its LOCAL_RANK counts; gloo
+    elsewhere. An error leaves the group open, since closing it would wait for the other ranks: the
+    error ends this process, and its launcher or the broken connection then ends them.
     Raises ValueError if a node has fewer GPUs than ranks.
     """
     tasks = os.environ.get("SUBMITIT_LOCAL_NTASKS") or os.environ.get("SLURM_STEP_NUM_TASKS") or "1"
@@ -43,15 +44,15 @@ def process_group(device: str = "auto") -> Iterator[None]:
     _launcher = os.getppid()
     gpu = None
     if torch.cuda.is_available() and device.startswith(("auto", "cuda")):
-        number, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if number >= there:
+        number, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if number >= gpus:
             raise ValueError(
-                f"LOCAL_RANK={number} has no GPU of its own among {there}: "
+                f"LOCAL_RANK={number} has no GPU of its own among {gpus}: "
                 "start as many ranks as GPUs, or use device='cpu'"
             )
         gpu = torch.device("cuda", number)
         torch.cuda.set_device(gpu)
-    dist.init_process_group("nccl" if gpu else "gloo", timeout=PATIENCE, device_id=gpu)
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=GROUP_TIMEOUT, device_id=gpu)
     yield
     dist.destroy_process_group()
     _launcher = None
@@ -60,30 +61,30 @@ def process_group(device: str = "auto") -> Iterator[None]:
 def _find_ranks_of_job() -> None:
     """Export what torch wants to know of the ranks that one Slurm or submitit job has started.
 
-    The port where they meet is the job's own, and a requeued job's is another one: an attempt whose node was thought
-    dead may still listen at the first. It lies below those that Linux hands out. Raises ValueError if the first
-    node's name means nothing here, where torch would wait for its time-out.
+    The port where they meet is the job's own, and a requeued job has another one: an attempt whose
+    node was thought dead may still listen at the first. It lies below those that Linux assigns.
+    Raises ValueError if the first node's name cannot be resolved; torch would wait for its time-out.
     """
     from submitit.helpers import TorchDistributedEnvironment  # slow to import
 
     if "SLURM_JOB_ID" in os.environ and "SUBMITIT_LOCAL_JOB_ID" not in os.environ:
         os.environ.setdefault("SUBMITIT_EXECUTOR", "slurm")  # plain srun does not say so
-    there = TorchDistributedEnvironment()
+    environment = TorchDistributedEnvironment()
     parts = (os.environ.get(name, "0") for name in ("SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
     attempt = "/".join(
         [os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID", "0"), *parts]
     )
-    there.master_port = int(
+    environment.master_port = int(
         os.environ.get("MASTER_PORT", 15_000 + zlib.crc32(attempt.encode()) % 15_000)
     )
     try:
-        socket.getaddrinfo(there.master_addr, there.master_port)
+        socket.getaddrinfo(environment.master_addr, environment.master_port)
     except OSError as error:
         raise ValueError(
-            f"MASTER_ADDR={there.master_addr!r}, the job's first node, has no address on {socket.gethostname()} "
-            f"({error}): let the nodes know each other's names, in DNS or /etc/hosts"
+            f"MASTER_ADDR={environment.master_addr!r}, the job's first node, has no address on "
+            f"{socket.gethostname()} ({error}): enter the nodes' names in DNS or /etc/hosts"
         ) from None
-    there.export(set_cuda_visible_devices=False)
+    environment.export(set_cuda_visible_devices=False)
 
 
 def first_to_say(message: str) -> bool:

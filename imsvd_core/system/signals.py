@@ -1,74 +1,96 @@
-"""The notice to stop that shells and clusters send: heard at any time, answered where nothing is lost."""
+"""The request to stop that shells and clusters send as a signal: heard at any time, answered where
+nothing is lost. And processes that end with their parent."""
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
-STOPPED = 143  #: exit status of what was told to stop: 128 + SIGTERM, as shells have it
+#: Exit status of a command that was stopped by a signal: 128 + SIGTERM, as shells have it.
+STOPPED = 143
 
 
 class Stopped(RuntimeError):
-    """Work that was told to stop did so, with what it had saved; the same call goes on with it."""
+    """A signal stopped the work; what was done is saved, and the same call continues it."""
 
 
-_told = 0  # the last notice's number
+_signal = 0  # the last one that asked to stop
 _interruptible = False
-_NOTICES = [
-    getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(signal, name)
-]  # Windows has one
+#: Windows has one of them.
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(signal, name)]
 
 
 @contextmanager
-def heed(*, override: bool = False) -> Iterator[None]:
-    """Answer SIGTERM and SIGUSR2 until the end of the block: `told()` becomes true, and work that looks at it stops.
+def handle_stop_signals(*, override: bool = False) -> Iterator[None]:
+    """Until the end of the block SIGTERM and SIGUSR2 make `stop_requested()` true; work that looks
+    at it saves and stops.
 
-    Only in the main thread; a signal that the caller answers or ignores already is left alone, unless `override`, which
-    also hears one that was kept waiting (blocked).
+    Only in the main thread. A signal that the caller handles or ignores already is left alone,
+    unless `override`, which also hears a signal that was blocked until now.
     """
-    global _told
-    before = {}
+    global _signal
+    replaced = {}
     if threading.current_thread() is threading.main_thread():
-        answers = {number: signal.getsignal(number) for number in _NOTICES}
-        before = {
-            number: answer
-            for number, answer in answers.items()
-            if answer == signal.SIG_DFL or (override and answer not in (_hear, None))
+        handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+        replaced = {
+            number: handler
+            for number, handler in handlers.items()
+            if handler == signal.SIG_DFL or (override and handler not in (_hear, None))
         }
-        for number in before:
+        for number in replaced:
             signal.signal(number, _hear)
         if override and hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _NOTICES)  # one may have been waiting
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     try:
         yield
     finally:
-        for number, answer in before.items():
-            signal.signal(number, answer)
-        if before:
-            _told = 0
+        for number, handler in replaced.items():
+            signal.signal(number, handler)
+        if replaced:
+            _signal = 0
 
 
-def told() -> int:
-    """The signal that told this process to stop, in a `heed` block; 0 for none."""
-    return _told
+def stop_requested() -> int:
+    """The signal that asked this process to stop, in a `handle_stop_signals` block; 0 for none."""
+    return _signal
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Work that may be cut off anywhere, since it is done again whole: a notice raises Stopped at once."""
+    """Work that may be cut off anywhere, since it is repeated whole: a signal raises Stopped."""
     global _interruptible
-    before, _interruptible = _interruptible, True
+    outer, _interruptible = _interruptible, True
     try:
-        if _told:
+        if _signal:
             raise Stopped("told to stop: run the same command to go on")
         yield
     finally:
-        _interruptible = before
+        _interruptible = outer
 
 
 def _hear(number: int, frame: object) -> None:
-    global _told
-    _told = number
+    global _signal
+    _signal = number
     if _interruptible:
         name = signal.Signals(number).name
         raise Stopped(f"told to stop by {name}: run the same command to go on")
+
+
+def orphaned(parent: int) -> bool:
+    """Whether `parent`, which started this process, has ended."""
+    return os.getppid() != parent
+
+
+@cache  # once a process
+def end_with(parent: int) -> None:
+    """Let this process end within seconds after its parent, however that dies."""
+
+    def watch() -> None:
+        while not orphaned(parent):
+            time.sleep(2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -28,7 +28,7 @@ def test_a_time_limit_is_read_as_slurm_reads_it(time, minutes):
         ({"time": "a day"}, "time='a day' is no time limit: write minutes"),
         ({"time": "2"}, "time='2' must exceed grace_seconds=120"),
         ({"nodes": 0}, "nodes=0 must be at least 1"),
-        ({"executor": "pbs"}, "executor='pbs' must be one of slurm, local, debug"),
+        ({"executor": "pbs"}, "executor='pbs' must be 'slurm', 'local' or 'debug'"),
         ({"executor": "local", "nodes": 2}, "nodes=2 needs executor='slurm'"),
         ({"gpus_per_node": 2, "tasks_per_node": 4}, "tasks_per_node=4 exceeds gpus_per_node=2"),
         ({"mem_gb": -1.0}, "mem_gb=-1.0 must be positive"),

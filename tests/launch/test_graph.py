@@ -15,7 +15,7 @@ from imsvd_core.launch import reproduce as reproducing
 from imsvd_core.launch.config import LaunchConfig
 from imsvd_core.launch.graph import Graph, Task, build, evaluation_hash, finished
 from imsvd_core.launch.reproduce import job_name, reproduce
-from imsvd_core.launch.status import look
+from imsvd_core.launch.status import standings_of
 from imsvd_core.launch.submit import Submission
 from imsvd_core.results import write_json
 from imsvd_core.system.config import full_hash, plain
@@ -233,7 +233,7 @@ class Slurm:
 def slurm(monkeypatch):
     slurm = Slurm()
     monkeypatch.setattr(reproducing, "submit", slurm.submit)
-    monkeypatch.setattr(reproducing, "look", lambda graph: look(graph, slurm.ask))
+    monkeypatch.setattr(reproducing, "standings_of", lambda graph: standings_of(graph, slurm.ask))
     monkeypatch.setattr(queue, "ask", slurm.ask)
     monkeypatch.setattr(queue, "cancel", slurm.cancelled.extend)
     return slurm
@@ -364,7 +364,7 @@ def test_nothing_is_submitted_while_another_call_is_at_work_or_slurm_is_silent(
         with pytest.raises(ValueError, match="squeue failed: nobody there; nothing was submitted"):
             again()
     with monkeypatch.context() as patch:
-        patch.setattr(reproducing, "hold", taken)
+        patch.setattr(reproducing, "RunFolder", taken)
         with pytest.raises(ValueError, match="in use"):
             again()
     assert not slurm.sent
@@ -450,7 +450,7 @@ def test_a_graph_that_runs_here_goes_on_where_a_failure_left_it(tmp_path, pictur
         reproduce(graph, tmp_path / "out", LaunchConfig(executor="local"), Console())
         return {
             name: (one.state, one.words, " ".join(one.log), one.job)
-            for name, one in look(graph).items()
+            for name, one in standings_of(graph).items()
         }
 
     first = call()

@@ -15,9 +15,9 @@ from imsvd_core.launch.status import (
     Standing,
     graphs_under,
     last_words,
-    look,
     progress,
     stand,
+    standings_of,
     summary,
     watch,
 )
@@ -188,7 +188,7 @@ def test_a_result_is_what_counts_and_not_what_slurm_says_of_its_job(tmp_path, sl
         graph["a/knn"].result,
         {"name": "", "figures": {"knn_20": 31.0, "gallery": 9}, "provenance": {"seconds": 4.44}},
     )
-    assert [one.state for one in look(graph).values()] == [
+    assert [one.state for one in standings_of(graph).values()] == [
         "running",
         "pending",
     ]  # the result is of a pretraining that is gone
@@ -196,7 +196,7 @@ def test_a_result_is_what_counts_and_not_what_slurm_says_of_its_job(tmp_path, sl
         graph["a/pretrain"].result,
         {"name": "", "figures": {"knn_20": 30.5}, "provenance": {"seconds": 75}},
     )
-    assert [(one.state, one.words) for one in look(graph).values()] == [
+    assert [(one.state, one.words) for one in standings_of(graph).values()] == [
         ("done", "kNN-20 30.5 %, 1 min 15 s"),
         ("done", "kNN-20 31 %, 4.4 s"),
     ]
@@ -207,7 +207,7 @@ def test_where_slurm_does_not_answer_nothing_is_said_of_its_jobs(tmp_path, slurm
     answers["squeue"] = queue.NoAnswer("squeue cannot be asked")
     graph = Graph([task("a/pretrain", out=tmp_path)])
     record(graph["a/pretrain"].folder, sent("1"))
-    assert look(graph)["a/pretrain"] == Standing(
+    assert standings_of(graph)["a/pretrain"] == Standing(
         graph["a/pretrain"], "unknown", "squeue cannot be asked", "1"
     )
 

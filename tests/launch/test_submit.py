@@ -120,7 +120,8 @@ def test_a_notice_that_comes_while_python_still_imports_waits_until_it_is_heeded
     shield = Path(job.__file__).with_name("shield.py")
     listens = (
         "import os, signal, time; print('here', flush=True); input(); from imsvd_core.system import signals\n"
-        "with signals.heed(override=True): print(signals.told() == " + f"{int(number)})"
+        "with signals.handle_stop_signals(override=True): print(signals.stop_requested() == "
+        + f"{int(number)})"
     )
     with subprocess.Popen(
         [sys.executable, "-IS", shield, sys.executable, "-c", listens],

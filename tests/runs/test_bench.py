@@ -137,12 +137,12 @@ def test_told_to_stop_it_measured_nothing(monkeypatch):
 
     def told(self, batches):
         if self.step == 3:
-            os.kill(os.getpid(), signals._NOTICES[0])
+            os.kill(os.getpid(), signals._SIGNALS[0])
         return train_one(self, batches)
 
     monkeypatch.setattr(Trainer, "take_step", told)
     one, rest = small()
-    with signals.heed(), pytest.raises(signals.Stopped, match="after 2 of 8 steps"):
+    with signals.handle_stop_signals(), pytest.raises(signals.Stopped, match="after 2 of 8 steps"):
         bench_step(one, steps=8, warmup=2, **rest)
 
 

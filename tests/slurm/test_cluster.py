@@ -35,10 +35,18 @@ def test_nothing_is_left_of_a_cluster_whose_test_fails_while_a_job_will_not_end(
 
 
 def test_nothing_is_left_of_a_cluster_that_could_not_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(Cluster, "start_node", lambda self, node: self.run("false"))
+    log = tmp_path / "slurmctld.log"
+
+    def fail(cluster: Cluster, node: str) -> None:
+        # the controller runs by then, and opens its log when it comes to it
+        cluster._until("slurmctld opens its log", log.exists)
+        cluster.run("false")
+
+    monkeypatch.setattr(Cluster, "start_node", fail)
     with pytest.raises(RuntimeError, match="false ended with 1"), Cluster(tmp_path):
         pass
-    assert not running(tmp_path) and (tmp_path / "slurmctld.log").exists()
+    assert not running(tmp_path)
+    assert log.exists()
 
 
 def test_nothing_is_left_of_a_cluster_whose_owner_was_killed(tmp_path):

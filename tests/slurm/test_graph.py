@@ -14,7 +14,7 @@ from runs import few_pictures
 
 import imsvd_core
 from imsvd_core.launch.graph import Graph
-from imsvd_core.launch.status import Standing, look, read_submission
+from imsvd_core.launch.status import Standing, read_submission, standings_of
 
 pytestmark = [
     pytest.mark.slurm,
@@ -46,7 +46,7 @@ def until_quiet(cluster: Cluster, out: Path, timeout: float = 600) -> dict[str, 
     """How the tasks stand when none is on its way any more, and the queue is empty: a job ends after its result is there."""
     end = time.monotonic() + timeout
     while True:
-        standings = look(Graph.load(out))
+        standings = standings_of(Graph.load(out))
         if not any(one.live for one in standings.values()) and not cluster.squeue():
             return standings
         if time.monotonic() > end:

@@ -37,8 +37,9 @@ from imsvd_core.methods.base import Method
 from imsvd_core.system import signals
 from imsvd_core.system.config import config_hash, essential, plain
 from imsvd_core.system.devices import PRECISIONS
-from imsvd_core.system.files import atomic_write, hold
+from imsvd_core.system.files import atomic_write
 from imsvd_core.system.progress import bar
+from imsvd_core.system.run_folder import RunFolder
 
 BLOCK = 25  # test images whose detections are written together: what a kill may cost
 
@@ -141,11 +142,10 @@ def evaluate(
     for _ in steps(trainer, train, config):
         pass
     trainer.refuse_unfinished()
-    held: list[Any] = []
-    on_rank_0(lambda: held.append(hold(trainer.run_dir)))()
     test_settings = {**plain(config), "loop": None, "data": fingerprint(test.ids, test.records)}
     folder = trainer.run_dir / f"test-{config_hash(test_settings)}"
-    with signals.interruptible():  # every block of detections is kept as it comes
+    # every block of detections is kept as it comes
+    with RunFolder(trainer.run_dir).on_rank_0(), signals.interruptible():
         _make_precise(detector, train, config, trainer.device, folder, progress)
         figures = _test(detector, test, config, trainer.device, folder, progress)
     return figures | {
