@@ -1,5 +1,5 @@
-"""Jobs on a cluster: one command as a job that survives (`job`, `submit`), what it will cost (`plan`), a whole table's
-graph of them (`graph`), and where they stand (`status`)."""
+"""Jobs on a cluster: one command as a job that survives (`job`, `submit`), what it will cost
+(`plan`), a whole table's graph of them (`graph`), and where they stand (`status`)."""
 
 from imsvd_core.launch.config import LaunchConfig, load_profile
 from imsvd_core.launch.job import Job

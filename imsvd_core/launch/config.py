@@ -6,7 +6,7 @@ import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
 from imsvd_core.system.checks import at_least, literals, positive
 from imsvd_core.system.config import from_plain
@@ -127,42 +127,7 @@ def load_profile(name: str | None = None, path: Path | str | None = None) -> Lau
         raise ValueError(
             f"profile={name!r} is not in {file}; there are: {', '.join(profiles) or 'none'}"
         )
-    hints = get_type_hints(LaunchConfig)
-    if unknown := sorted(set(profiles[name]) - set(hints)):
-        raise ValueError(
-            f"{file}, [{name}]: no setting is called {', '.join(unknown)}; "
-            f"there are: {', '.join(hints)}"
-        )
-    for key, value in profiles[name].items():
-        if not _fits(value, hints[key]):
-            raise ValueError(
-                f"{file}, [{name}]: {key}={value!r} must be {KINDS[_kinds(hints[key])[0]]}"
-            )
-    return from_plain(LaunchConfig, profiles[name])
-
-
-KINDS = {
-    int: "a whole number",
-    float: "a number",
-    str: "text, in quotes",
-    tuple: "a list of texts",
-    dict: "a table of texts",
-}
-
-
-def _kinds(hint: Any) -> tuple[type, ...]:
-    """The types that a setting's annotation stands for."""
-    if get_origin(hint) is Literal:
-        return (str,)
-    return (get_origin(hint),) if get_origin(hint) in (tuple, dict) else get_args(hint) or (hint,)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    kinds = _kinds(hint)
-    if tuple in kinds:
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    if dict in kinds:
-        return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
-    return isinstance(value, (*kinds, int) if float in kinds else kinds) and not isinstance(
-        value, bool
-    )
+    try:
+        return from_plain(LaunchConfig, profiles[name])
+    except ValueError as error:
+        raise ValueError(f"{file}, [{name}]: {error}") from None

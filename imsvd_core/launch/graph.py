@@ -95,7 +95,8 @@ class Graph:
         for task in self:
             if unknown := [need for need in task.needs if need not in self._tasks]:
                 raise ValueError(
-                    f"needs={unknown} of {task.name} are no tasks; there are: {', '.join(self._tasks)}"
+                    f"needs={unknown} of {task.name} are no tasks; "
+                    f"there are: {', '.join(self._tasks)}"
                 )
         needs = {task.name: task.needs for task in self}
         try:

@@ -120,19 +120,21 @@ def plan(name: str, recipe: Recipe, config: LaunchConfig, run_dir: Path | str) -
     per_step = config.ranks * loop.accumulate
     if loop.batch_size % per_step:
         refused.append(
-            f"batch_size={loop.batch_size} cannot be cut into equal pieces, accumulate={loop.accumulate} on each "
-            f"of {config.ranks} ranks: take a multiple of {per_step}"
+            f"batch_size={loop.batch_size} cannot be cut into equal pieces, "
+            f"accumulate={loop.accumulate} on each of {config.ranks} ranks: "
+            f"take a multiple of {per_step}"
         )
     if samples and loop.batch_size > samples:
         refused.append(
-            f"batch_size={loop.batch_size} exceeds the {samples} samples: take a smaller batch or more data"
+            f"batch_size={loop.batch_size} exceeds the {samples} samples: "
+            "take a smaller batch or more data"
         )
     useful = config.minutes - config.grace_seconds / 60
     if not 0 < loop.save_minutes <= useful:
         refused.append(
-            f"time={config.time!r} leaves {useful:.1f} minutes before the notice, and a checkpoint is due every "
-            f"save_minutes={loop.save_minutes:g}: a node that dies would cost a whole attempt; ask for more time, "
-            "or set --loop.save-minutes"
+            f"time={config.time!r} leaves {useful:.1f} minutes before the notice, and a checkpoint "
+            f"is due every save_minutes={loop.save_minutes:g}: a node that dies would cost a whole "
+            "attempt; ask for more time, or set --loop.save-minutes"
         )
     network = _size(recipe.network)
     states = OPTIMIZER_STATES[recipe.optim.name]
@@ -147,8 +149,8 @@ def plan(name: str, recipe: Recipe, config: LaunchConfig, run_dir: Path | str) -
     )
     if disk > free:
         refused.append(
-            f"run_dir={str(run_dir)!r} needs {disk:.1f} GB, and {free:.1f} are free: make room, or keep fewer "
-            f"checkpoints than --loop.keep {loop.keep}"
+            f"run_dir={str(run_dir)!r} needs {disk:.1f} GB, and {free:.1f} are free: make room, or "
+            f"keep fewer checkpoints than --loop.keep {loop.keep}"
         )
     steps = loop.epochs * (samples // loop.batch_size) if samples else None
     hours, hours_source = _hours(name, recipe, config, run_dir, samples)
@@ -177,12 +179,12 @@ def plan(name: str, recipe: Recipe, config: LaunchConfig, run_dir: Path | str) -
 
 
 def _data(recipe: Recipe) -> tuple[int | None, list[str]]:
-    """How many images there are to train on, as far as that is known without reading them, and what is wrong."""
+    """How many images there are to train on, without reading them, and what is wrong."""
     kind, _, path = recipe.data.partition(":")
     try:
-        found = _count(recipe.data)
+        samples = _count(recipe.data)
     except (ValueError, OSError) as error:
-        found, refused = None, [f"data={recipe.data!r}: {error}"]
+        samples, refused = None, [f"data={recipe.data!r}: {error}"]
     else:
         refused = []
     root, name = data_root() / path, Path(path).name
@@ -193,8 +195,8 @@ def _data(recipe: Recipe) -> tuple[int | None, list[str]]:
         if not refused and (report is None or not report.ok):
             fault = "has not been checked" if report is None else "was found wanting"
             refused = [f"data={recipe.data!r}: {root} {fault}: run imsvd data check {name} {root}"]
-        found = prepared.SPECS[name].counts["train"]
-    return recipe.samples or found, refused
+        samples = prepared.SPECS[name].counts["train"]
+    return recipe.samples or samples, refused
 
 
 def _count(data: str) -> int:
@@ -251,7 +253,8 @@ def _own_speed(run_dir: Path, ranks: int) -> float | None:
 
 
 def _memory(recipe: Recipe, config: LaunchConfig) -> tuple[float | None, str]:
-    """A GPU's peak: the paper's, what is fixed (weights, gradients, momentum) exchanged, the rest scaled with the images."""
+    """A GPU's peak: the paper's, with this recipe's weights, gradients and momentum in place of the
+    paper's, and the rest scaled with the images."""
     if recipe.network.backbone != "resnet50" or recipe.method.name != IMSVD.name or not config.gpus:
         return None, "no measurement is stored, and the paper has none"
     quoted = TABLE_IV[IMSVD.name][1]

@@ -1,5 +1,5 @@
-"""What Slurm says of jobs: one squeue and, for those that have left the queue, one sacct for all of them.
-And of a job on this machine, whether it lives."""
+"""What Slurm says of jobs: one squeue and, for those that have left the queue, one sacct for all of
+them. And of a job on this machine, whether it lives."""
 
 import os
 import subprocess
@@ -131,7 +131,7 @@ def read_squeue(text: str) -> list[Entry]:
 
 
 def read_sacct(text: str) -> list[Entry]:
-    """The jobs that sacct printed: JobIDRaw, State, ExitCode, Start, Elapsed, JobName; oldest record first."""
+    """The jobs that sacct printed: JobIDRaw, State, ExitCode, Start, Elapsed, JobName; oldest first."""
     entries = []
     for line in text.splitlines():
         values = line.split("|")
@@ -139,10 +139,9 @@ def read_sacct(text: str) -> list[Entry]:
             continue
         job, state, code, start, elapsed, name = values
         status, _, signal = code.partition(":")
+        code = "" if status == "0" else status
         if signal not in ("", "0"):
             code = f"signal {signal}"
-        else:
-            code = "" if status == "0" else status
         entries.append(
             Entry(
                 job,

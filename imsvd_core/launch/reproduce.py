@@ -1,4 +1,5 @@
-"""A graph of runs brought to its end: what is finished stays, what runs goes on, the rest is submitted."""
+"""A graph of runs brought to its end: what is finished stays, what runs goes on, the rest is
+submitted."""
 
 import contextlib
 import hashlib

@@ -1,4 +1,5 @@
-"""How a graph's tasks stand, derived anew from their files and from the queue, and shown live in the terminal."""
+"""How a graph's tasks stand, derived anew from their files and the queue, and shown live in the
+terminal."""
 
 import contextlib
 import json
@@ -257,7 +258,7 @@ def read_submission(folder: Path) -> Submission | None:
     """The last submission that left its record in `folder`; None if there is none."""
     try:
         return Submission.read(folder)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{folder / 'submission.json'} is not a submission: remove it") from error
 
 

@@ -22,6 +22,7 @@ import imsvd_core
 from imsvd_core.launch.config import LaunchConfig
 from imsvd_core.launch.job import Job
 from imsvd_core.results import code_version, write_json
+from imsvd_core.system.config import from_plain
 
 #: Environment variables that a job needs, whatever the cluster exports.
 KEPT = ("IMSVD_DATA", "IMSVD_DATASET", "IMSVD_SCALE")
@@ -51,7 +52,7 @@ class Submission:
             fields = json.loads((Path(folder) / "submission.json").read_text())
         except FileNotFoundError:
             return None
-        return cls(**fields | {"argv": tuple(fields["argv"])})
+        return from_plain(cls, fields)
 
     def write(self) -> None:
         """Keep it in its folder, in place of an earlier one."""

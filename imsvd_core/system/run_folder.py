@@ -1,8 +1,8 @@
 """Run folders: one process at a time writes to one.
 
-A cluster may take a process for dead that is not, and start its job again: then two write to one folder. Each
-process that takes a folder therefore leaves a token there, a later attempt replaces it, and a process that no longer
-finds its own token cannot write: it is fenced off.
+A cluster may take a process for dead that is not, and start its job again: then two write to one
+folder. Each process that takes a folder therefore leaves a token there, a later attempt replaces
+it, and a process that no longer finds its own token cannot write: it is fenced off.
 """
 
 import json
@@ -166,7 +166,7 @@ class RunFolder:
         self._handle = None
 
     def _token(self) -> dict[str, Any]:
-        """Of whoever has the folder, or had it last; {} if nobody did. A failed read is repeated."""
+        """Of whoever has the folder, or had it last; {} if nobody. A failed read is repeated."""
         for pause in (0.1, 1, 5, None):
             try:
                 return json.loads((self.path / TOKEN).read_text())

@@ -66,7 +66,7 @@ def test_a_profile_spares_typing(tmp_path, monkeypatch):
         == LaunchConfig(partition="gpu", gpus_per_node=8, setup=("module load cuda",))
     )
     with pytest.raises(
-        ValueError, match=r"\[theirs\]: no setting is called partiton; there are: executor, nodes"
+        ValueError, match=r"\[theirs\]: LaunchConfig has no field partiton; it has: executor, nodes"
     ):
         load_profile("theirs")
     with pytest.raises(ValueError, match="profile='nowhere' is not in .*; there are: ours, theirs"):
