@@ -48,6 +48,10 @@ def prepare(app: Sphinx, config: Config) -> None:
     scale = os.environ["IMSVD_SCALE"]
     name = datasets.resolve(os.environ.get("IMSVD_DATASET", "auto"))
     os.environ["IMSVD_DATASET"] = name
+    kit = str(Path(__file__).parent)  # the cells import kit.py
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [kit, *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     config.imsvd_run = {"scale": scale, "dataset": name, "title": datasets.title(name)}
     logger.info(
         "The chapters run at scale %r on the data set %s.", scale, config.imsvd_run["title"]
@@ -67,7 +71,8 @@ def what_cells_depend_on(book: Path) -> list[Path]:
     """Return the files that a cell may read or import."""
     package = Path(find_spec("imsvd_core").origin).parent
     sources = [path for pattern in ("*.py", "*.js") for path in package.rglob(pattern)]
-    return [*sources, *book.joinpath("results").rglob("*.*"), REPOSITORY / "requirements.txt"]
+    kit, requirements = Path(__file__).with_name("kit.py"), REPOSITORY / "requirements.txt"
+    return [*sources, *book.joinpath("results").rglob("*.*"), kit, requirements]
 
 
 def cache_key(files: Iterable[Path], *values: Any) -> str:

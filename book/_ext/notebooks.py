@@ -1,6 +1,6 @@
 """The chapters as Jupyter notebooks, and a copy of the book whose chapters are those notebooks, executed.
 
-    python book/_ext/notebooks.py FOLDER             # writes FOLDER/*.ipynb
+    python book/_ext/notebooks.py FOLDER             # writes FOLDER/*.ipynb, and kit.py for them
     python book/_ext/notebooks.py FOLDER --execute   # lays FOLDER out like this repository and runs every notebook
 
 (nbmake passes over folders named `_build`, so executed notebooks live elsewhere.)
@@ -53,6 +53,7 @@ def convert(folder: Path) -> list[Path]:
             jupytext.write(jupytext.reads(text, fmt="md:myst"), target.with_suffix(".ipynb"))
         else:
             target.write_text(text, encoding="utf-8")
+    shutil.copyfile(BOOK / "_ext" / "kit.py", folder / "kit.py")  # the cells import it
     return [folder / f"{name}.ipynb" for name in names if name in computing]
 
 

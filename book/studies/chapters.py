@@ -3,6 +3,7 @@
 python book/studies/chapters.py RESULT.json [CHAPTER ...]
 """
 
+import os
 import sys
 import tempfile
 import time
@@ -22,6 +23,8 @@ BOOK = Path(__file__).parents[1]
 def main(result: Path, names: list[str]) -> None:
     chapters = [BOOK / f"{name}.md" for name in names] or sorted(BOOK.glob("[0-9]*.md"))
     figures: dict[str, float] = {}
+    paths = [str(BOOK / "_ext"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # the cells import kit.py
     for chapter in chapters:
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()

@@ -86,7 +86,7 @@ def test_the_key_covers_package_results_and_requirements(tmp_path: Path) -> None
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "run.json").write_text("{}")
     names = {path.name for path in imsvd_book.what_cells_depend_on(tmp_path)}
-    assert {"loss.py", "knn.py", "animation.js", "requirements.txt", "run.json"} <= names
+    assert {"loss.py", "knn.py", "animation.js", "kit.py", "requirements.txt", "run.json"} <= names
 
 
 def test_only_the_caches_used_last_are_kept(tmp_path: Path) -> None:
