@@ -30,7 +30,8 @@ types: $(READY)  ## Of these, mypy
 	$(BIN)/mypy
 
 quick: $(READY)  ## Of these, the tests that are neither marked slow nor of the book
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not slurm and not book and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal \
+	  -m "not slow and not slurm and not book and not gpu"
 
 format: $(READY)  ## Format all code, and mend what ruff can mend safely
 	$(BIN)/ruff format

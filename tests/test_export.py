@@ -63,6 +63,7 @@ def test_a_classifier_stays_behind(tmp_path):
     )
 
 
+@pytest.mark.slow  # builds ResNets
 def test_torchvision_lacks_the_classifier_alone(resnet50, tmp_path):
     path = export(resnet50, "resnet50", False, "torchvision", tmp_path / "new/r50.pth")
     theirs = torchvision.models.resnet50()
@@ -197,6 +198,7 @@ def test_safetensors_says_what_it_holds(tmp_path):
     assert torch.equal(features(load_backbone(path)), features(backbone))
 
 
+@pytest.mark.slow  # builds and writes ResNets
 @pytest.mark.parametrize("name", ["narrow", "resnet18", "resnet50"])
 @pytest.mark.parametrize("cifar_stem", [False, True])
 @pytest.mark.parametrize("to", ["torchvision", "safetensors"])
@@ -285,6 +287,7 @@ def test_a_backbone_is_found_in_our_own_checkpoint(tmp_path):
     )
 
 
+@pytest.mark.slow  # builds several ResNets
 def test_a_file_without_one_of_our_backbones_says_what_it_holds(tmp_path):
     def attempt(match: str, content: object, file: str = "x.pth") -> None:
         torch.save(content, tmp_path / file)

@@ -45,6 +45,7 @@ def test_factors_alone_draw_the_picture_again_but_for_its_noise(factors, images)
     assert 0 < noise.abs().max() <= 9
 
 
+@pytest.mark.slow  # draws every factor's every value
 def test_each_discrete_factor_changes_the_picture(factors, images):
     for name, values in attributes.FACTORS.items():
         if name in ("size", "place"):  # drawn through radius, x and y

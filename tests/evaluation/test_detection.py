@@ -289,6 +289,7 @@ def test_a_run_cut_in_training_and_in_testing_ends_identical(pair, tmp_path, mon
     assert figures | {"seconds": 0} == whole | {"seconds": 0}
 
 
+@pytest.mark.slow  # builds detectors
 def test_the_seed_fixes_first_weights_and_precise_statistics_whatever_was_drawn_before(
     pair, tmp_path
 ):
@@ -417,6 +418,7 @@ def test_the_rate_rises_in_the_warm_up_and_drops_tenfold():
     assert replace(DetectionConfig(), warmup=0).learning_rate(0) == 0.1
 
 
+@pytest.mark.slow  # trains a detector
 def test_the_schedule_is_the_trainings(pair, tmp_path):
     detection.evaluate(backbone(), pair, CONFIG, run_dir=tmp_path, progress=False)
     (file,) = tmp_path.glob("*/metrics.jsonl")

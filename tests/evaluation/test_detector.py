@@ -221,6 +221,7 @@ def test_boxes_are_float32_whatever_the_precision(detector):
     assert not torch.equal(corners, corners.bfloat16().float())
 
 
+@pytest.mark.slow  # steps of a detector
 def test_training_draws_a_size_and_testing_has_its_own():
     detector = build_detector(
         build_backbone("narrow"), CLASSES, replace(SMALL, min_sizes=(32, 48), test_size=64)

@@ -323,6 +323,7 @@ def test_what_is_kept_belongs_to_backbone_data_and_settings_and_to_one_process(
     assert len(folder(backbone=Scaled(2.0), precision=torch.bfloat16)) == 4
 
 
+@pytest.mark.slow  # embeds streamed images
 def test_streamed_images_are_embedded_from_where_a_share_begins(tmp_path):
     from torchvision.io import write_png
 

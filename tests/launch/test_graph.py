@@ -29,6 +29,7 @@ def task(name: str, *needs: str, out: Path = Path("out"), result: str | None = N
     return Task(name, argv, out / run, out / (result or f"{name}.json"), needs)
 
 
+@pytest.mark.slow  # reads fifteen commands
 def test_everything_is_fifteen_tasks_and_a_pretraining_that_several_need_is_one():
     graph = build((1, 2), (3,), "smoke", Path("out"), DATA)
     names = [one.name for one in graph]
@@ -55,6 +56,7 @@ def test_lengths_are_half_and_all_of_the_epochs_and_one_if_they_are_the_same():
     assert len(build((1, 2), (), "full", Path("out"), (*DATA, "--loop.epochs", "1"))) == 9
 
 
+@pytest.mark.slow  # reads four commands
 def test_a_pretraining_reads_its_command_as_the_settings_that_its_result_must_have(monkeypatch):
     monkeypatch.setenv("IMSVD_DATASET", "attributes")
     for one in build((1,), (), "smoke", Path("out"), ("--optim.lr", "0.003", "--loop.epochs", "6")):
