@@ -47,7 +47,7 @@ class Metrics:
 
 
 class Display:
-    """A progress bar, and curves for TensorBoard in `board`, if it is given. Use it as a context."""
+    """A progress bar, and curves for TensorBoard in `board`, if given; a context manager."""
 
     def __init__(self, done: int, steps: int, progress: bool, board: Path | None):
         self.bar = Progress(

@@ -25,8 +25,8 @@ from imsvd_core.methods.base import Method
 from imsvd_core.system import signals
 from imsvd_core.system.config import differences, essential
 from imsvd_core.system.devices import PRECISIONS, pick_device
-from imsvd_core.system.files import Hold, hold
 from imsvd_core.system.ranks import launcher_is_gone
+from imsvd_core.system.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +60,8 @@ class Trainer:
         method: all that is trained and saved; it is moved to the device, in place.
         samples: how many samples there are; each epoch visits each once, but for the last
             incomplete batch.
-        run_dir: receives checkpoints/ and metrics.jsonl; a run found there is resumed. It is kept
-            from other processes until `train` ends.
+        run: the folder of checkpoints/ and metrics.jsonl; a run found there is resumed. `train`
+            keeps it from other processes, unless the caller does.
         settings: everything else that fixes the run, stored with it; resuming under other settings
             is refused.
         steps: to train, where a schedule counts them and no whole epochs; by default those of
@@ -72,7 +72,7 @@ class Trainer:
         saves: whether to write checkpoints; without them a run cannot be resumed.
 
     Raises ValueError if one batch needs more than `samples` or is not cut into equal pieces, if
-    another process holds `run_dir`, or if the run there had other settings or ranks; NonFiniteError
+    another process has `run`, or if the run there had other settings or ranks; NonFiniteError
     with the step and the last good checkpoint as soon as the loss is NaN or infinite.
     """
 
@@ -82,7 +82,7 @@ class Trainer:
         samples: int,
         config: LoopConfig,
         optim: OptimConfig,
-        run_dir: Path | str,
+        run: RunFolder | Path | str,
         *,
         settings: Any = None,
         progress: bool = True,
@@ -91,7 +91,8 @@ class Trainer:
         embed_all: Callable[[], Tensor] | None = None,
         saves: bool = True,
     ):
-        self.method, self.config, self.optim, self.run_dir = method, config, optim, Path(run_dir)
+        self.method, self.config, self.optim = method, config, optim
+        self.run = run if isinstance(run, RunFolder) else RunFolder(run)
         self.rank, ranks = world()
         total = config.epochs * (samples // config.batch_size) if steps is None else steps
         self.order = Order(samples, config.batch_size, total, config.accumulate, config.seed)
@@ -108,7 +109,7 @@ class Trainer:
         self.gradients = Gradients(method, self.device, self.scaler, precision, config.accumulate)
         self.rate = rate or self._scheduled_rate
         self.embed_all, self.saves = embed_all, saves
-        self.metrics, self.progress = Metrics(self.run_dir / "metrics.jsonl"), progress
+        self.metrics, self.progress = Metrics(self.run.path / "metrics.jsonl", self.run), progress
         self.step = 0
         self.seconds = 0.0  #: wall time of the steps so far, those before a resumption included
         self._last_good: Path | None = None
@@ -116,26 +117,21 @@ class Trainer:
         self._stop_requested = self._stopping = False
         self._saved_at = time.monotonic()
         self._skipped = 0  # fp16 steps that the scaler has not taken
-        self._hold: Hold | None = None
-        self._claim()
-        self._resume()
+        with self.run.on_rank_0():
+            self._resume()
 
     def train(self, batches: Iterable[Batch]) -> Iterator[Progressed]:
         """Take every step that is left; `batches` are the pieces of `order.since(step)`."""
-        self._claim()
         self._stopping = False
         self.method.train()
         pieces = iter(batches)  # order → images → views
-        try:
-            with self._display() as display:
-                while self.step < self.order.steps and not self._stopping:
-                    self._begin_epoch()
-                    batch = islice(pieces, self.config.accumulate)
-                    metrics = self.take_step(batch)  # embed → loss → gradients → update
-                    metrics = self.keep_records(metrics, display)  # finite? log, save, stop
-                    yield self._progressed(metrics)
-        finally:
-            self._hold = None
+        with self.run.on_rank_0(), self._display() as display:
+            while self.step < self.order.steps and not self._stopping:
+                self._begin_epoch()
+                batch = islice(pieces, self.config.accumulate)
+                metrics = self.take_step(batch)  # embed → loss → gradients → update
+                metrics = self.keep_records(metrics, display)  # finite? log, save, stop
+                yield self._progressed(metrics)
 
     def take_step(self, batch: Iterable[Batch]) -> dict[str, Tensor]:
         """One update of the weights from the pieces of a batch; returns what was measured."""
@@ -217,7 +213,9 @@ class Trainer:
         return Progressed(self.step, epoch, self.step % self.order.steps_per_epoch == 0, metrics)
 
     def _display(self) -> Display:
-        board = self.run_dir / "tensorboard" if self.config.tensorboard and self.rank == 0 else None
+        board = (
+            self.run.path / "tensorboard" if self.config.tensorboard and self.rank == 0 else None
+        )
         self._logged_at = self.step, self.seconds
         return Display(self.step, self.order.steps, self.progress and self.rank == 0, board)
 
@@ -284,15 +282,11 @@ class Trainer:
             "seconds": self.seconds,
             "settings": self.settings,
         }
-        return checkpoints.save(self.run_dir / "checkpoints", self.step, state, self.config.keep)
-
-    @on_rank_0
-    def _claim(self) -> None:
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        self._hold = hold(self.run_dir)
+        folder = self.run.path / "checkpoints"
+        return checkpoints.save(folder, self.step, state, self.config.keep, self.run)
 
     def _resume(self) -> None:
-        newest = on_rank_0(checkpoints.newest)(self.run_dir / "checkpoints")
+        newest = on_rank_0(checkpoints.newest)(self.run.path / "checkpoints")
         if newest is None:
             if self.rank == 0:
                 self.metrics.clear()
@@ -301,7 +295,7 @@ class Trainer:
         before = {"world_size": 1, **state["settings"]}  # older checkpoints do not name the ranks
         if before != self.settings:
             raise ValueError(
-                f"run_dir={str(self.run_dir)!r} holds a run with other settings "
+                f"run_dir={str(self.run.path)!r} holds a run with other settings "
                 f"({differences(before, self.settings)}): give the same ones, or another folder"
             )
         self.method.load_state_dict(checkpoints.weights(state))
@@ -311,4 +305,4 @@ class Trainer:
         self.step, self.seconds, self._last_good = state["step"], state["seconds"], newest
         self._skipped = state.get("skipped", 0)  # older checkpoints did not count
         on_rank_0(self.metrics.forget_after)(self.step)  # it is written again
-        log.info("resumed %s at step %d of %d", self.run_dir, self.step, self.order.steps)
+        log.info("resumed %s at step %d of %d", self.run.path, self.step, self.order.steps)

@@ -51,5 +51,4 @@ def recipe(name: str, scale: Scale | None = None) -> Recipe:
     scale = scale or current_scale()
     if scale not in get_args(Scale):
         raise ValueError(f"scale={scale!r} must be one of {', '.join(get_args(Scale))}")
-    built = RECIPES[name](scale)
-    return built if scale == "full" else fast_here(built)
+    return fast_here(RECIPES[name](scale), scale)

@@ -74,19 +74,12 @@ def current_scale() -> Scale:
     return scale
 
 
-def fast_here(settings: Any) -> Any:
-    """The same settings with fp32 for bf16, wherever they train, on a machine that would emulate
-    bf16."""
-    if isinstance(settings, LoopConfig):
-        return (
-            replace(settings, precision=fast_precision())
-            if settings.precision == "bf16"
-            else settings
-        )
-    if not is_dataclass(settings):
+def fast_here(settings: Any, scale: Scale) -> Any:
+    """The settings, of small scales with fp32 for bf16 on a machine that would emulate bf16."""
+    if scale == "full" or fast_precision() == "bf16" or not is_dataclass(settings):
         return settings
+    if isinstance(settings, LoopConfig):
+        return replace(settings, precision="fp32") if settings.precision == "bf16" else settings
     inner = {field.name: getattr(settings, field.name) for field in fields(settings)}
-    return replace(
-        settings,
-        **{name: fast_here(value) for name, value in inner.items() if is_dataclass(value)},
-    )
+    mended = {name: fast_here(part, scale) for name, part in inner.items() if is_dataclass(part)}
+    return replace(settings, **mended)

@@ -38,11 +38,10 @@ def evaluation(
     if name not in EVALUATIONS and name not in OWN:
         raise ValueError(f"evaluation={name!r} must be one of {', '.join((*OWN, *EVALUATIONS))}")
     scale = scale or current_scale()
-    trained = trained or imagenet(scale)
+    trained = trained or fast_here(imagenet(scale), scale)
     if name in OWN:
         return EvaluationRecipe(getattr(trained, name), trained.data, trained.eval_view)
-    asked = EVALUATIONS[name](scale)
-    asked = asked if scale == "full" else fast_here(asked)
+    asked = fast_here(EVALUATIONS[name](scale), scale)
     known = {"mean": trained.eval_view.mean, "std": trained.eval_view.std}
     config = asked.config
     if isinstance(config, LinearConfig):

@@ -19,12 +19,12 @@ from imsvd_core.evaluation.features import embed
 from imsvd_core.methods import IMSVD, Method
 from imsvd_core.networks import NetworkConfig, TwinNetwork
 from imsvd_core.recipes import Recipe
-from imsvd_core.results import provenance, write_json, write_result
+from imsvd_core.results import provenance, write_result
 from imsvd_core.runs.backbones import save_backbone
 from imsvd_core.system import signals
 from imsvd_core.system.config import plain
 from imsvd_core.system.devices import PRECISIONS
-from imsvd_core.system.files import atomic_write, hold
+from imsvd_core.system.run_folder import RunFolder
 from imsvd_core.views import EvalView, Views
 
 SEEN = 128  # rows and columns of the joint matrix that a run keeps for each epoch
@@ -47,14 +47,15 @@ class Pretraining:
     def __init__(
         self,
         recipe: Recipe,
-        run_dir: Path | str,
+        run_dir: RunFolder | Path | str,
         *,
         data: tuple[Images, Images] | None = None,
         progress: bool = True,
         steps: int | None = None,
         saves: bool = True,
     ):
-        self.recipe, self.run_dir = recipe, Path(run_dir)
+        self.recipe = recipe
+        self.folder = run_dir if isinstance(run_dir, RunFolder) else RunFolder(run_dir)
         shows = progress and world()[0] == 0
         self.gallery, self.test = data or rank_0_first(lambda: load_data(recipe, progress=shows))
         recipe.knn.check(self.gallery, self.test, "knn")
@@ -70,7 +71,7 @@ class Pretraining:
             len(self.train),
             recipe.loop,
             recipe.optim,
-            self.run_dir,
+            self.folder,
             settings=recipe.training_settings() | {"data": self.train.name},
             progress=progress,
             steps=steps,
@@ -79,7 +80,7 @@ class Pretraining:
         )
         self.device = self.trainer.device
         config = {**plain(recipe), "data": self.train.name}
-        on_rank_0(write_json)(self.run_dir / "config.json", config)
+        on_rank_0(self.folder.write)("config.json", config)
 
     def __iter__(self) -> Iterator[Progressed]:
         order = self.trainer.order.since(self.trainer.step)
@@ -138,14 +139,9 @@ class Pretraining:
         if isinstance(self.recipe.method, IMSVD):
             p1, p2 = self.test_codes()
             figures |= asdict(hardness(p1, self.recipe.method.units))
-            with atomic_write(
-                self.run_dir / "joints" / f"step-{self.trainer.step:09d}.safetensors"
-            ) as file:
-                file.write(
-                    safetensors.torch.save(
-                        {"joint": joint(p1, p2)[:SEEN, :SEEN].half().contiguous()}
-                    )
-                )
+            corner = {"joint": joint(p1, p2)[:SEEN, :SEEN].half().contiguous()}
+            name = f"joints/step-{self.trainer.step:09d}.safetensors"
+            self.folder.write(name, safetensors.torch.save(corner))
         self.trainer.record(**figures)
         return figures
 
@@ -190,10 +186,8 @@ class Pretraining:
 
         Rank 0 does, while the others wait.
         """
-        held = hold(self.run_dir)  # until its result is written
-        save_backbone(
-            self.run_dir / "backbone.safetensors", self.method.backbone, self.recipe.network
-        )
+        path = self.folder.path
+        save_backbone(path / "backbone.safetensors", self.method.backbone, self.recipe.network)
         with signals.interruptible():
             accuracy = self.knn()
         figures = {
@@ -209,10 +203,8 @@ class Pretraining:
             seconds=self.trainer.seconds,
             world_size=self.trainer.order.ranks,
         )
-        held.check()
-        return write_result(
-            self.run_dir / "result.json", "pretrain", figures, origin, overwrite=True
-        )
+        self.folder.check()
+        return write_result(path / "result.json", "pretrain", figures, origin, overwrite=True)
 
 
 def pretrain(recipe: Recipe, run_dir: Path | str, *, progress: bool = True) -> Path:
@@ -222,8 +214,8 @@ def pretrain(recipe: Recipe, run_dir: Path | str, *, progress: bool = True) -> P
     notice), or when a rank's launcher is gone; `files.Superseded` when a later attempt has taken
     `run_dir` over.
     """
-    with signals.handle_stop_signals():
-        run = Pretraining(recipe, run_dir, progress=progress)
+    with signals.handle_stop_signals(), RunFolder(run_dir).on_rank_0() as folder:
+        run = Pretraining(recipe, folder, progress=progress)
         if run.trainer.step % run.trainer.order.steps_per_epoch == 0:
             run.watch()  # untrained, or killed between an epoch's end and its record
         for progressed in run:

@@ -173,7 +173,7 @@ def test_a_finished_run_trains_no_further_and_keeps_its_seconds(tmp_path):
     assert seen == []
 
 
-HOLDER = "import sys; from imsvd_core.system.files import hold; held = hold(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
+HOLDER = "import sys; from imsvd_core.system.run_folder import RunFolder; RunFolder(sys.argv[1]).acquire(); print('held', flush=True); sys.stdin.read()"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no fcntl")
