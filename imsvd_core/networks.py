@@ -82,7 +82,7 @@ def build_projector(features: int, hidden: Sequence[int], dim: int) -> nn.Sequen
     """
     widths = (features, *hidden)
     layers: list[nn.Module] = []
-    for before, after in zip(widths, hidden):
+    for before, after in zip(widths[:-1], hidden, strict=True):
         layers += [
             nn.Linear(before, after, bias=False),
             nn.BatchNorm1d(after),

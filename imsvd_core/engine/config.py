@@ -1,7 +1,9 @@
 """How a training runs: its length, its precision, its record."""
 
 from dataclasses import dataclass
-from typing import Literal
+
+from imsvd_core.system import checks
+from imsvd_core.system.devices import Precision
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class LoopConfig:
     accumulate: int = 1
     """Pieces that a batch is cut into, to fit memory. Pretraining's loss is that of the whole batch
     all the same."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Precision = "bf16"
     """Of the network's products and activations, by autocast; weights and losses stay fp32."""
     channels_last: bool = True
     """Keep convolutions, and with them what flows through, in the memory layout that is faster for
@@ -41,23 +43,12 @@ class LoopConfig:
     """Write the metrics for TensorBoard too."""
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("epochs", 1),
-            ("batch_size", 1),
-            ("accumulate", 1),
-            ("seed", 0),
-            ("save_every", 0),
-            ("keep", 1),
-            ("log_every", 1),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value} must be at least {least}, and whole")
-        if not self.save_minutes >= 0:
-            raise ValueError(f"save_minutes={self.save_minutes} must be at least 0")
+        checks.at_least(self, epochs=1, batch_size=1, accumulate=1, seed=0)
+        checks.at_least(self, save_every=0, keep=1, log_every=1)
+        checks.finite(self, "save_minutes")
+        checks.literals(self)
         if self.batch_size % self.accumulate:
             raise ValueError(
-                f"batch_size={self.batch_size} cannot be cut into accumulate={self.accumulate} equal pieces"
+                f"batch_size={self.batch_size} cannot be cut into "
+                f"accumulate={self.accumulate} equal pieces: take a multiple"
             )
-        if self.precision not in ("fp32", "bf16", "fp16"):
-            raise ValueError(f"precision={self.precision!r} must be 'fp32', 'bf16' or 'fp16'")

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from imsvd_core.system import checks
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -30,11 +32,8 @@ class OptimConfig:
     """
 
     def __post_init__(self) -> None:
-        if self.name not in ("adamw", "sgd", "lars"):
-            raise ValueError(f"name={self.name!r} must be 'adamw', 'sgd' or 'lars'")
-        for field in ("lr", "weight_decay", "momentum", "warmup_epochs", "final_lr_fraction"):
-            if not (getattr(self, field) >= 0 and math.isfinite(getattr(self, field))):
-                raise ValueError(f"{field}={getattr(self, field)} must be a finite number ≥ 0")
+        checks.literals(self)
+        checks.finite(self, "lr", "weight_decay", "momentum", "warmup_epochs", "final_lr_fraction")
         if self.momentum >= 1:
             raise ValueError(
                 f"momentum={self.momentum} must be below 1, or steps would grow for ever"

@@ -23,7 +23,7 @@ from imsvd_core.engine.optim import OptimConfig, build_optimizer, learning_rate
 from imsvd_core.engine.order import Order
 from imsvd_core.methods.base import Method
 from imsvd_core.system import signals
-from imsvd_core.system.config import differences, essential
+from imsvd_core.system.config import complete, differences, essential
 from imsvd_core.system.devices import PRECISIONS, pick_device
 from imsvd_core.system.ranks import launcher_is_gone
 from imsvd_core.system.run_folder import RunFolder
@@ -64,6 +64,8 @@ class Trainer:
             keeps it from other processes, unless the caller does.
         settings: everything else that fixes the run, stored with it; resuming under other settings
             is refused.
+        kind: the dataclass that `settings` come from; a setting that a checkpoint lacks, since it
+            was added later, then has its default.
         steps: to train, where a schedule counts them and no whole epochs; by default those of
             `config.epochs`.
         rate: step (from 0) → learning rate, where that is not the schedule of `optim`.
@@ -85,6 +87,7 @@ class Trainer:
         run: RunFolder | Path | str,
         *,
         settings: Any = None,
+        kind: type | None = None,
         progress: bool = True,
         steps: int | None = None,
         rate: Callable[[int], float] | None = None,
@@ -97,7 +100,7 @@ class Trainer:
         total = config.epochs * (samples // config.batch_size) if steps is None else steps
         self.order = Order(samples, config.batch_size, total, config.accumulate, config.seed)
         fixed = {"samples": samples, "world_size": ranks, **essential(settings or {})}
-        self.settings = json.loads(json.dumps(fixed))
+        self.settings, self.kind = json.loads(json.dumps(fixed)), kind
         self.device = pick_device(config.device)
         layout = torch.channels_last if config.channels_last else torch.preserve_format
         method.to(self.device).to(memory_format=layout)
@@ -293,10 +296,13 @@ class Trainer:
             return
         state = checkpoints.load(newest)
         before = {"world_size": 1, **state["settings"]}  # older checkpoints do not name the ranks
-        if before != self.settings:
+        now = self.settings
+        if self.kind:
+            before, now = complete(self.kind, before), complete(self.kind, now)
+        if before != now:
             raise ValueError(
                 f"run_dir={str(self.run.path)!r} holds a run with other settings "
-                f"({differences(before, self.settings)}): give the same ones, or another folder"
+                f"({differences(before, now)}): give the same ones, or another folder"
             )
         self.method.load_state_dict(checkpoints.weights(state))
         self.optimizer.load_state_dict(state["optimizer"])

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from imsvd_core.methods.base import check_weights
 from imsvd_core.methods.vicreg import PeerMethod
 from imsvd_core.networks import NetworkConfig
+from imsvd_core.system import checks
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class BarlowTwins:
     name: Literal["barlow_twins"] = "barlow_twins"
 
     def __post_init__(self) -> None:
-        check_weights(self)
+        checks.finite(self, "redundancy_weight")
 
     def check(self, network: NetworkConfig) -> None:
         """Every network will do."""

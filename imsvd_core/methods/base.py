@@ -1,9 +1,7 @@
 """What every method is: a module that embeds pieces of a batch, and gives the loss of the whole."""
 
-import math
 from collections.abc import Callable
-from dataclasses import fields
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +9,6 @@ from torch import Tensor, nn
 from imsvd_core.data.batch import Batch
 from imsvd_core.distributed import world
 from imsvd_core.networks import NetworkConfig, TwinNetwork
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 
 class Method(nn.Module):
@@ -33,7 +28,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def embed(self, batch: Batch) -> tuple[Tensor, ...]:
-        """What `loss` needs of one piece of the batch: tensors, a row for each sample of the piece."""
+        """What `loss` needs of one piece of the batch: tensors with a row for each sample."""
         raise NotImplementedError
 
     def loss(self, *embeddings: Tensor) -> dict[str, Tensor]:
@@ -69,16 +64,6 @@ class TwinMethod(Method):
         x1, x2 = batch.views
         z1, z2 = self.network(x1, x2)
         return z1, z2
-
-
-def check_weights(config: "DataclassInstance") -> None:
-    """Raise ValueError for a weight of the configuration that is negative or not finite."""
-    for field in fields(config):
-        weight = getattr(config, field.name)
-        if field.name.endswith("_weight") and not (weight >= 0 and math.isfinite(weight)):
-            raise ValueError(
-                f"{field.name}={weight} must be a finite number ≥ 0 (default {field.default})"
-            )
 
 
 def of_all_ranks(z: Tensor) -> Tensor:

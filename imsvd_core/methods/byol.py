@@ -17,6 +17,7 @@ from torch.nn.functional import cosine_similarity
 from imsvd_core.data.batch import Batch
 from imsvd_core.methods.base import TwinMethod
 from imsvd_core.networks import NetworkConfig, build_projector
+from imsvd_core.system import checks
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,8 @@ class BYOL:
     name: Literal["byol"] = "byol"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.momentum <= 1:
-            raise ValueError(
-                f"momentum={self.momentum} must lie between 0 and 1 (the paper's: 0.996)"
-            )
-        if self.predictor_hidden < 1:
-            raise ValueError(f"predictor_hidden={self.predictor_hidden} must be at least 1")
+        checks.between(self, 0, 1, "momentum")
+        checks.at_least(self, predictor_hidden=1)
 
     def check(self, network: NetworkConfig) -> None:
         """Every network will do."""
@@ -54,7 +51,7 @@ class BYOLMethod(TwinMethod):
         self.target = copy.deepcopy(self.network).requires_grad_(False)
 
     def embed(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Predictions of view 1 and 2, then the target's embeddings of view 1 and 2, (n, D) each."""
+        """Predictions of both views, then the target's embeddings of both, (n, D) each."""
         x1, x2 = batch.views
         predictions = (self.predictor(z) for z in self.network(x1, x2))
         with torch.no_grad():

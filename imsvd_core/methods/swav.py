@@ -16,6 +16,7 @@ from imsvd_core.data.batch import Batch
 from imsvd_core.distributed import world
 from imsvd_core.methods.base import TwinMethod
 from imsvd_core.networks import NetworkConfig
+from imsvd_core.system import checks
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,8 @@ class SwAV:
     name: Literal["swav"] = "swav"
 
     def __post_init__(self) -> None:
-        for field in ("prototypes", "sinkhorn_iterations"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
-        if not (self.temperature > 0 and self.epsilon > 0):
-            raise ValueError(
-                f"temperature={self.temperature} and epsilon={self.epsilon} must be positive"
-            )
+        checks.at_least(self, prototypes=1, sinkhorn_iterations=1)
+        checks.positive(self, "temperature", "epsilon")
 
     def check(self, network: NetworkConfig) -> None:
         """Every network will do."""

@@ -6,8 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from imsvd_core.methods.base import TwinMethod, check_weights, of_all_ranks
+from imsvd_core.methods.base import TwinMethod, of_all_ranks
 from imsvd_core.networks import NetworkConfig
+from imsvd_core.system import checks
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class VICReg:
     name: Literal["vicreg"] = "vicreg"
 
     def __post_init__(self) -> None:
-        check_weights(self)
+        checks.finite(self, "invariance_weight", "variance_weight", "covariance_weight")
 
     def check(self, network: NetworkConfig) -> None:
         """Every network will do."""

@@ -87,7 +87,7 @@ def bench_step(
                 advance(1)
         if len(marks) <= steps:
             raise Stopped(
-                f"told to stop after {max(0, len(marks) - 1)} of {steps} steps: nothing was measured"
+                f"stopped after {max(0, len(marks) - 1)} of {steps} steps: nothing was measured"
             )
         seconds = [between(before, after) for before, after in pairwise(marks)]
         memory = _memory(run.device)

@@ -73,6 +73,7 @@ class Pretraining:
             recipe.optim,
             self.folder,
             settings=recipe.training_settings() | {"data": self.train.name},
+            kind=Recipe,
             progress=progress,
             steps=steps,
             embed_all=self._embed_all,

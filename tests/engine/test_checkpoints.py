@@ -40,7 +40,7 @@ def test_a_bad_file_is_named_and_the_one_before_it_taken(tmp_path, caplog, damag
         newest.write_bytes(
             {"truncate": content[: len(content) // 2], "empty": b"", "text": b"hello"}[damage]
         )
-    with pytest.raises(checkpoints.CheckpointError, match="step-000000002.pt"):
+    with pytest.raises(checkpoints.CheckpointError, match=r"step-000000002.pt"):
         checkpoints.load(newest)
     path = checkpoints.newest(tmp_path)
     state = checkpoints.load(path)
@@ -70,9 +70,14 @@ def test_code_in_a_file_is_not_run(tmp_path):
 def test_an_error_while_writing_leaves_the_old_file_and_no_litter(tmp_path):
     target = tmp_path / "file"
     target.write_bytes(b"old")
-    with pytest.raises(RuntimeError), atomic_write(target) as file:
-        file.write(b"half of the new")
-        raise RuntimeError
+
+    def write_half():
+        with atomic_write(target) as file:
+            file.write(b"half of the new")
+            raise RuntimeError("half")
+
+    with pytest.raises(RuntimeError, match="half"):
+        write_half()
     assert target.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [target]
 
@@ -82,7 +87,8 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
     target.write_bytes(b"old")
     code = (
         "import os, signal, sys\nfrom imsvd_core.system.files import atomic_write\n"
-        "with atomic_write(sys.argv[1]) as file:\n file.write(b'new'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)"
+        "with atomic_write(sys.argv[1]) as file:\n"
+        " file.write(b'new'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(target)]).returncode == -signal.SIGKILL
     assert target.read_bytes() == b"old"

@@ -54,7 +54,7 @@ class Features(nn.Module):
 
 
 def small(config, norm=False, dropout=0.0, draws=None):
-    """A method on a tiny network without batch-norm, unless asked for: its samples are independent."""
+    """A method on a tiny network; without batch-norm its samples are independent."""
     torch.manual_seed(0)
     method = config.build(NETWORK)
     method.network = Features(norm, dropout, draws)

@@ -102,7 +102,7 @@ def test_lars_without_decay_is_refused():
 def test_nothing_to_train_and_impossible_settings_are_refused():
     with pytest.raises(ValueError, match="no trainable parameter"):
         build_optimizer(OptimConfig(), [nn.Linear(2, 2).requires_grad_(False)])
-    with pytest.raises(ValueError, match="momentum=1.0 must be below 1"):
+    with pytest.raises(ValueError, match=r"momentum=1.0 must be below 1"):
         OptimConfig(momentum=1.0)
     with pytest.raises(ValueError, match="name='lion'"):
         OptimConfig(name="lion")

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import pytest
@@ -18,6 +18,7 @@ from imsvd_core.engine.optim import OptimConfig
 from imsvd_core.engine.order import stream_seed
 from imsvd_core.engine.trainer import NonFiniteError, Trainer
 from imsvd_core.methods.base import Method
+from imsvd_core.system.config import plain
 from imsvd_core.system.devices import pick_device
 
 CONFIG = LoopConfig(epochs=3, batch_size=4, precision="fp32", log_every=2, device="cpu")
@@ -173,7 +174,13 @@ def test_a_finished_run_trains_no_further_and_keeps_its_seconds(tmp_path):
     assert seen == []
 
 
-HOLDER = "import sys; from imsvd_core.system.run_folder import RunFolder; RunFolder(sys.argv[1]).acquire(); print('held', flush=True); sys.stdin.read()"
+HOLDER = """
+import sys
+from imsvd_core.system.run_folder import RunFolder
+RunFolder(sys.argv[1]).acquire()
+print('held', flush=True)
+sys.stdin.read()
+"""
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no fcntl")
@@ -285,8 +292,21 @@ def test_accumulated_gradients_are_the_mean_over_the_pieces(tmp_path):
 
 def test_other_settings_do_not_resume_a_run(tmp_path):
     run(tmp_path, settings={"optim": {"lr": 1}}, stop_after=6)
-    with pytest.raises(ValueError, match="optim.lr: 1 before, 2 now"):
+    with pytest.raises(ValueError, match=r"optim.lr: 1 before, 2 now"):
         make(tmp_path, settings={"optim": {"lr": 2}})
+
+
+@dataclass(frozen=True)
+class Setting:
+    shape: str = "round"
+    added_later: int = 7
+
+
+def test_a_setting_that_a_checkpoint_lacks_has_its_default(tmp_path):
+    run(tmp_path, settings={"shape": "square"}, kind=Setting, stop_after=6)
+    assert make(tmp_path, settings=plain(Setting("square")), kind=Setting)[0].step == 5
+    with pytest.raises(ValueError, match="added_later: 7 before, 8 now"):
+        make(tmp_path, settings=plain(Setting("square", 8)), kind=Setting)
 
 
 def test_metrics_hold_step_epoch_rate_and_what_the_caller_records(tmp_path):

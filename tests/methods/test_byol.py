@@ -1,4 +1,4 @@
-"""BYOL: the loss is the squared distance of unit vectors, and the target follows without a gradient."""
+"""BYOL: a squared distance of unit vectors, and a target that follows without a gradient."""
 
 import math
 

@@ -4,6 +4,7 @@ the greatest memory."""
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from imsvd_core.engine.trainer import Trainer
 from imsvd_core.recipes import Recipe, recipe
 from imsvd_core.runs import bench as efficiency
 from imsvd_core.runs.bench import bench_step
-
 from imsvd_core.system import signals
 
 
@@ -108,7 +108,11 @@ def test_the_process_tells_its_own_peak_of_memory():
     one, rest = small()
     found = bench_step(one, steps=2, warmup=1, **rest)
     peak = (
-        next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+        next(
+            int(line.split()[1])
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith("VmHWM")
+        )
         * 1024
         / 1e9
     )
@@ -149,7 +153,7 @@ def test_told_to_stop_it_measured_nothing(monkeypatch):
 @pytest.mark.parametrize("settings", [{"steps": 1}, {"warmup": 0}])
 def test_too_few_steps_are_refused(settings):
     one, rest = small()
-    with pytest.raises(ValueError, match="steps=.* must be at least 2, and warmup=.* at least 1"):
+    with pytest.raises(ValueError, match=r"steps=.* must be at least 2, and warmup=.* at least 1"):
         bench_step(one, **settings, **rest)
 
 

@@ -193,9 +193,9 @@ def test_the_folders_file_and_a_foreign_one_are_told_apart(tmp_path):
         and not trained.is_ours
     )
     (tmp_path / "none.pth").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="none.pth"):
+    with pytest.raises(ValueError, match=r"none.pth"):
         open_backbone(tmp_path / "none.pth")
-    with pytest.raises(FileNotFoundError, match="nowhere.* is not there: give the folder"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.* is not there: give the folder"):
         open_backbone("nowhere")
 
 

@@ -132,7 +132,9 @@ def test_a_run_killed_at_five_random_steps_ends_with_the_weights_of_an_undisturb
     records = [
         [
             (line["step"], line.get("loss"), line.get("knn_20"))
-            for line in map(json.loads, open(tmp_path / name / "metrics.jsonl"))
+            for line in map(
+                json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+            )
         ]
         for name in ("whole", "killed")
     ]
@@ -211,7 +213,7 @@ def test_other_settings_do_not_resume_and_saving_more_often_does(small, tmp_path
             replace(small, loop=replace(small.loop, save_every=1)), tmp_path, progress=False
         )
     )
-    with pytest.raises(ValueError, match="method.temperature: 0.25 before, 1.0 now"):
+    with pytest.raises(ValueError, match=r"method.temperature: 0.25 before, 1.0 now"):
         Pretraining(
             replace(small, method=replace(small.method, temperature=1.0)), tmp_path, progress=False
         )
@@ -227,7 +229,7 @@ def test_a_streamed_run_that_a_spoilt_file_ended_goes_on_without_it(small, image
         break
     for file in (tmp_path / "images/train/dark").glob("*[02468].png"):
         file.write_bytes(b"")
-    with pytest.raises(ValueError, match="png cannot be read.*--on-corrupt skip"):
+    with pytest.raises(ValueError, match=r"png cannot be read.*--on-corrupt skip"):
         list(Pretraining(small, tmp_path / "run", progress=False))
     small = replace(small, on_corrupt="skip")
     run = Pretraining(small, tmp_path / "run", progress=False)
@@ -260,7 +262,7 @@ def test_a_run_killed_between_an_epochs_end_and_its_record_watches_again_and_onl
             break  # saved, but not watched
     pretrain(small, tmp_path, progress=False)
     pretrain(small, tmp_path, progress=False)
-    lines = [json.loads(line) for line in open(tmp_path / "metrics.jsonl")]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "knn_20" in line] == [0, 5, 10]
 
 
@@ -317,7 +319,7 @@ def test_weights_that_do_not_say_their_network_are_refused(tmp_path):
 
 
 def test_an_unfinished_run_cannot_be_evaluated(tmp_path):
-    with pytest.raises(FileNotFoundError, match="has no config.json"):
+    with pytest.raises(FileNotFoundError, match=r"has no config.json"):
         load_run(tmp_path)
 
 

@@ -133,7 +133,7 @@ def test_a_run_of_two_ranks_killed_and_resumed_under_torchrun_is_the_one_that_su
     records = [
         [
             {key: value for key, value in json.loads(line).items() if key != "samples_per_second"}
-            for line in open(tmp_path / name / "metrics.jsonl")
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         ]
         for name in ("whole", "killed")
     ]
@@ -178,11 +178,17 @@ def test_ranks_whose_launcher_is_gone_save_and_stop_together(driver, tmp_path):
     )  # returns when they have closed its pipes
     assert orphans.returncode == -signal.SIGKILL
     assert orphans.stderr.count(" of 10: run the same command to go on") == 1
-    steps = [json.loads(line)["step"] for line in open(tmp_path / "run" / "metrics.jsonl")]
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert max(steps) < 10
     assert not (tmp_path / "run" / "result.json").exists()
     assert torchrun(driver, tmp_path / "run").returncode == 0
-    assert [json.loads(line)["step"] for line in open(tmp_path / "run" / "metrics.jsonl")] == [
+    assert [
+        json.loads(line)["step"]
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ] == [
         0,
         1,
         2,
