@@ -42,7 +42,7 @@ class SwAV:
 
 
 class SwAVMethod(TwinMethod):
-    """A backbone, a projector, and prototypes of unit length that it compares its embeddings with."""
+    """A backbone, a projector, and prototypes of unit length to compare embeddings with."""
 
     def __init__(self, network: NetworkConfig, config: SwAV):
         from lightly.loss import SwaVLoss  # slow to import

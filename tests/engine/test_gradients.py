@@ -153,7 +153,7 @@ def test_both_passes_draw_alike_and_every_piece_draws_its_own(tmp_path):
 
 
 def test_dropout_of_two_passes_trains_as_itself(tmp_path):
-    """The second pass would have other gradients under other masks; compared with plain autograd."""
+    """Under other masks the second pass would differ from plain autograd."""
     method = small(METHODS[1], dropout=0.5)
     x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
     batch = [Batch((part, part + 0.1), part, part) for part in x.chunk(2)]

@@ -36,8 +36,7 @@ def test_a_step_at_true_widths_is_taken_saved_resumed_and_exported(tmp_path, pho
     few = replace(smoke, data=f"tree:{photographs}", loop=replace(smoke.loop, save_every=1))
     first = Pretraining(few, tmp_path / "run", progress=False)
     start = first.network.projector[-1].weight[:8, :8].detach().clone()
-    for _ in first:
-        break
+    progressed = next(iter(first))
     after = first.network.projector[-1].weight[:8, :8].detach().clone()
     assert progressed.step == 1
     assert progressed.metrics["loss"].isfinite()
@@ -47,7 +46,7 @@ def test_a_step_at_true_widths_is_taken_saved_resumed_and_exported(tmp_path, pho
     second = Pretraining(few, tmp_path / "run", progress=False)
     assert second.trainer.step == 1
     assert torch.equal(second.network.projector[-1].weight[:8, :8], after)
-    assert [progressed.step for _ in second] == [2]
+    assert [later.step for later in second] == [2]
     second.finish()
     _, backbone = load_run(tmp_path / "run")
     images = torch.randn(2, 3, 224, 224)
