@@ -1,30 +1,32 @@
-"""Weighted k-nearest-neighbour classification: no training, so it judges the representation alone."""
+"""Weighted k-nearest-neighbour classification: no training, so the representation alone counts."""
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import isqrt
 from pathlib import Path
+from typing import Any, ClassVar
 
 import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
+from imsvd_core.data import Images
 from imsvd_core.distributed import on_rank_0, world
+from imsvd_core.evaluation.base import Color, Setup
 from imsvd_core.evaluation.features import (
-    Images,
     batches,
+    check_size,
     embed,
     fingerprint,
-    fingerprint_of,
     share,
     shares,
+    subset,
     sum_over_ranks,
 )
+from imsvd_core.system import checks, signals
 from imsvd_core.system.config import config_hash, plain
 from imsvd_core.system.files import atomic_write
 from imsvd_core.system.progress import bar
@@ -39,11 +41,16 @@ class KNNConfig:
     neighbors: tuple[int, ...] = (20, 200)
     temperature: float = 0.07
     chunk: int = 2048
-    """Sets the memory of the comparison, 16·chunk² bytes and some: chunk / 2 queries meet 8·chunk rows at a time."""
+    """Sets the memory of the comparison, 16·chunk² bytes and some: chunk / 2 queries meet 8·chunk
+    rows at a time."""
     gallery: int | None = None
     """Training images to use, class-balanced; all of them by default."""
     queries: int | None = None
     """Test images to use, class-balanced; all of them by default."""
+
+    evaluation: ClassVar[str] = "knn"
+    layout: ClassVar[str | None] = None
+    loop: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if (
@@ -54,26 +61,39 @@ class KNNConfig:
             raise ValueError(
                 f"neighbors={self.neighbors} must be different counts ≥ 1 (the paper's: 20, 200)"
             )
-        if not self.temperature > 0 or self.chunk < 1:
-            raise ValueError(
-                f"temperature={self.temperature} and chunk={self.chunk} must be positive"
-            )
+        checks.positive(self, "temperature")
+        checks.at_least(self, chunk=1)
 
     def check(self, train: Images, test: Images, name: str = "knn") -> None:
         """Raise ValueError, naming the setting, if the data cannot serve this protocol."""
-        gallery = len(train) if self.gallery is None else self.gallery
-        if not 1 <= gallery <= len(train):
+        check_size(self.gallery, train, f"{name}.gallery")
+        check_size(self.queries, test, f"{name}.queries")
+        rows = self.gallery or len(train)
+        if max(self.neighbors) > rows:
             raise ValueError(
-                f"{name}.gallery={self.gallery} must lie between 1 and the {len(train)} training images"
+                f"{name}.neighbors={self.neighbors}: k = {max(self.neighbors)} exceeds the gallery "
+                f"of {rows}; take smaller k or a larger gallery"
             )
-        if self.queries is not None and not 1 <= self.queries <= len(test):
-            raise ValueError(
-                f"{name}.queries={self.queries} must lie between 1 and the {len(test)} test images"
-            )
-        if max(self.neighbors) > gallery:
-            raise ValueError(
-                f"{name}.neighbors={self.neighbors}: k = {max(self.neighbors)} exceeds the gallery of {gallery}; "
-                "take smaller k or a larger gallery"
+
+    def normalised(self, mean: Color, std: Color) -> "KNNConfig":
+        """The same: nothing here is normalised."""
+        return self
+
+    def run(
+        self, backbone: nn.Module, data: tuple[Images, Images], setup: Setup
+    ) -> dict[str, float]:
+        """See `evaluate`; nothing of it stays, so it keeps no folder of its own under the run's."""
+        with signals.interruptible():
+            return evaluate(
+                backbone,
+                data,
+                self,
+                view=setup.view,
+                device=setup.device,
+                precision=setup.precision,
+                run_dir=setup.folder.parent,
+                progress=setup.progress,
+                ranks=True,
             )
 
 
@@ -93,97 +113,101 @@ def evaluate(
     progress: bool = False,
     ranks: bool = False,
 ) -> dict[str, float]:
-    """Top-1 accuracy in percent for every k: {"knn_20": …, "knn_200": …}, with the sizes that gave it.
+    """Top-1 accuracy in percent for every k: {"knn_20": …, "knn_200": …}, with the sizes that gave
+    it.
 
-    The gallery is embedded and compared block by block, and never held: memory, on every rank, is that of the queries'
-    features twice, of `Neighbors`, and of the images under way. With ImageNet's 50,000 queries of 2048 features and 200
-    neighbours a whole process peaked at 1.8 GB, beside its backbone (`benchmarks/knn.py`), after 65,536 rows of gallery. With
-    `run_dir`, what is done so far is kept in a folder there (the queries' features and 12 bytes
-    for each of a query's neighbours: 0.5 GB, and 0.1 GB on every further rank), from which a call after a kill goes on;
-    it goes when the result is there.
+    The gallery is embedded and compared block by block, and never held: memory, on every rank, is
+    that of the queries' features twice, of `Neighbors`, and of the images under way. With
+    `run_dir`, what is done so far is kept in a folder there (the queries' features and 12 bytes for
+    each of a query's neighbours: for ImageNet 0.5 GB, and 0.1 GB on every further rank), from which
+    a call after a kill goes on; it is removed when the result is complete.
 
     Args:
         precision: of the backbone, by autocast; features are compared in float32.
         progress: show bars on rank 0.
-        ranks: every rank of the process group calls this, and has its share of gallery and queries. Else this process
-            does all by itself, whatever the others do.
+        ranks: every rank of the process group calls this, and has its share of gallery and queries.
+            Else this process does all by itself, whatever the others do.
 
-    Raises ValueError where the data cannot serve the protocol, features are not finite, or another process holds the
-    folder; FileNotFoundError and ValueError for images that cannot be read.
+    Raises ValueError where the data cannot serve the protocol, features are not finite, or another
+    process holds the folder; FileNotFoundError and ValueError for images that cannot be read.
     """
-    train, test = data
-    config.check(train, test)
-    gallery = train if config.gallery is None else train.subset(config.gallery)
-    queries = test if config.queries is None else test.subset(config.queries)
-    rank, size = world() if ranks else (0, 1)
-    whose = " on this rank" if size > 1 else ""
-    with _kept(
-        run_dir,
-        ranks,
-        lambda: {
-            "evaluation": "knn",
+    config.check(*data)
+    train = subset(data[0], config.gallery, "gallery")
+    test = subset(data[1], config.queries, "queries")
+    folder = None
+    if run_dir is not None:
+        settings = {
+            "evaluation": config.evaluation,
             **plain(config),
-            "gallery": [gallery.title, fingerprint_of(gallery)],
-            "queries": fingerprint_of(queries),
+            "gallery": [train.title, fingerprint(*train.identity())],
+            "queries": fingerprint(*test.identity()),
             "view": plain(vars(view)),
             "precision": str(precision),
-            "ranks": size,
+            "ranks": world()[1] if ranks else 1,
             "backbone": fingerprint(*backbone.state_dict().values()),
-        },
-    ) as keep:
-        how = {"device": device, "precision": precision}
-        asked = embed(
-            backbone,
-            queries,
-            view,
-            **how,
-            ranks=ranks,
-            keep=keep,
-            progress=progress,
-            what=f"embedding queries{whose}",
+        }
+        folder = Path(run_dir) / f"knn-{config_hash(settings)}"
+    options = {"view": view, "device": device, "precision": precision}
+    with _held_until_done(folder, ranks):
+        similarity, index = _search(
+            backbone, train, test, config, options, folder, ranks=ranks, progress=progress
         )
-        rows = share(len(gallery)) if ranks else range(len(gallery))
-        there = keep and keep / f"neighbors-{rank}.safetensors"
-        found = Neighbors(
-            asked.cpu() if asked.device.type == "mps" else asked,
-            max(config.neighbors),
-            config.chunk,
-            first=rows.start,
-        )  # an Apple GPU selects few at a time
-        del asked
-        if there and there.exists():
-            found.restore(safetensors.torch.load_file(there))
-        saved = time.monotonic(), found.seen
-        with bar(
-            f"comparing gallery{whose}", len(rows), progress, done=found.seen - rows.start
-        ) as advance:
-            for some in batches(backbone, gallery, view, range(found.seen, rows.stop), **how):
-                found.add(some)
-                advance(len(some))
-                if there and found.seen > saved[1] and time.monotonic() - saved[0] >= SAVE_SECONDS:
-                    with atomic_write(there) as file:
-                        file.write(safetensors.torch.save(found.state()))
-                    saved = time.monotonic(), found.seen
-        nearest = found.nearest()
-        del found
-        mine = share(len(queries)) if ranks else range(len(queries))
-        similarity, index = merge_over_ranks(*nearest, max(config.neighbors)) if ranks else nearest
-        truth = queries.labels[mine.start : mine.stop].to(index.device)
-        predicted = vote(
-            similarity,
-            gallery.labels.to(index.device)[index],
-            len(train.classes),
-            neighbors=config.neighbors,
-            temperature=config.temperature,
-            chunk=config.chunk,
-        )
-        right = torch.stack([(one == truth).sum() for one in predicted.values()])
-        right = (sum_over_ranks(right.to(device)) if ranks else right).tolist()
-    accuracy = {
-        f"knn_{k}": round(100 * count / len(queries), 2)
-        for k, count in zip(predicted, right, strict=True)
+        correct = _count_correct(similarity, index, train, test, config, ranks)
+        correct = sum_over_ranks(correct.to(device)) if ranks else correct
+    figures = {
+        f"knn_{k}": round(100 * count / len(test), 2)
+        for k, count in zip(config.neighbors, correct.tolist(), strict=True)
     }
-    return accuracy | {"gallery": len(gallery), "queries": len(queries)}
+    return figures | {"gallery": len(train), "queries": len(test)}
+
+
+def _search(
+    backbone: nn.Module,
+    train: Images,
+    test: Images,
+    config: KNNConfig,
+    options: dict[str, Any],
+    folder: Path | None,
+    *,
+    ranks: bool,
+    progress: bool,
+) -> tuple[Tensor, Tensor]:
+    """Similarities and places (n, k) of the neighbours of the queries, or of this rank's share."""
+    rank, size = world() if ranks else (0, 1)
+    suffix = " on this rank" if size > 1 else ""
+    bars = {"progress": progress, "title": f"embedding queries{suffix}"}
+    queries = embed(backbone, test, **options, ranks=ranks, folder=folder, **bars)
+    # An Apple GPU selects few at a time.
+    queries = queries.cpu() if queries.device.type == "mps" else queries
+    rows = share(len(train)) if ranks else range(len(train))
+    neighbors = Neighbors(queries, max(config.neighbors), config.chunk, rows.start)
+    del queries
+    file = folder and folder / f"neighbors-{rank}.safetensors"
+    left = range(neighbors.resume(file), rows.stop)
+    with bar(f"comparing gallery{suffix}", len(rows), progress, left.start - rows.start) as advance:
+        for features in batches(backbone, train, rows=left, **options):
+            neighbors.add(features)
+            advance(len(features))
+            neighbors.save(file)
+    similarity, index = neighbors.nearest()
+    return merge_over_ranks(similarity, index) if ranks else (similarity, index)
+
+
+def _count_correct(
+    similarity: Tensor, index: Tensor, train: Images, test: Images, config: KNNConfig, ranks: bool
+) -> Tensor:
+    """How many of the queries, or of this rank's share, are classified rightly, for every k."""
+    predictions = vote(
+        similarity,
+        train.labels.to(index.device)[index],
+        len(train.classes),
+        neighbors=config.neighbors,
+        temperature=config.temperature,
+        chunk=config.chunk,
+    )
+    rows = share(len(test)) if ranks else range(len(test))
+    labels = test.labels[rows.start : rows.stop].to(index.device)
+    return torch.stack([(classes == labels).sum() for classes in predictions.values()])
 
 
 def weighted_knn(
@@ -196,24 +220,24 @@ def weighted_knn(
     temperature: float = 0.07,
     chunk: int = 2048,
 ) -> dict[int, Tensor]:
-    """Predicted class (Q,) for every k: the k most cosine-similar gallery rows vote with weight exp(similarity / τ).
+    """Predicted class (Q,) for every k: the k most cosine-similar gallery rows vote with weight
+    exp(similarity / τ).
 
     gallery (G, F), labels int64 (G,), queries (Q, F). Exact: see `Neighbors`.
     Raises ValueError if a k exceeds the gallery, or if labels and gallery differ in length.
     """
-    most = max(neighbors)
-    if most > len(gallery):
+    if max(neighbors) > len(gallery):
         raise ValueError(
-            f"neighbors={tuple(neighbors)}: k = {most} exceeds the gallery of {len(gallery)}; "
-            "take smaller k or a larger gallery"
+            f"neighbors={tuple(neighbors)}: k = {max(neighbors)} exceeds the gallery of "
+            f"{len(gallery)}; take smaller k or a larger gallery"
         )
     if len(labels) != len(gallery):
         raise ValueError(
-            f"labels has {len(labels)} entries for a gallery of {len(gallery)}: need one for each row"
+            f"labels has {len(labels)} entries for a gallery of {len(gallery)}: give one a row"
         )
-    found = Neighbors(queries, most, chunk)
-    found.add(gallery)
-    similarity, index = found.nearest()
+    nearest = Neighbors(queries, max(neighbors), chunk)
+    nearest.add(gallery)
+    similarity, index = nearest.nearest()
     return vote(
         similarity,
         labels[index],
@@ -234,12 +258,12 @@ def vote(
     temperature: float,
     chunk: int = 2048,
 ) -> dict[int, Tensor]:
-    """Predicted class (Q,) for every k, of queries whose nearest rows have `similarity` (Q, most), falling, and `labels`."""
+    """Predicted class (Q,) for every k, of queries whose nearest rows have `similarity` (Q, k),
+    falling, and `labels`."""
     predictions: dict[int, list[Tensor]] = {k: [] for k in neighbors}
     for near, label in zip(similarity.split(chunk), labels.split(chunk), strict=True):
-        weight = (
-            (near - near[:, :1]) / temperature
-        ).exp()  # the nearest weighs 1: nothing overflows or all vanishes
+        # The nearest weighs 1: nothing overflows, and not all vanish.
+        weight = ((near - near[:, :1]) / temperature).exp()
         for k in neighbors:
             votes = weight.new_zeros(len(near), classes).scatter_add_(
                 1, label[:, :k], weight[:, :k]
@@ -249,241 +273,143 @@ def vote(
 
 
 class Neighbors:
-    """The `most` nearest rows, by cosine similarity, of a gallery that is handed over in blocks and never held.
+    """The k nearest rows, by cosine similarity, of a gallery that is handed over in blocks and
+    never held.
 
-    Exact: every similarity is computed in float32, and of equal ones the row that comes first in the gallery is nearer.
-    How the gallery is cut changes nothing but the rounding of the products.
+    Exact: every similarity is computed in float32. Which of equally near rows count, where not all
+    can, is not fixed.
 
     Args:
         queries: (Q, F), on the device where they are to be compared.
-        most: how many to keep of each.
-        chunk: sets the memory, 16·chunk² bytes and some: chunk / 2 queries meet 8·chunk rows at a time.
-        first: index of the gallery row that comes first here.
+        k: how many neighbours to keep of each.
+        chunk: sets the memory, 16·chunk² bytes and some: chunk / 2 queries meet 8·chunk rows at a
+            time.
+        first: index in the whole gallery of the row that comes first here.
 
-    Memory: a copy of the queries, 12 bytes for each of their neighbours, `chunk`'s and two blocks of gallery.
+    Memory: a copy of the queries, 12 bytes for each of their neighbours, `chunk`'s and two blocks
+    of gallery.
     """
 
-    def __init__(self, queries: Tensor, most: int, chunk: int = 2048, first: int = 0):
-        self.queries, self.most = _normalized("queries", queries), most
-        self.some, self.block = max(1, chunk // 2), 8 * chunk
-        self.similarity = queries.new_empty(
-            len(queries), 0, dtype=torch.float32
-        )  #: so far, (Q, up to most)
-        self.index = queries.new_empty(
-            len(queries), 0, dtype=torch.int64
-        )  #: of those rows in the gallery
-        self.seen = first  #: index of the row that is to be compared next
+    def __init__(self, queries: Tensor, k: int, chunk: int = 2048, first: int = 0):
+        self.queries, self.k = _normalized("queries", queries), k
+        self.query_chunk, self.gallery_block = max(1, chunk // 2), 8 * chunk
+        #: (Q, k), falling; -inf where fewer than k rows have been compared
+        self.similarity = torch.full((len(queries), k), -torch.inf, device=queries.device)
+        #: int64 (Q, k), places in the gallery
+        self.index = torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)
+        self.next_row = first  #: the row to be compared next
         self._waiting: list[Tensor] = []  # rows that do not fill a block yet
-        self._space: Tensor | None = (
-            None  # for similarities: a new piece of memory each time would cost
-        )
+        self._saved = time.monotonic(), first
 
     @torch.no_grad()
     def add(self, gallery: Tensor) -> None:
-        """Take the gallery's next rows, (any, F). They may wait to be compared, until they fill a block."""
-        waiting = sum(map(len, self._waiting))
-        for part in gallery.tensor_split(
-            list(range(self.block - waiting, len(gallery), self.block))
-        ):
-            self._waiting.append(part)
-            waiting += len(part)
-            if waiting >= self.block:
+        """Take the gallery's next rows, (n, F). They are compared as soon as they fill a block."""
+        for rows in gallery.split(self.gallery_block):
+            self._waiting.append(rows)
+            if sum(map(len, self._waiting)) >= self.gallery_block:
                 self._compare()
-                waiting = 0
 
     def nearest(self) -> tuple[Tensor, Tensor]:
-        """Similarities (Q, most), falling, and indices in the gallery, int64; fewer columns where there are fewer rows."""
+        """Similarities (Q, k), falling, and places in the gallery, int64 (Q, k)."""
         self._compare()
-        for rows in _tied(self.similarity).split(self.some):
-            self.similarity[rows], self.index[rows] = _in_order(
-                self.similarity[rows], self.index[rows], self.most
-            )
         return self.similarity, self.index
-
-    def merge(self, other: "Neighbors") -> None:
-        """Add what `other` has found for the same queries in other rows of the gallery."""
-        for here, there in zip(self.nearest(), other.nearest(), strict=True):
-            if len(here) != len(there):
-                raise ValueError(
-                    f"other has {len(there)} queries, and this {len(here)}: give one that has the same queries"
-                )
-        both = [(self.similarity, self.index), (other.similarity, other.index)]
-        self.similarity, self.index = _merged(both, self.most, self.some)
-
-    def state(self) -> dict[str, Tensor]:
-        """What is found in the rows before `seen`, to be stored; rows that wait are left out."""
-        return {
-            "similarity": self.similarity.cpu(),
-            "index": self.index.cpu(),
-            "seen": torch.tensor(self.seen),
-        }
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` gave."""
-        self.similarity, self.index = (
-            state[name].to(self.queries.device) for name in ("similarity", "index")
-        )
-        self.seen, self._waiting = int(state["seen"]), []
 
     @torch.no_grad()
     def _compare(self) -> None:
         """Compare the rows that wait with all queries."""
         if not self._waiting:
             return
-        waiting, self._waiting = self._waiting, []
-        rows = torch.cat(waiting) if len(waiting) > 1 else waiting[0]  # which would be copied
-        del waiting
-        rows = _normalized("gallery", rows.to(self.queries.device))
-        width = min(self.most, self.similarity.shape[1] + len(rows))
-        similarity = self.similarity.new_empty(len(self.queries), width)
-        index = self.index.new_empty(len(self.queries), width)
-        space = min(self.some, len(self.queries)) * len(rows)
-        if self._space is None or len(self._space) < space:
-            self._space = rows.new_empty(space)
-        for start in range(0, len(self.queries), self.some):
-            part = slice(start, start + self.some)
-            queries = self.queries[part]
-            out = self._space[: len(queries) * len(rows)].view(len(queries), -1)
-            found = torch.mm(queries, rows.T, out=out)
-            similarity[part], index[part] = _best(
-                found, self.seen, self.similarity[part], self.index[part], self.most
+        rows = _normalized("gallery", torch.cat(self._waiting).to(self.queries.device))
+        self._waiting = []
+        for start in range(0, len(self.queries), self.query_chunk):
+            part = slice(start, start + self.query_chunk)
+            similarity = self.queries[part] @ rows.T
+            similarity, index = similarity.topk(min(self.k, len(rows)))
+            self._keep_best(part, similarity, index + self.next_row)
+        self.next_row += len(rows)
+
+    def _keep_best(self, part: slice, similarity: Tensor, index: Tensor) -> None:
+        """Of the neighbours so far and these further ones keep the k nearest."""
+        similarity = torch.cat([self.similarity[part], similarity], 1)
+        index = torch.cat([self.index[part], index], 1)
+        self.similarity[part], place = similarity.topk(self.k)
+        self.index[part] = index.gather(1, place)
+
+    def merge(self, other: "Neighbors") -> None:
+        """Add what `other` has found for the same queries in other rows of the gallery."""
+        similarity, index = other.nearest()
+        if len(index) != len(self.index):
+            raise ValueError(
+                f"other has {len(index)} queries, and this {len(self.index)}: give one that has "
+                "the same queries"
             )
-        self.similarity, self.index = similarity, index
-        self.seen += len(rows)
+        self._compare()
+        self._keep_best(slice(None), similarity, index)
+
+    def save(self, file: Path | None) -> None:
+        """Keep what the compared rows gave, once a minute at most; rows that wait are left out."""
+        seconds, row = self._saved
+        if file and self.next_row > row and time.monotonic() - seconds >= SAVE_SECONDS:
+            state = {"similarity": self.similarity, "index": self.index}
+            state = {name: table.cpu() for name, table in state.items()}
+            with atomic_write(file) as content:
+                content.write(safetensors.torch.save(state | {"seen": torch.tensor(self.next_row)}))
+            self._saved = time.monotonic(), self.next_row
+
+    def resume(self, file: Path | None) -> int:
+        """Go on from what was saved, if anything was; returns the row to be compared next."""
+        if file and file.exists():
+            state = safetensors.torch.load_file(file)
+            self.similarity, self.index = (
+                state[name].to(self.queries.device) for name in ("similarity", "index")
+            )
+            self.next_row = int(state["seen"])
+            self._saved = time.monotonic(), self.next_row
+        return self.next_row
 
 
-def merge_over_ranks(similarity: Tensor, index: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """This rank's share of the queries, with the nearest of all ranks' rows, from those that each has found in its own.
+def merge_over_ranks(similarity: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest of all ranks' rows to this rank's share of the queries, from those that each
+    found in its own.
 
-    similarity (Q, up to most), falling, and index (Q, …) are for all queries, as `Neighbors.nearest` gives them; every
-    rank calls this. Memory: as much again as is given, twice.
+    similarity and index (Q, k) are for all queries, as `Neighbors.nearest` gives them; every rank
+    calls this. Memory: as much again as is given, twice.
     """
-    size = world()[1]
+    size, k = world()[1], index.shape[1]
     if size == 1:
         return similarity, index
-    widths = one_hot(torch.tensor(world()[0]), size).to(index.device) * index.shape[1]
-    widths = sum_over_ranks(widths).tolist()
-    queries, mine = len(index), share(len(index))
-    lengths = [len(rows) for rows in shares(queries, size)]
-    parts = []
+    queries = len(share(len(index)))
+    tables = []
     for table in (similarity, index):
-        received = table.new_empty(len(mine) * sum(widths))
-        dist.all_to_all_single(
-            received,
-            table.contiguous().view(-1),
-            [len(mine) * width for width in widths],
-            [length * table.shape[1] for length in lengths],
-        )
-        parts.append(
-            [
-                part.view(len(mine), width)
-                for part, width in zip(
-                    received.split([len(mine) * width for width in widths]), widths, strict=True
-                )
-            ]
-        )
-    return _merged(list(zip(*parts, strict=True)), most, 1024)
-
-
-def _merged(parts: Sequence[tuple[Tensor, Tensor]], most: int, chunk: int) -> tuple[Tensor, Tensor]:
-    """The nearest `most`, in order, of what was found in several parts of the gallery: (Q, …) each."""
-    rows = [
-        _in_order(torch.cat(similarity, 1), torch.cat(index, 1), most)
-        for similarity, index in zip(
-            *(
-                zip(*(table.split(chunk) for table in tables), strict=True)
-                for tables in zip(*parts, strict=True)
-            ),
-            strict=True,
-        )
-    ]
-    similarity, index = zip(*rows, strict=True)
-    return torch.cat(similarity), torch.cat(index)
-
-
-def _best(
-    found: Tensor, first: int, before: Tensor, index: Tensor, most: int
-) -> tuple[Tensor, Tensor]:
-    """The nearest `most` of a block's similarities (q, rows), whose first row is `first`, and of those `before` it.
-
-    A row that is among the nearest stands in one of the most + 1 groups whose nearest row is nearest: to look at the
-    groups' maxima, and then into those groups, is less than to look at all. The one that is too many tells ties.
-    """
-    groups = max(1, isqrt(found.shape[1] // (most + 1)))
-    apart = found.shape[1] // groups  # so far stand the members of a group
-    inside, rest = found[:, : groups * apart], found[:, groups * apart :]
-    if groups > 1:
-        grouped = inside.unflatten(1, (groups, apart))
-        chosen = grouped.amax(1).topk(most + 1, sorted=False).indices
-        inside = grouped.gather(2, chosen[:, None].expand(-1, groups, -1)).flatten(1)
-    similarity = torch.cat([before, inside, rest], 1)
-    if similarity.shape[1] <= most:
-        return similarity, torch.cat([index, _indices(found, first)], 1)
-    best, place = similarity.topk(most + 1)
-    place = place[:, :most] - before.shape[1]  # below 0: what was there before
-    column = place
-    if groups > 1:
-        member = place.clamp(0, inside.shape[1] - 1)
-        column = chosen.gather(1, member % (most + 1)).add_(member // (most + 1), alpha=apart)
-        column = torch.where(
-            place < inside.shape[1], column, place + (groups * apart - inside.shape[1])
-        )
-    known = torch.where(place < 0, place + before.shape[1], 0)
-    place = (
-        torch.where(place < 0, index.gather(1, known), column + first)
-        if len(index.T)
-        else column + first
-    )
-    tied = (
-        (best[:, most - 1] == best[:, most]).nonzero().squeeze(1)
-    )  # which of them is in, their indices say
-    best = best[:, :most]
-    for rows in tied.split(64) if len(tied) else ():
-        some = found[rows]
-        best[rows], place[rows] = _in_order(
-            torch.cat([before[rows], some], 1),
-            torch.cat([index[rows], _indices(some, first)], 1),
-            most,
-        )
-    return best, place
-
-
-def _indices(found: Tensor, first: int) -> Tensor:
-    return torch.arange(first, first + found.shape[1], device=found.device).expand(len(found), -1)
-
-
-def _in_order(similarity: Tensor, index: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """The first `most` by falling similarity and, where that is equal, by rising index."""
-    index, order = index.sort(1)
-    similarity, order = similarity.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return similarity[:, :most], index.gather(1, order[:, :most])
-
-
-def _tied(similarity: Tensor) -> Tensor:
-    """Which rows of falling similarities hold equal ones, or are not in order."""
-    return (similarity[:, :-1] <= similarity[:, 1:]).any(1).nonzero().squeeze(1)
+        received = table.new_empty(size * queries, k)
+        counts = [len(rows) for rows in shares(len(index), size)]
+        dist.all_to_all_single(received, table.contiguous(), [queries] * size, counts)
+        tables.append(received.view(size, queries, k).transpose(0, 1).flatten(1))
+    similarity, place = tables[0].topk(k)
+    return similarity, tables[1].gather(1, place)
 
 
 @torch.no_grad()
 def _normalized(name: str, features: Tensor) -> Tensor:
-    """Rows of length 1, float32; a row of zeros stays one. Raises ValueError for what is no number."""
+    """Rows of length 1, float32; a row of zeros stays one. Raises ValueError for NaN and infinite
+    features."""
     length = torch.linalg.vector_norm(features.float(), dim=1, keepdim=True)
     if not bool(length.isfinite().all()):
         raise ValueError(
-            f"{name} holds features that are not finite: look at the backbone's weights, or use precision fp32"
+            f"{name} holds features that are not finite: look at the backbone's weights, or use "
+            "precision fp32"
         )
     return features / length.clamp_min_(1e-12)
 
 
 @contextmanager
-def _kept(
-    run_dir: Path | str | None, ranks: bool, settings: Callable[[], dict]
-) -> Iterator[Path | None]:
-    """The folder for what is done of an evaluation with these settings; removed at the end, unless by an error."""
-    if run_dir is None:
-        yield None
+def _held_until_done(folder: Path | None, ranks: bool) -> Iterator[None]:
+    """Keep other processes out of the folder, if there is one; remove it at the end, unless after
+    an error."""
+    if folder is None:
+        yield
         return
-    run = RunFolder(Path(run_dir) / f"knn-{config_hash(settings())}")
+    run = RunFolder(folder)
     with run.on_rank_0() if ranks else run:
-        yield run.path
-        (on_rank_0(shutil.rmtree) if ranks else shutil.rmtree)(run.path)
+        yield
+        (on_rank_0(shutil.rmtree) if ranks else shutil.rmtree)(folder)
