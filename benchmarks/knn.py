@@ -76,24 +76,19 @@ CONTENDERS = {"ours": ours, "faiss": faiss, "plain": plain}
 
 def share() -> None:
     """One of the ranks at full size, from its features to its share's predictions."""
-    size, most, rows = FULL["ranks"], FULL["neighbors"], FULL["gallery"]
+    size, k, rows = FULL["ranks"], FULL["neighbors"], FULL["gallery"]
     gallery = features(rows, FULL["features"], seed=1)
-    neighbors = knn.Neighbors(features(FULL["queries"], FULL["features"], seed=0), most)
+    neighbors = knn.Neighbors(features(FULL["queries"], FULL["features"], seed=0), k)
     neighbors.add(gallery)
     similarity, index = neighbors.nearest()
     with (
-        mock.patch.multiple(
-            knn,
-            world=lambda: (0, size),
-            share=lambda n: range(n // size),
-            sum_over_ranks=lambda widths: widths.fill_(most),
-        ),
+        mock.patch.multiple(knn, world=lambda: (0, size), share=lambda n: range(n // size)),
         mock.patch(
             "torch.distributed.all_to_all_single",
             lambda received, sent, *lengths: received.copy_(sent),
         ),
     ):
-        similarity, index = knn.merge_over_ranks(similarity, index, most)
+        similarity, index = knn.merge_over_ranks(similarity, index)
     knn.vote(similarity, index % 1000, 1000, neighbors=NEIGHBORS, temperature=0.07)
 
 

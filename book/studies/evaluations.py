@@ -26,7 +26,7 @@ from imsvd_core.recipes import evaluation
 from imsvd_core.results import STORE, provenance, read_result, write_result
 from imsvd_core.runs import evaluate as evaluations
 from imsvd_core.runs.backbones import load_run, open_backbone, save_backbone
-from imsvd_core.runs.pretrain import build_network
+from imsvd_core.runs.pretrain import build_network, load_data
 from imsvd_core.system.files import atomic_write
 from imsvd_core.views import EvalView
 
@@ -53,7 +53,7 @@ def twins(store: Path) -> dict[str, float]:
     """How many test images of CIFAR-10 have their nearest neighbour among the training images in nearly the same pixels, and
     what the neighbours are worth with and without those."""
     trained = open_backbone(store / KEPT, "laptop")
-    train, test = evaluations.load_data(replace(trained.recipe, data=CIFAR))
+    train, test = load_data(replace(trained.recipe, data=CIFAR))
     view = EvalView(**asdict(trained.recipe.eval_view))
     gallery, queries = (embed(trained.backbone, part, view) for part in (train, test))
     unit = normalize(gallery, dim=1)
@@ -122,7 +122,7 @@ def main(tiny_run: Path, out: Path, names: list[str], store: Path = STORE) -> No
                 flush=True,
             )
         config = evaluation("voc07-svm", "laptop", trained.recipe).config
-        train, test = evaluations.load_data(replace(trained.recipe, data="voc:voc-mini"))
+        train, test = load_data(replace(trained.recipe, data="voc:voc-mini"))
         classes = train.classes
         for part in (train, test):
             found, rows = svm.embed(trained.backbone, part, config)
@@ -132,7 +132,7 @@ def main(tiny_run: Path, out: Path, names: list[str], store: Path = STORE) -> No
             name == "tiny"
         ):  # batch-norm's running averages in place of precise ones, on the same trained detector
             config = replace(evaluation("coco-detection", "laptop").config, precise_bn=0)
-            data = evaluations.load_data(replace(trained.recipe, data="coco:coco-mini"))
+            data = load_data(replace(trained.recipe, data="coco:coco-mini"))
             runs[name]["coco-detection-running-averages"] = detection.evaluate(
                 trained.backbone, data, config, run_dir=out / name / "coco-detection"
             )

@@ -1,1 +1,2 @@
-"""Evaluations of a frozen backbone: each is `evaluate(backbone, data, config) -> dict`, data a pair (train, test)."""
+"""Evaluations of a frozen backbone: each is `evaluate(backbone, data, config) -> dict`, data a pair
+(train, test)."""

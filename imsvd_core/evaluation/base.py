@@ -29,13 +29,12 @@ class Evaluation(Protocol):
 
     name: ClassVar[str]
     layout: ClassVar[str | None]
-    """The scheme of the data that it needs, `voc` or `coco`; None for labelled images of any source."""
+    """The scheme of the data that it needs, `voc` or `coco`; None for labelled images of any
+    source."""
     loop: Any
     """The settings of its training; None where nothing is trained by steps."""
 
-    def normalised(
-        self, mean: tuple[float, float, float], std: tuple[float, float, float]
-    ) -> Self:
+    def normalised(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Self:
         """The same for a backbone whose images were normalised so."""
         ...
 

@@ -1,4 +1,5 @@
-"""Representations of a data set, computed once and shared by the evaluations; by every rank its share of them."""
+"""Representations of a data set, computed once and shared by the evaluations; by every rank its
+share of them."""
 
 import hashlib
 from collections.abc import Iterator, Sized
@@ -37,13 +38,16 @@ def embed(
     progress: bool = False,
     title: str = "embedding",
 ) -> Tensor:
-    """Representations (N, features), float32, of `data` in its order, batch-norm frozen, seen through `view`.
+    """Representations (N, features), float32, of `data` in its order, batch-norm frozen, seen
+    through `view`.
 
     Args:
         batch_size: of images in memory; streamed ones come as they are read.
-        ranks: all ranks of the process group call this; each computes its share, and all end with the whole table.
-        folder: keeps what is done so far, from which a call after a kill goes on. The caller ensures that it belongs to
-            these images and this backbone, and removes it. It grows as large as the table.
+        ranks: all ranks of the process group call this; each computes its share, and all end with
+            the whole table.
+        folder: keeps what is done so far, from which a call after a kill goes on. The caller
+            ensures that it belongs to these images and this backbone, and removes it. It grows as
+            large as the table.
         progress: show a bar, named `title`, on rank 0.
     """
     rows, table = share(len(data)) if ranks else range(len(data)), None
@@ -65,7 +69,8 @@ def embed(
 
 
 def _saved_and_new(folder: Path | None, rows: range, compute: partial) -> Iterator[Tensor]:
-    """The representations of `rows` that are saved in the folder, then those that are left to compute."""
+    """The representations of `rows` that are saved in the folder, then those that are left to
+    compute."""
     done = rows.start
     while folder and (path := folder / f"rows-{done}.safetensors").exists():
         features = safetensors.torch.load_file(path)["rows"]
@@ -90,7 +95,8 @@ def batches(
     batch_size: int = 500,
     precision: torch.dtype | None = None,
 ) -> Iterator[Tensor]:
-    """Representations (n, features) of the images `rows`, successive ones, as they are made; else as `embed`."""
+    """Representations (n, features) of the images `rows`, successive ones, as they are made; else
+    as `embed`."""
     backbone.to(device)
     with closing(data.in_order(view, rows, device=device, batch_size=batch_size)) as stream:
         for images in stream:
@@ -104,15 +110,17 @@ def share(n: int) -> range:
 
 
 def shares(n: int, size: int) -> list[range]:
-    """The rows of `n` that are each rank's: successive ones, in the order of ranks, equally many to within one."""
+    """The rows of `n` that are each rank's: successive ones, in the order of ranks, equally many to
+    within one."""
     return [range(n * rank // size, n * (rank + 1) // size) for rank in range(size)]
 
 
 def check_size(n: int | None, data: Any, setting: str) -> None:
-    """Raise ValueError, naming the setting, unless `data` have `n` images; None means all of them."""
+    """Raise ValueError, naming the setting, unless `data` have `n` images; None means all."""
     if n is not None and not 1 <= n <= len(data):
         raise ValueError(
-            f"{setting}={n} must lie between 1 and the {len(data)} images of {data.title} ({data.split})"
+            f"{setting}={n} must lie between 1 and the {len(data)} images of {data.title} "
+            f"({data.split})"
         )
 
 
@@ -138,7 +146,8 @@ def fingerprint(*tensors: Tensor) -> str:
 
 
 def _gathered(table: Tensor | None, n: int, device: torch.device | str) -> Tensor:
-    """The table whose shares the ranks have computed, whole on each; a rank without a share has no table yet."""
+    """The table whose shares the ranks have computed, whole on each; a rank without a share has no
+    table yet."""
     size = world()[1]
     if size == 1:
         return table

@@ -1,31 +1,31 @@
 """The linear probe: one linear classifier on frozen representations."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from imsvd_core.data.batch import Batch
+from imsvd_core.data import Images
+from imsvd_core.data.batch import Batch, OrderLike
 from imsvd_core.engine.config import LoopConfig
 from imsvd_core.engine.optim import OptimConfig
-from imsvd_core.engine.order import Order
 from imsvd_core.engine.trainer import Trainer
+from imsvd_core.evaluation.base import Setup
 from imsvd_core.evaluation.features import (
-    Images,
     batches,
-    chosen,
     embed,
     fingerprint,
-    fingerprint_of,
     share,
+    subset,
     sum_over_ranks,
 )
 from imsvd_core.methods.base import Method
 from imsvd_core.networks import represent
-from imsvd_core.system import signals
+from imsvd_core.system import checks, signals
 from imsvd_core.system.config import config_hash, essential, plain
 from imsvd_core.system.devices import PRECISIONS, pick_device
 from imsvd_core.system.progress import bar
@@ -41,7 +41,8 @@ class LinearConfig:
     )
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(epochs=100, batch_size=256))
     augment: bool = False
-    """See the training images through `view`, anew in every epoch; else embed them once and train on those features."""
+    """See the training images through `view`, anew in every epoch; else embed them once and train
+    on those features."""
     view: ViewConfig = field(default_factory=lambda: ViewConfig(size=32, scale=(0.8, 1.0)))
     normalize: bool = False
     """Scale every feature to unit variance over the training set first (only without `augment`)."""
@@ -50,20 +51,172 @@ class LinearConfig:
     test_images: int | None = None
     """Test images to use, class-balanced; all of them by default."""
 
+    name: ClassVar[str] = "linear"
+    layout: ClassVar[str | None] = None
+
     def __post_init__(self) -> None:
         if self.normalize and self.augment:
             raise ValueError(
                 "normalize=True needs features that are computed once: set augment=False"
             )
-        for name in ("train_images", "test_images"):
-            if getattr(self, name) is not None and not getattr(self, name) >= 1:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} must be at least 1, or None for all"
-                )
+        checks.at_least(self, train_images=1, test_images=1)
 
-    def choose(self, train: Images, test: Images, name: str = "linear") -> tuple[Images, Images]:
-        """The images that are used. Raises ValueError, naming the setting, where there are not as many."""
-        return chosen(self, train, test, name)
+    def choose(self, train: Images, test: Images) -> tuple[Images, Images]:
+        """The images that are used. Raises ValueError, naming the setting, where there are not as
+        many."""
+        return (
+            subset(train, self.train_images, "linear.train_images"),
+            subset(test, self.test_images, "linear.test_images"),
+        )
+
+    def normalised(
+        self, mean: tuple[float, float, float], std: tuple[float, float, float]
+    ) -> "LinearConfig":
+        return replace(self, view=replace(self.view, mean=mean, std=std))
+
+    def run(
+        self, backbone: nn.Module, data: tuple[Images, Images], setup: Setup
+    ) -> dict[str, float]:
+        """See `evaluate`."""
+        return evaluate(
+            backbone, data, self, view=setup.view, run_dir=setup.folder, progress=setup.progress
+        )
+
+
+def evaluate(
+    backbone: nn.Module,
+    data: tuple[Images, Images],
+    config: LinearConfig,
+    *,
+    view: EvalView,
+    run_dir: Path | str,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Top-1 accuracy in percent of the classifier as it is after the **last** epoch, on train
+    features and test.
+
+    The backbone is frozen, batch-norm statistics too. Each combination of backbone, data and
+    settings trains in a folder of its own under `run_dir`, and is resumed there. Streamed images
+    are known by their names, and decoded anew in every epoch if `config.augment`; else every rank
+    holds the whole table of training features (ImageNet's at 2048: 10.5 GB). In a process group the
+    ranks share every batch, and the test images.
+
+    Returns {"linear": …, "linear_top5": … (of more than five classes), "seconds": of training, …}.
+    Raises ValueError for subsets that the data cannot give, and what `Trainer` raises; Stopped
+    after a notice, with what is trained saved.
+    """
+    train, test = config.choose(*data)
+    device, precision = pick_device(config.loop.device), PRECISIONS[config.loop.precision]
+    backbone = backbone.to(device).eval().requires_grad_(False)
+    source = _source(backbone, train, view, config, device, progress)
+    blank = view.finish(torch.zeros(1, 3, view.size, view.size, dtype=torch.uint8))
+    width = represent(backbone, [blank], device).shape[1]
+    settings = _training_settings(backbone, train, view, config)
+    head = _new_head(width, len(train.classes), config.loop.seed)
+    trainer = Trainer(
+        Probe(head),
+        len(train),
+        config.loop,
+        config.optim,
+        Path(run_dir) / config_hash(settings),
+        settings=settings,
+        progress=progress,
+    )
+    for _ in trainer.train(source.batches(trainer.order.since(trainer.step))):
+        pass
+    trainer.refuse_unfinished()
+    with signals.interruptible():
+        correct = _test(
+            head.eval(), source.scale, backbone, test, view, device, precision, progress
+        )
+    return {name: round(100 * count / len(test), 2) for name, count in correct.items()} | {
+        "epochs": config.loop.epochs,
+        "train_images": len(train),
+        "test_images": len(test),
+        "seconds": round(trainer.seconds, 1),
+    }
+
+
+class Features:
+    """Training images that were embedded once: features (N, F) and labels (N,) on the device of the
+    training."""
+
+    def __init__(self, features: Tensor, labels: Tensor, normalize: bool):
+        self.features, self.labels = features, labels
+        #: what the test's features are divided by
+        self.scale = torch.ones((), device=features.device)
+        if normalize:
+            self.scale = features.std(0).clamp_min(1e-6)
+            self.features /= self.scale
+
+    def batches(self, order: OrderLike) -> Iterator[Batch]:
+        """The features of every piece of the order."""
+        for _, indices in order:
+            rows = indices.to(self.features.device)
+            yield Batch((self.features[rows],), self.labels[rows], rows)
+
+
+class AugmentedImages:
+    """Training images that are seen anew, through a random view, whenever they are wanted."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        images: Images,
+        view: View,
+        device: torch.device,
+        precision: torch.dtype | None,
+    ):
+        self.backbone, self.images, self.view = backbone, images, view
+        self.device, self.precision = device, precision
+        self.scale = torch.ones((), device=device)
+
+    def batches(self, order: OrderLike) -> Iterator[Batch]:
+        """The features of every piece of the order."""
+        for batch in self.images.views(order, self.view, device=self.device):
+            features = represent(self.backbone, batch.views, self.device, self.precision)
+            yield batch._replace(views=(features,))
+
+
+def _source(
+    backbone: nn.Module,
+    train: Images,
+    view: EvalView,
+    config: LinearConfig,
+    device: torch.device,
+    progress: bool,
+) -> Features | AugmentedImages:
+    precision = PRECISIONS[config.loop.precision]
+    if config.augment:
+        return AugmentedImages(backbone, train, View(config.view), device, precision)
+    with signals.interruptible():
+        features = embed(
+            backbone,
+            train,
+            view,
+            device=device,
+            precision=precision,
+            ranks=True,
+            progress=progress,
+            title="embedding training images",
+        )
+    return Features(features, train.labels.to(device), config.normalize)
+
+
+def _training_settings(
+    backbone: nn.Module, train: Images, view: EvalView, config: LinearConfig
+) -> dict[str, Any]:
+    """What fixes the classifier. Subsets are known by their images; the test's do not matter."""
+    settings = plain(config)
+    del settings["train_images"], settings["test_images"]
+    settings |= {
+        "evaluation": "linear",
+        "data": [train.title, list(train.classes)],
+        "images": fingerprint(*train.identity()),
+        "eval_view": plain(vars(view)),
+        "backbone": fingerprint(*backbone.state_dict().values()),
+    }
+    return essential(settings)
 
 
 class Probe(Method):
@@ -86,99 +239,11 @@ class Probe(Method):
         return {"loss": cross_entropy(logits.float(), labels), "accuracy": accuracy}
 
 
-def evaluate(
-    backbone: nn.Module,
-    data: tuple[Images, Images],
-    config: LinearConfig,
-    *,
-    view: EvalView,
-    run_dir: Path | str,
-    progress: bool = True,
-) -> dict[str, float]:
-    """Top-1 accuracy in percent of the classifier as it is after the **last** epoch, on train features and test.
-
-    The backbone is frozen, batch-norm statistics too. Each combination of backbone, data and settings trains in a
-    folder of its own under `run_dir`, and is resumed there. Streamed images are known by their names, and decoded anew
-    in every epoch if `config.augment`; else every rank holds the whole table of training features (ImageNet's at 2048:
-    10.5 GB). In a process group the ranks share every batch, and the test images.
-
-    Returns {"linear": …, "linear_top5": … (of more than five classes), "seconds": of training, …}. Raises ValueError
-    for subsets that the data cannot give, and what `Loop` raises; Stopped after a notice, with what is trained saved.
-    """
-    train, test = config.choose(*data)
-    device, precision = pick_device(config.loop.device), PRECISIONS[config.loop.precision]
-    backbone = backbone.to(device).eval().requires_grad_(False)
-    labels, scale = train.labels.to(device), torch.ones((), device=device)
-    if not config.augment:
-        with signals.interruptible():
-            features = embed(
-                backbone,
-                train,
-                view,
-                device=device,
-                precision=precision,
-                ranks=True,
-                progress=progress,
-                what="embedding training images",
-            )
-        if config.normalize:
-            scale = features.std(0).clamp_min(1e-6)
-            features /= scale
-
-    def load(order: Order) -> Iterator[Batch]:
-        if not config.augment:
-            for _, indices in order:
-                rows = indices.to(device)
-                yield Batch((features[rows],), labels[rows], rows)
-            return
-        for batch in train.views(order, View(config.view), device=device):
-            yield batch._replace(views=(represent(backbone, batch.views, device, precision),))
-
-    width = represent(
-        backbone, [view.finish(torch.zeros(1, 3, view.size, view.size, dtype=torch.uint8))], device
-    ).shape[1]
-    head = nn.Linear(width, len(train.classes))
-    nn.init.normal_(
-        head.weight, std=0.01, generator=torch.Generator().manual_seed(config.loop.seed)
-    )
+def _new_head(width: int, classes: int, seed: int) -> nn.Linear:
+    head = nn.Linear(width, classes)
+    nn.init.normal_(head.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
     nn.init.zeros_(head.bias)
-
-    # Subsets are told by their images; those for the test do not touch the training.
-    kept = {
-        name: value
-        for name, value in plain(config).items()
-        if name not in ("train_images", "test_images")
-    }
-    settings = essential(
-        {
-            "evaluation": "linear",
-            **kept,
-            "data": [train.title, list(train.classes)],
-            "images": fingerprint_of(train),
-            "eval_view": plain(vars(view)),
-            "backbone": fingerprint(*backbone.state_dict().values()),
-        }
-    )
-    trainer = Trainer(
-        Probe(head),
-        len(train),
-        config.loop,
-        config.optim,
-        Path(run_dir) / config_hash(settings),
-        settings=settings,
-        progress=progress,
-    )
-    for _ in trainer.train(load(trainer.order.since(trainer.step))):
-        pass
-    trainer.refuse_unfinished()
-    with signals.interruptible():
-        right = _test(head.eval(), scale, backbone, test, view, device, precision, progress)
-    return {name: round(100 * count / len(test), 2) for name, count in right.items()} | {
-        "epochs": config.loop.epochs,
-        "train_images": len(train),
-        "test_images": len(test),
-        "seconds": round(trainer.seconds, 1),
-    }
+    return head
 
 
 @torch.no_grad()
@@ -192,22 +257,17 @@ def _test(
     precision: torch.dtype | None,
     progress: bool,
 ) -> dict[str, int]:
-    """How many test images have their class first, and among the first five; each rank looks at its share of them."""
-    names, rows = (
-        ("linear", "linear_top5") if head.out_features > 5 else ("linear",),
-        share(len(test)),
-    )
-    labels, done, right = (
-        test.labels.to(device),
-        rows.start,
-        torch.zeros(len(names), dtype=torch.int64, device=device),
-    )
+    """How many test images have their class first, and among the first five; each rank looks at its
+    share of them."""
+    names = ("linear", "linear_top5") if head.out_features > 5 else ("linear",)
+    rows, labels = share(len(test)), test.labels.to(device)
+    done, correct = rows.start, torch.zeros(len(names), dtype=torch.int64, device=device)
     with bar("testing", len(rows), progress) as advance:
         for features in batches(backbone, test, view, rows, device=device, precision=precision):
-            logits, truth = head(features / scale), labels[done : done + len(features), None]
-            right[0] += (logits.argmax(1, keepdim=True) == truth).sum()
+            logits, label = head(features / scale), labels[done : done + len(features), None]
+            correct[0] += (logits.argmax(1, keepdim=True) == label).sum()
             if len(names) > 1:
-                right[1] += (logits.topk(5).indices == truth).sum()
+                correct[1] += (logits.topk(5).indices == label).sum()
             done += len(features)
             advance(len(features))
-    return dict(zip(names, sum_over_ranks(right).tolist(), strict=True))
+    return dict(zip(names, sum_over_ranks(correct).tolist(), strict=True))

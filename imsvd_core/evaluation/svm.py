@@ -1,14 +1,18 @@
-"""VOC 2007 with one linear support vector machine a class on frozen representations, scored by VOC's average precision."""
+"""VOC 2007 with one linear support vector machine a class on frozen representations, scored by
+VOC's average precision."""
 
 import copy
 import json
 import logging
 import os
+import threading
+import time
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import safetensors.torch
@@ -18,10 +22,11 @@ from torch import Tensor, nn
 from imsvd_core.data.tree import share_of_cores
 from imsvd_core.data.voc import VOCImages
 from imsvd_core.distributed import on_rank_0
-from imsvd_core.evaluation.features import chosen, fingerprint
+from imsvd_core.evaluation.base import Color, Setup
+from imsvd_core.evaluation.features import fingerprint, subset
 from imsvd_core.networks import represent
 from imsvd_core.results import write_json
-from imsvd_core.system import signals
+from imsvd_core.system import checks, signals
 from imsvd_core.system.config import config_hash, plain
 from imsvd_core.system.files import atomic_write
 from imsvd_core.system.progress import bar
@@ -39,20 +44,24 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SVMConfig:
-    """VISSL's `eval_resnet_8gpu_transfer_voc07_svm`, with which PIRL's and VICReg's figures, and the paper's, were made."""
+    """VISSL's `eval_resnet_8gpu_transfer_voc07_svm`, with which PIRL's and VICReg's figures, and
+    the paper's, were made."""
 
     costs: tuple[float, ...] = (0.01, 0.1, 1, 2, 5, 10, 15, 20, 50, 100, 1000)
-    """C of LIBLINEAR: for each class that of the best cross-validated AP, the first of equal ones."""
+    """C of LIBLINEAR: for each class that of the best cross-validated AP, the first of equal ones.
+    """
     folds: int = 3
-    """Of the training images, in their order, each with its share of the class (stratified, unshuffled)."""
+    """Of the training images, in their order, each with its share of the class (stratified,
+    unshuffled)."""
     positive_weight: float = 2.0
     """What a missed positive costs; a missed negative costs 1."""
     difficult: Literal["negative", "omit"] = "negative"
-    """Training images that show a class only as difficult objects: VISSL's lists make them negatives; else they are left
-    out for that class. Of the test images they are always left out."""
+    """Training images that show a class only as difficult objects: VISSL's lists make them
+    negatives; else they are left out for that class. Of the test images they are always left
+    out."""
     pool: Literal["vissl", "mean"] = "vissl"
-    """vissl: means over the four windows of 6×6 in the last 7×7 map, four times the features (8192 of ResNet-50), as
-    published figures have it; mean: the backbone's own output (2048)."""
+    """vissl: means over the four windows of 6×6 in the last 7×7 map, four times the features (8192
+    of ResNet-50), as published figures have it; mean: the backbone's own output (2048)."""
     resize: int = 256
     """Pixels of the shorter side, first."""
     size: int = 224
@@ -72,46 +81,56 @@ class SVMConfig:
     test_images: int | None = None
     """Test images to use, drawn at random; all of them by default."""
     jobs: int | None = None
-    """Processes, a class to each at a time, by default as many as cores; the figures do not depend on it."""
+    """Processes, a class to each at a time, by default as many as cores; the figures do not depend
+    on it."""
+
+    evaluation: ClassVar[str] = "voc07-svm"
+    layout: ClassVar[str | None] = "voc"
+    loop: ClassVar[None] = None
 
     def __post_init__(self) -> None:
-        if (
-            not self.costs
-            or not all(cost > 0 for cost in self.costs)
-            or len(set(self.costs)) < len(self.costs)
-        ):
-            raise ValueError(
-                f"costs={self.costs} must be different and positive (VISSL's: {SVMConfig.costs})"
-            )
-        for name, least in (
-            ("folds", 2),
-            ("resize", 1),
-            ("size", 1),
-            ("max_iter", 1),
-            ("seed", 0),
-            ("jobs", 1),
-            ("train_images", 1),
-            ("test_images", 1),
-        ):
-            value = getattr(self, name)
-            if not (
-                (isinstance(value, int) and value >= least)
-                or (value is None and getattr(SVMConfig, name) is None)
-            ):
-                raise ValueError(f"{name}={value} must be at least {least}, and whole")
+        if not self.costs or len(set(self.costs)) < len(self.costs):
+            raise ValueError(f"costs={self.costs} must be different (VISSL's: {SVMConfig.costs})")
+        checks.positive(self, "costs", "positive_weight", "tol")
+        checks.at_least(self, folds=2, resize=1, size=1, max_iter=1, seed=0)
+        checks.at_least(self, jobs=1, train_images=1, test_images=1)
+        checks.literals(self)
         if self.size > self.resize:
             raise ValueError(
-                f"size={self.size} exceeds resize={self.resize}: give the shorter side first, at least the size"
+                f"size={self.size} exceeds resize={self.resize}: give the shorter side first, at "
+                "least the size"
             )
-        if not (self.positive_weight > 0 and self.tol > 0):
-            raise ValueError(
-                f"positive_weight={self.positive_weight} and tol={self.tol} must be positive"
-            )
-        for name, words in (("difficult", ("negative", "omit")), ("pool", ("vissl", "mean"))):
-            if getattr(self, name) not in words:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} must be {' or '.join(map(repr, words))}"
-                )
+
+    def normalised(self, mean: Color, std: Color) -> "SVMConfig":
+        return replace(self, mean=mean, std=std)
+
+    def run(
+        self, backbone: nn.Module, data: tuple[VOCImages, VOCImages], setup: Setup
+    ) -> dict[str, Any]:
+        """See `evaluate`."""
+        return evaluate(
+            backbone,
+            data,
+            self,
+            run_dir=setup.folder,
+            progress=setup.progress,
+            device=setup.device,
+            precision=setup.precision,
+        )
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """How one class went."""
+
+    cost: float
+    """The chosen one."""
+    cross_validated: list[float]
+    """Average precision at each cost, the mean over folds."""
+    not_converged: int
+    """Fits of LIBLINEAR that reached `max_iter`."""
+    ap: float | None = None
+    """Average precision on the test images, between 0 and 1; None before the test."""
 
 
 @on_rank_0
@@ -125,56 +144,54 @@ def evaluate(
     device: torch.device | str = "cpu",
     precision: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """VOC's mean average precision in percent over the classes that can be evaluated: {"svm": …, "classes": {name: AP}, …}.
+    """VOC's mean average precision in percent over the classes that can be evaluated: {"svm": …,
+    "classes": {name: AP}, …}.
 
-    Each combination of backbone, data and settings has a folder of its own under `run_dir`, with features (float32) and
-    every class that is done: a killed call goes on there. Both splits' features are in memory as float64, once for all
-    processes; each of these copies the training share of a fold. Among ranks rank 0 does all, while the others wait.
+    Each combination of backbone, data and settings has a folder of its own under `run_dir`, with
+    features (float32) and every class that is done: a killed call goes on there. Both splits'
+    features are in memory as float64, once for all processes; each of these copies the training
+    share of a fold. Among ranks rank 0 does all, while the others wait.
 
-    See `fit` for what is returned and raised beside; raises ValueError too for splits that differ in classes or share
-    images, and for a map that `pool` does not fit.
+    See `fit` for what is returned and raised beside; raises ValueError too for splits that differ
+    in classes or share images, and for a map that `pool` does not fit.
     """
-    train, test = chosen(config, *data, "svm")
+    train = subset(data[0], config.train_images, "voc07-svm.train_images")
+    test = subset(data[1], config.test_images, "voc07-svm.test_images")
     if train.classes != test.classes:
         raise ValueError(
-            f"the splits differ in classes {sorted(set(train.classes) ^ set(test.classes))}: give both of one data set"
+            f"the splits differ in classes {sorted(set(train.classes) ^ set(test.classes))}: give "
+            "both of one data set"
         )
     if shared := set(train.stems) & set(test.stems):
         raise ValueError(
-            f"{len(shared)} images are in both splits, {min(shared)!r} for one: a test image must not be trained on"
+            f"{len(shared)} images are in both splits, {min(shared)!r} for example: a test image "
+            "must not be trained on"
         )
-    settings = {name: value for name, value in plain(config).items() if name != "jobs"} | {
-        "evaluation": "voc07-svm",
+    settings = plain(config)
+    del settings["jobs"]
+    settings |= {
+        "evaluation": config.evaluation,
         "images": [_identity(part) for part in (train, test)],
         "precision": str(precision),
         "backbone": fingerprint(*backbone.state_dict().values()),
     }
     folder = Path(run_dir) / config_hash(settings)
     with RunFolder(folder) as run, signals.interruptible():
-        (features, rows), (test_features, test_rows) = (
-            embed(
-                backbone,
-                part,
-                config,
-                folder=folder,
-                progress=progress,
-                device=device,
-                precision=precision,
-            )
-            for part in (train, test)
-        )
-        found = fit(
+        options = {"folder": folder, "progress": progress}
+        placing = {"device": device, "precision": precision}
+        features, rows = embed(backbone, train, config, **options, **placing)
+        test_features, test_rows = embed(backbone, test, config, **options, **placing)
+        figures = fit(
             features,
             train.labels[rows],
             test_features,
             test.labels[test_rows],
             train.classes,
             config,
-            folder=folder,
-            progress=progress,
+            **options,
         )
         run.check()
-    return found | {"pool": config.pool, "difficult": config.difficult}
+    return figures | {"pool": config.pool, "difficult": config.difficult}
 
 
 def embed(
@@ -187,49 +204,60 @@ def embed(
     device: torch.device | str = "cpu",
     precision: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Representations (n, F), float32, of the images that can be read, and their indices (n,), int64.
+    """Representations (n, F), float32, of the images that can be read, and their indices (n,),
+    int64.
 
-    They are kept in `folder`, if there is one, in blocks; those that are there are not computed again.
+    They are kept in `folder`, if there is one, in blocks; those that are there are not computed
+    again.
     """
     view = EvalView(config.resize, config.size, config.mean, config.std)
     if config.pool == "vissl":
         if not hasattr(backbone, "avgpool"):
             raise ValueError(
-                f"pool='vissl' needs a ResNet with its `avgpool`, not {type(backbone).__name__}: take pool='mean'"
+                f"pool='vissl' needs a ResNet with its `avgpool`, not {type(backbone).__name__}: "
+                "take pool='mean'"
             )
         backbone = copy.deepcopy(backbone)
         backbone.avgpool = _Windows(6, stride=1)
     backbone.to(device)
-    blocks = []
+    features, rows = [], []
     with bar(f"{data.split} images", len(data), progress) as advance:
         for start in range(0, len(data), BLOCK):
-            wanted = range(start, min(start + BLOCK, len(data)))
+            indices = range(start, min(start + BLOCK, len(data)))
             file = folder and folder / f"{data.split}-{start // BLOCK:05d}.safetensors"
             if file and file.exists():
                 block = safetensors.torch.load_file(file)
-                advance(len(wanted))
+                advance(len(indices))
             else:
-                rows: list[int] = []
-
-                def images() -> Iterator[Tensor]:
-                    for kept, some in data.images(
-                        config.resize, config.size, indices=wanted, device=device
-                    ):
-                        yield view.finish(some)
-                        rows.extend(kept)
-                        advance(len(kept))
-
-                block = {
-                    "features": represent(backbone, images(), device, precision).cpu().contiguous(),
-                    "rows": torch.tensor(rows),
-                }
+                block = _embed_block(backbone, data, view, indices, device, precision, advance)
                 if file:
                     with atomic_write(file) as content:
                         content.write(safetensors.torch.save(block))
-            blocks.append(block)
-    return torch.cat([block["features"] for block in blocks]), torch.cat(
-        [block["rows"] for block in blocks]
-    )
+            features.append(block["features"])
+            rows.append(block["rows"])
+    return torch.cat(features), torch.cat(rows)
+
+
+def _embed_block(
+    backbone: nn.Module,
+    data: VOCImages,
+    view: EvalView,
+    indices: range,
+    device: torch.device | str,
+    precision: torch.dtype | None,
+    advance: Callable[[int], None],
+) -> dict[str, Tensor]:
+    """Features and rows of those of the images that can be read."""
+    rows: list[int] = []
+
+    def views() -> Iterator[Tensor]:
+        for readable, images in data.images(view.resize, view.size, indices=indices, device=device):
+            yield view.finish(images)
+            rows.extend(readable)
+            advance(len(readable))
+
+    features = represent(backbone, views(), device, precision).cpu().contiguous()
+    return {"features": features, "rows": torch.tensor(rows)}
 
 
 def fit(
@@ -243,74 +271,47 @@ def fit(
     folder: Path | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """One classifier a class on features (N, F), with labels (N, classes) of 1, 0 (difficult) and -1; scored on test ones.
+    """One classifier a class on features (N, F), with labels (N, classes) of 1, 0 (difficult) and
+    -1; scored on test ones.
 
-    A class with fewer than three training positives (or than folds), or no test positive, is named and not scored.
-    Costs are chosen on training images alone. What is done is kept in `folder`, which belongs to these data and settings.
+    A class with fewer than three training positives (or than folds), or no test positive, is named
+    and not scored. Costs are chosen on training images alone. What is done is kept in `folder`,
+    which belongs to these data and settings.
 
-    Returns {"svm": mean AP in percent, "classes": {name: AP in percent}, "costs": {name: C}, "not_evaluable": [names],
-    "not_converged": {name: of its fits}, "train_images": N, "test_images": …, "features": F}. Raises ValueError where
-    shapes or labels are wrong, a feature is not finite, or no class can be evaluated.
+    Returns {"svm": mean AP in percent, "classes": {name: AP in percent}, "costs": {name: C},
+    "not_evaluable": [names], "not_converged": {name: of its fits}, "train_images": N,
+    "test_images": …, "features": F}. Raises ValueError where shapes or labels are wrong, a feature
+    is not finite, or no class can be evaluated.
     """
-    from joblib import Parallel, delayed
-    from joblib.externals.loky import get_reusable_executor
-
-    (x, y), (test_x, test_y) = (
-        _checked(features, labels, classes, "train"),
-        _checked(test_features, test_labels, classes, "test"),
-    )
+    x, y = _checked(features, labels, classes, "train")
+    test_x, test_y = _checked(test_features, test_labels, classes, "test")
     if x.shape[1] != test_x.shape[1]:
         raise ValueError(
-            f"features have {x.shape[1]} columns and test_features {test_x.shape[1]}: embed both by one backbone"
+            f"features have {x.shape[1]} columns and test_features {test_x.shape[1]}: embed both "
+            "by one backbone"
         )
-    enough = max(LEAST, config.folds)
-    evaluable = {
-        name: number
-        for number, name in enumerate(classes)
-        if (y[:, number] == 1).sum() >= enough
-        and (y[:, number] == -1).sum() >= enough
-        and (test_y[:, number] == 1).any()
+    least = max(LEAST, config.folds)
+    columns = {
+        name: column
+        for column, name in enumerate(classes)
+        if (y[:, column] == 1).sum() >= least
+        and (y[:, column] == -1).sum() >= least
+        and (test_y[:, column] == 1).any()
     }
-    if not evaluable:
+    if not columns:
         raise ValueError(
-            f"none of the {len(classes)} classes has {enough} positives and negatives to train on and 1 to test: "
-            "take more images"
+            f"none of the {len(classes)} classes has {least} positives and negatives to train on "
+            "and 1 to test: take more images"
         )
-    done = {
-        name: json.loads(_file(folder, name).read_text())
-        for name in evaluable
-        if folder and _file(folder, name).exists()
-    }
-    left = [name for name in evaluable if name not in done]
-    with bar("support vector machines", len(evaluable), progress, len(done)) as advance:
-        jobs = min(config.jobs or share_of_cores(), max(1, len(left)))
-        work = (
-            delayed(_fit_class)(name, x, y[:, evaluable[name]], test_x, config, os.getpid())
-            for name in left
-        )
-        for name, scores, result in Parallel(jobs, return_as="generator_unordered")(work):
-            result["ap"] = voc_average_precision(scores, test_y[:, evaluable[name]])
-            if result["not_converged"]:
-                log.warning(
-                    "%s: %d fits of LIBLINEAR did not converge in max_iter=%d",
-                    name,
-                    result["not_converged"],
-                    config.max_iter,
-                )
-            if folder:
-                write_json(_file(folder, name), result)
-            done[name] = result
-            advance(1)
-        if jobs > 1:
-            get_reusable_executor().shutdown()  # else they would idle for minutes, with what they hold
-    found = {name: done[name] for name in evaluable}
+    results = _fit_classes(columns, x, y, test_x, test_y, config, folder, progress)
+    precisions = {name: result.ap for name, result in results.items()}
     return {
-        "svm": round(100 * float(np.mean([one["ap"] for one in found.values()])), 2),
-        "classes": {name: round(100 * one["ap"], 2) for name, one in found.items()},
-        "costs": {name: one["cost"] for name, one in found.items()},
-        "not_evaluable": [name for name in classes if name not in found],
+        "svm": round(100 * float(np.mean(list(precisions.values()))), 2),
+        "classes": {name: round(100 * ap, 2) for name, ap in precisions.items()},
+        "costs": {name: result.cost for name, result in results.items()},
+        "not_evaluable": [name for name in classes if name not in results],
         "not_converged": {
-            name: one["not_converged"] for name, one in found.items() if one["not_converged"]
+            name: result.not_converged for name, result in results.items() if result.not_converged
         },
         "train_images": len(x),
         "test_images": len(test_x),
@@ -318,23 +319,70 @@ def fit(
     }
 
 
+def _fit_classes(
+    columns: Mapping[str, int],
+    x: np.ndarray,
+    y: np.ndarray,
+    test_x: np.ndarray,
+    test_y: np.ndarray,
+    config: SVMConfig,
+    folder: Path | None,
+    progress: bool,
+) -> dict[str, ClassResult]:
+    """The results of the classes in these columns of the labels; those in the folder are not
+    computed again."""
+    from joblib import Parallel, delayed
+    from joblib.externals.loky import get_reusable_executor
+
+    results = {
+        name: ClassResult(**json.loads(_file(folder, name).read_text()))
+        for name in columns
+        if folder and _file(folder, name).exists()
+    }
+    missing = [name for name in columns if name not in results]
+    with bar("support vector machines", len(columns), progress, len(results)) as advance:
+        jobs = min(config.jobs or share_of_cores(), max(1, len(missing)))
+        work = (
+            delayed(_fit_class)(name, x, y[:, columns[name]], test_x, config, os.getpid())
+            for name in missing
+        )
+        for name, scores, result in Parallel(jobs, return_as="generator_unordered")(work):
+            result = replace(result, ap=voc_average_precision(scores, test_y[:, columns[name]]))
+            if result.not_converged:
+                log.warning(
+                    "%s: %d fits of LIBLINEAR did not converge in max_iter=%d",
+                    name,
+                    result.not_converged,
+                    config.max_iter,
+                )
+            if folder:
+                write_json(_file(folder, name), asdict(result))
+            results[name] = result
+            advance(1)
+        if jobs > 1:
+            # Else they would idle for minutes, with the memory that they hold.
+            get_reusable_executor().shutdown()
+    return {name: results[name] for name in columns}
+
+
 def train_class(
     features: np.ndarray, labels: np.ndarray, config: SVMConfig
-) -> tuple["LinearSVC", dict[str, Any]]:
-    """The classifier of one class at the cost that cross-validates best on these images, and how that went.
+) -> tuple["LinearSVC", ClassResult]:
+    """The classifier of one class at the cost that cross-validates best on these images, and how
+    that went.
 
     features: normalised, float64 (N, F); labels (N,) of 1, 0 (difficult) and -1.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.model_selection import cross_validate
 
-    kept = labels != 0 if config.difficult == "omit" else slice(None)
-    x, y = features[kept], np.where(labels[kept] == 1, 1, -1)
-    curve, unfinished = [], 0
+    rows = labels != 0 if config.difficult == "omit" else slice(None)
+    x, y = features[rows], np.where(labels[rows] == 1, 1, -1)
+    curve, classifiers = [], []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # they are counted
         for cost in config.costs:
-            tried = cross_validate(
+            validation = cross_validate(
                 _classifier(cost, config),
                 x,
                 y,
@@ -342,30 +390,33 @@ def train_class(
                 scoring="average_precision",
                 return_estimator=True,
             )
-            curve.append(float(tried["test_score"].mean()))
-            unfinished += sum(int(one.n_iter_) >= config.max_iter for one in tried["estimator"])
+            curve.append(float(validation["test_score"].mean()))
+            classifiers += validation["estimator"]
         cost = config.costs[int(np.argmax(curve))]
         classifier = _classifier(cost, config).fit(x, y)
-    unfinished += int(classifier.n_iter_) >= config.max_iter
-    return classifier, {"cost": cost, "cross_validated": curve, "not_converged": unfinished}
+    unfinished = sum(int(fit.n_iter_) >= config.max_iter for fit in [*classifiers, classifier])
+    return classifier, ClassResult(cost, curve, unfinished)
 
 
 def voc_average_precision(scores: np.ndarray | Tensor, labels: np.ndarray | Tensor) -> float:
-    """Area under the envelope of precision over recall, between 0 and 1: at each recall the best precision there or beyond.
+    """Area under the envelope of precision over recall, between 0 and 1: at each recall the best
+    precision there or beyond.
 
-    Images labelled 0, which show the class only as difficult objects, are left out. Images of equal score count
-    together, so their order plays no part. Since 2010 VOC does so; its own code of 2007 looked at eleven recalls
-    only. scores (N,), labels (N,) of 1, 0 and -1. Raises ValueError without a positive or for a score that is no number.
+    Images labelled 0, which show the class only as difficult objects, are left out. Images of equal
+    score count together, so their order plays no part. Since 2010 VOC does so; its own code of 2007
+    looked at eleven recalls only. scores (N,), labels (N,) of 1, 0 and -1. Raises ValueError
+    without a positive or for a score that is no number.
     """
     scores, labels = np.asarray(scores, np.float64), np.asarray(labels)
     if scores.shape != labels.shape or scores.ndim != 1 or not np.isin(labels, (-1, 0, 1)).all():
         raise ValueError(
-            f"scores {scores.shape} and labels {labels.shape} must be (N,) both, the labels 1, 0 or -1"
+            f"scores {scores.shape} and labels {labels.shape} must be (N,) both, the labels 1, 0 "
+            "or -1"
         )
     if np.isnan(scores).any() or not (labels == 1).any():
         raise ValueError(
-            f"{np.isnan(scores).sum()} of the scores are no numbers and {(labels == 1).sum()} of the labels are "
-            "positive: give 0 and at least 1"
+            f"{np.isnan(scores).sum()} of the scores are no numbers and {(labels == 1).sum()} of "
+            "the labels are positive: give 0 and at least 1"
         )
     scores, positive = scores[labels != 0], labels[labels != 0] == 1
     order = np.argsort(-scores, kind="stable")
@@ -399,31 +450,44 @@ def _fit_class(
     test_features: np.ndarray,
     config: SVMConfig,
     parent: int,
-) -> tuple[str, np.ndarray, dict[str, Any]]:
-    """Train one class and score the test images, whose labels it never sees, for the process `parent`."""
+) -> tuple[str, np.ndarray, ClassResult]:
+    """Train one class and score the test images, whose labels it never sees, for the process
+    `parent`."""
     from threadpoolctl import threadpool_limits
 
     if os.getpid() != parent:
-        signals.end_with(parent)
+        _end_with(parent)
     with threadpool_limits(1):  # sums in one order, however many processes there are
         classifier, result = train_class(features, labels, config)
         return name, classifier.decision_function(test_features), result
 
 
+@cache  # once a process
+def _end_with(parent: int) -> None:
+    """Let this process end within seconds of the one that it works for, however that dies."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _checked(
-    features: Tensor | np.ndarray, labels: Tensor | np.ndarray, classes: Sequence[str], which: str
+    features: Tensor | np.ndarray, labels: Tensor | np.ndarray, classes: Sequence[str], split: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features as float64 of unit length, or nearly, and labels."""
     x, y = np.asarray(features, np.float64), np.asarray(labels)
     if x.ndim != 2 or y.shape != (len(x), len(classes)) or not np.isin(y, (-1, 0, 1)).all():
         raise ValueError(
-            f"{which}: features {x.shape} and labels {y.shape} must be (N, F) and (N, {len(classes)}), "
-            "the labels 1, 0 or -1"
+            f"{split}: features {x.shape} and labels {y.shape} must be (N, F) and "
+            f"(N, {len(classes)}), the labels 1, 0 or -1"
         )
     if not np.isfinite(x).all():
         raise ValueError(
-            f"{which}: {np.count_nonzero(~np.isfinite(x))} features are not finite: the backbone is spoilt, "
-            "or its precision too low"
+            f"{split}: {np.count_nonzero(~np.isfinite(x))} features are not finite: the backbone "
+            "is spoilt, or its precision too low"
         )
     return x / (np.linalg.norm(x, axis=1, keepdims=True) + 1e-5), y
 
@@ -434,8 +498,8 @@ class _Windows(nn.AvgPool2d):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2:] != (7, 7):
             raise ValueError(
-                f"pool='vissl' needs a last map of 7×7, not {x.shape[2]}×{x.shape[3]}: take pool='mean', or "
-                "size=224 with a backbone that has ImageNet's stem"
+                f"pool='vissl' needs a last map of 7×7, not {x.shape[2]}×{x.shape[3]}: take "
+                "pool='mean', or size=224 with a backbone that has ImageNet's stem"
             )
         return super().forward(x)
 

@@ -6,7 +6,6 @@ cores) and `full` (the authors' setting, hours on GPUs). `IMSVD_SCALE` chooses, 
 
 from collections.abc import Callable
 from functools import partial, update_wrapper
-from typing import get_args
 
 from imsvd_core.recipes import cifar10
 from imsvd_core.recipes.base import EvalViewConfig, Recipe, Scale, current_scale, fast_here
@@ -48,7 +47,5 @@ def recipe(name: str, scale: Scale | None = None) -> Recipe:
     there are."""
     if name not in RECIPES:
         raise ValueError(f"recipe={name!r} is unknown; there are: {', '.join(RECIPES)}")
-    scale = scale or current_scale()
-    if scale not in get_args(Scale):
-        raise ValueError(f"scale={scale!r} must be one of {', '.join(get_args(Scale))}")
+    scale = current_scale(scale)
     return fast_here(RECIPES[name](scale), scale)

@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from imsvd_core.engine.config import LoopConfig
 from imsvd_core.engine.optim import OptimConfig
@@ -66,12 +66,13 @@ class Recipe:
         return settings
 
 
-def current_scale() -> Scale:
-    """IMSVD_SCALE, or `laptop`. Raises ValueError for any other word."""
-    scale = os.environ.get("IMSVD_SCALE", "laptop")
+def current_scale(scale: str | None = None) -> Scale:
+    """`scale`, by default IMSVD_SCALE's, or `laptop`. Raises ValueError for a word that is none."""
+    setting = "scale" if scale else "IMSVD_SCALE"
+    scale = scale or os.environ.get("IMSVD_SCALE", "laptop")
     if scale not in get_args(Scale):
-        raise ValueError(f"IMSVD_SCALE={scale!r} must be one of {', '.join(get_args(Scale))}")
-    return scale
+        raise ValueError(f"{setting}={scale!r} must be one of {', '.join(get_args(Scale))}")
+    return cast(Scale, scale)
 
 
 def fast_here(settings: Any, scale: Scale) -> Any:

@@ -1,4 +1,5 @@
-"""Trained backbones as files: written by a run, read from a run's folder or from anybody's file of weights."""
+"""Trained backbones as files: written by a run, read from a run's folder or from anybody's file of
+weights."""
 
 import json
 from dataclasses import dataclass, replace
@@ -21,7 +22,8 @@ class TrainedBackbone:
 
     backbone: ResNet
     recipe: Recipe
-    """The recipe of its training; for a file of weights, the recipe from which its evaluations take their settings."""
+    """The recipe of its training; for a file of weights, the recipe from which its evaluations take
+    their settings."""
     folder: Path
     """The folder that receives its results."""
     is_ours: bool
@@ -29,16 +31,18 @@ class TrainedBackbone:
 
 
 def open_backbone(path: Path | str, scale: Scale | None = None) -> TrainedBackbone:
-    """The backbone of a finished run's folder, or of a file of weights under torchvision's names (.pth, .pt, .safetensors).
+    """The backbone of a finished run's folder, or of a file of weights under torchvision's names
+    (.pth, .pt, .safetensors).
 
-    The evaluations of a file start from ImageNet's recipe, or from CIFAR-10's if its first convolution is of that kind;
-    their results go to runs/FILE. Raises FileNotFoundError or ValueError for a path that is neither.
+    The evaluations of a file start from ImageNet's recipe, or from CIFAR-10's if its first
+    convolution is of that kind; their results go to runs/FILE. Raises FileNotFoundError or
+    ValueError for a path that is neither.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(
-            f"run={str(path)!r} is not there: give the folder of a finished `imsvd pretrain`, or a file of "
-            "weights (.pth, .pt, .safetensors)"
+            f"run={str(path)!r} is not there: give the folder of a finished `imsvd pretrain`, or a "
+            "file of weights (.pth, .pt, .safetensors)"
         )
     if path.is_dir():
         trained_by, backbone = load_run(path)
@@ -55,7 +59,8 @@ def open_backbone(path: Path | str, scale: Scale | None = None) -> TrainedBackbo
 
 
 def load_run(run_dir: Path | str) -> tuple[Recipe, ResNet]:
-    """Recipe and trained backbone of a finished run. Raises FileNotFoundError naming what the folder lacks."""
+    """Recipe and trained backbone of a finished run. Raises FileNotFoundError naming what the
+    folder lacks."""
     run_dir = Path(run_dir)
     for name in ("config.json", "backbone.safetensors"):
         if not (run_dir / name).exists():
@@ -69,7 +74,8 @@ def load_run(run_dir: Path | str) -> tuple[Recipe, ResNet]:
 def save_backbone(
     path: Path | str, backbone: ResNet, config: NetworkConfig, dtype: torch.dtype | None = None
 ) -> None:
-    """Write the weights and what is needed to build the network again; floating-point ones in `dtype`, if given."""
+    """Write the weights and what is needed to build the network again; floating-point ones in
+    `dtype`, if given."""
     weights = {
         name: value.to(dtype if dtype and value.is_floating_point() else value.dtype)
         .contiguous()
@@ -85,7 +91,8 @@ def save_backbone(
 
 
 def load_backbone(path: Path | str) -> ResNet:
-    """The backbone that `save_backbone` wrote. Raises ValueError for a file that does not say which network it holds."""
+    """The backbone that `save_backbone` wrote. Raises ValueError for a file that does not say which
+    network it holds."""
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
     if not {"backbone", "cifar_stem"} <= metadata.keys():
@@ -101,6 +108,6 @@ def _refuse_non_finite(path: Path, backbone: ResNet) -> None:
     names = [name for name, value in backbone.state_dict().items() if not value.isfinite().all()]
     if names:
         raise ValueError(
-            f"run={str(path)!r} contains {len(names)} tensors with NaN or infinite values, the first is {names[0]}: "
-            "give another checkpoint; these weights cannot be evaluated"
+            f"run={str(path)!r} contains {len(names)} tensors with NaN or infinite values, the "
+            f"first is {names[0]}: give another checkpoint; these weights cannot be evaluated"
         )

@@ -1,4 +1,5 @@
-"""Detection: COCO's scoring by hand, a planted detector, exact resumption, precise batch-norm, ranks."""
+"""Detection: COCO's scoring by hand, a planted detector, exact resumption, precise batch-norm,
+ranks."""
 
 import json
 from dataclasses import replace
@@ -16,6 +17,7 @@ from imsvd_core.engine.config import LoopConfig
 from imsvd_core.evaluation.detection import protocol as detection
 from imsvd_core.evaluation.detection.detector import DetectorConfig
 from imsvd_core.evaluation.detection.protocol import DetectionConfig
+from imsvd_core.evaluation.detection.score import score
 from imsvd_core.networks import build_backbone
 from imsvd_core.system import signals
 from tests.data.test_coco import alter, draw_coco, outline, write_listing
@@ -130,17 +132,19 @@ def three_objects(tmp_path):
 
 
 def test_average_precision_is_that_which_precision_and_recall_give_by_hand(three_objects):
-    """By falling score: a box that is right; a wrong one; one that overlaps its object by 62 %. The third object is missed.
+    """By falling score: a box that is right; a wrong one; one that overlaps its object by 62 %. The
+    third object is missed.
 
-    Recall rises to 1/3 at precision 1, and to 2/3 at precision 2/3 while 62 % suffice. Of COCO's 101 recalls, 34 lie up to
-    1/3 and 33 between 1/3 and 2/3. One mask covers 52 % of its object: only at overlap .5 is it right.
+    Recall rises to 1/3 at precision 1, and to 2/3 at precision 2/3 while 62 % suffice. Of COCO's
+    101 recalls, 34 lie up to 1/3 and 33 between 1/3 and 2/3. One mask covers 52 % of its object:
+    only at overlap .5 is it right.
     """
     detections = [
         found(20, [50, 50, 100, 62], 0.6),
         found(10, [0, 0, 100, 100], 0.9, mask=[0, 0, 100, 52]),
         found(10, [100, 0, 100, 50], 0.8),
     ]
-    figures = detection.score(detections, three_objects, [10, 20])
+    figures = score(detections, three_objects, [10, 20])
     one, two = 34 / 101, (34 + 33 * 2 / 3) / 101
     third = (
         34 / 101 / 3
@@ -165,23 +169,19 @@ def test_what_lies_in_a_crowd_counts_for_nothing_and_duplicates_are_wrong(three_
         found(20, [50, 50, 100, 100], 0.7),
     ]
     crowd, again = found(20, [5, 5, 20, 20], 0.99), found(10, [0, 0, 100, 100], 0.95)
-    assert detection.score([*right, crowd], three_objects, [10, 20])["box_ap"] == 100
-    twice = detection.score([*right, again], three_objects, [10, 20])["box_ap"]
+    assert score([*right, crowd], three_objects, [10, 20])["box_ap"] == 100
+    twice = score([*right, again], three_objects, [10, 20])["box_ap"]
     assert twice == pytest.approx(100 * (34 + 33 * 3 / 4 + 34 * 3 / 4) / 101, abs=0.01)
 
 
 def test_images_that_were_not_looked_at_do_not_count(three_objects):
-    assert (
-        detection.score([found(20, [50, 50, 100, 100], 0.7)], three_objects, [20])["mask_ap"] == 100
-    )
-    assert detection.score([], three_objects, [20]) == dict.fromkeys(
-        detection.score([], three_objects, [10]), 0
-    )
+    assert score([found(20, [50, 50, 100, 100], 0.7)], three_objects, [20])["mask_ap"] == 100
+    assert score([], three_objects, [20]) == dict.fromkeys(score([], three_objects, [10]), 0)
 
 
 def test_images_without_objects_cannot_be_scored(three_objects):
     with pytest.raises(ValueError, match="no object is annotated"):
-        detection.score([], three_objects, [30])
+        score([], three_objects, [30])
 
 
 # A planted detector
@@ -539,7 +539,7 @@ def test_ranks_train_one_detector_share_the_test_and_average_their_statistics(ra
         ({"iterations": 0}, "iterations=0 must be at least 1"),
         ({"precise_bn": -1}, "precise_bn=-1 must be at least 0"),
         ({"drops": (5, 5)}, r"drops=\(5, 5\) must be rising"),
-        ({"flip": 1.5}, r"flip=1\.5 must be a probability"),
+        ({"flip": 1.5}, r"flip=1\.5 must be between 0 and 1"),
         ({"lr": -1.0}, r"lr=-1\.0 must be a finite number"),
         ({"momentum": 1.0}, r"momentum=1\.0 must be below 1"),
     ],

@@ -107,7 +107,8 @@ def test_every_backbone_is_inside_whole_unfrozen_and_at_its_stride(name, cifar_s
     assert whole.shape[2:] == (64 // stride, 96 // stride)
     assert detector.roi_heads.box_roi_pool.spatial_scale == 1 / stride
     assert not any(
-        a.data_ptr() == b.data_ptr() for a, b in zip(backbone.parameters(), detector.parameters())
+        a.data_ptr() == b.data_ptr()
+        for a, b in zip(backbone.parameters(), detector.parameters(), strict=False)
     )
 
 
@@ -146,7 +147,8 @@ def test_masks_are_those_of_the_objects_own_classes(detector):
 
 
 def test_the_heads_losses_are_those_of_the_papers(detector, monkeypatch):
-    """Class: the mean over boxes. Box: plain L1 of the right class over all boxes. Mask: the mean over pixels of objects."""
+    """Class: the mean over boxes. Box: plain L1 of the right class over all boxes. Mask: the mean
+    over pixels of objects."""
     heads, (_, targets) = detector.roi_heads, pictures(1)
     features = torch.randn(1, 128, 4, 5)
     boxes = [torch.tensor([[8.0, 8, 40, 40], [0, 0, 20, 20], [44, 20, 70, 60]])]
@@ -273,7 +275,7 @@ def test_the_defaults_are_the_papers():
         ({"roi_size": 7}, "roi_size=7 must be even"),
         ({"max_size": 700}, "max_size=700 is below the shorter side's 800"),
         ({"train_proposals": (5,)}, "two counts"),
-        ({"nms": 1.5}, r"nms=1\.5 must lie between 0 and 1"),
+        ({"nms": 1.5}, r"nms=1\.5 must be between 0 and 1"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):

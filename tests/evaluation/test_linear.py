@@ -1,5 +1,5 @@
-"""The linear probe: finds a planted answer, learns nothing from shuffled labels, freezes the backbone; on images in memory
-and on streamed ones, on one process and on several."""
+"""The linear probe: finds a planted answer, learns nothing from shuffled labels, freezes the
+backbone; on images in memory and on streamed ones, on one process and on several."""
 
 import multiprocessing
 from dataclasses import replace
@@ -165,7 +165,8 @@ def test_a_planted_answer_is_found_in_streamed_images_and_none_in_shuffled_ones(
     found = linear.evaluate(
         backbone, pair, config, view=VIEW, run_dir=tmp_path / "a", progress=False
     )
-    assert found["linear"] > 95 and (found["train_images"], found["test_images"]) == (120, 59)
+    assert found["linear"] > 95
+    assert (found["train_images"], found["test_images"]) == (120, 59)
     assert (
         linear.evaluate(backbone, lost, config, view=VIEW, run_dir=tmp_path / "b", progress=False)[
             "linear"
@@ -191,7 +192,8 @@ def _probe(config, tree: str, run_dir: str, rank: int, size: int) -> tuple[dict,
 
 @pytest.mark.parametrize("augment", [False, True])
 def test_two_ranks_equal_one_process(tmp_path, ranks, augment):
-    """Their test shares are of 30 and 29 images, the last step's gradients the mean of two of 20; crops are drawn by image."""
+    """Their test shares are of 30 and 29 images, the last step's gradients the mean of two of 20;
+    crops are drawn by image."""
     config = replace(
         AUGMENTED if augment else CONFIG,
         loop=replace(CONFIG.loop, epochs=3, batch_size=40),
@@ -225,7 +227,8 @@ def test_a_cut_run_on_streamed_images_ends_as_an_uncut_one(backbone, tmp_path, m
     found = linear.evaluate(
         backbone, pair, config, view=VIEW, run_dir=tmp_path / "cut", progress=False
     )
-    assert steps == 6 + 3 and found["linear"] == whole["linear"]
+    assert steps == 6 + 3
+    assert found["linear"] == whole["linear"]
     assert torch.equal(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
 
 
@@ -250,7 +253,8 @@ def test_a_streamed_epoch_sees_every_image_once_and_crops_it_anew_in_the_next(
         linear.evaluate(
             Watch(), pair, config, view=VIEW, run_dir=tmp_path / str(distinct), progress=False
         )
-        assert len(seen) == 80 and len({round(one, 2) for one in seen}) > 0.95 * distinct
+        assert len(seen) == 80
+        assert len({round(one, 2) for one in seen}) > 0.95 * distinct
         assert distinct == 80 or sorted(seen[:40]) == sorted(seen[40:])
 
 
@@ -258,13 +262,13 @@ def test_subsets_are_balanced_and_named_where_they_cannot_be_had(backbone, tmp_p
     pair = (data("train", 400), data("test", 200))
     config = replace(CONFIG, train_images=90, test_images=30)
     train, test = config.choose(*pair)
-    assert (
-        train.labels.bincount().tolist() == [30] * 3 and test.labels.bincount().tolist() == [10] * 3
-    )
+    assert train.labels.bincount().tolist() == [30] * 3
+    assert test.labels.bincount().tolist() == [10] * 3
     found = linear.evaluate(backbone, pair, config, view=VIEW, run_dir=tmp_path, progress=False)
     assert (found["train_images"], found["test_images"]) == (90, 30)
     with pytest.raises(
-        ValueError, match=r"linear.test_images=201 exceeds the 200 images of planted \(test\)"
+        ValueError,
+        match=r"linear.test_images=201 must lie between 1 and the 200 images of planted \(test\)",
     ):
         replace(CONFIG, test_images=201).choose(*pair)
     with pytest.raises(ValueError, match="train_images=0 must be at least 1"):
@@ -272,7 +276,8 @@ def test_subsets_are_balanced_and_named_where_they_cannot_be_had(backbone, tmp_p
 
 
 def test_top5_counts_a_class_among_the_first_five():
-    """The classifier's logits are the features, once they are divided by their scale; image i has its class in place i % 7."""
+    """The classifier's logits are the features, once they are divided by their scale; image i has
+    its class in place i % 7."""
 
     class Given(nn.Module):
         def forward(self, x):

@@ -1,4 +1,5 @@
-"""Support vector machines on VOC: the right answer is found, what cannot be judged is named, test labels judge and no more."""
+"""Support vector machines on VOC: the right answer is found, what cannot be judged is named, test
+labels judge and no more."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ CLASSES = ("cat", "dog", "sheep")
 
 
 def planted(noise: float, n: int = 240, shuffled: bool = False) -> tuple[np.ndarray, ...]:
-    """Features that are the labels' own columns beside noise; each class is in a third of the images."""
+    """Features that are the labels' own columns beside noise; each class is in a third of the
+    images."""
     chance = np.random.default_rng(0)
     labels = np.where(chance.random((2 * n, 3)) < 1 / 3, 1, -1)
     features = np.concatenate([labels == 1, np.ones((2 * n, 2))], 1) + noise * chance.normal(
@@ -41,16 +43,12 @@ def planted(noise: float, n: int = 240, shuffled: bool = False) -> tuple[np.ndar
 
 def test_a_planted_answer_is_found():
     found = svm.fit(*planted(0.1), CLASSES, CONFIG)
-    assert (
-        found["svm"] > 99.9
-        and min(found["classes"].values()) > 99.5
-        and list(found["classes"]) == list(CLASSES)
-    )
-    assert (
-        found["train_images"] == found["test_images"] == 240
-        and found["features"] == 5
-        and not found["not_evaluable"]
-    )
+    assert found["svm"] > 99.9
+    assert min(found["classes"].values()) > 99.5
+    assert list(found["classes"]) == list(CLASSES)
+    assert found["train_images"] == found["test_images"] == 240
+    assert found["features"] == 5
+    assert not found["not_evaluable"]
 
 
 def test_shuffled_labels_give_what_chance_does_the_share_of_positives():
@@ -73,9 +71,11 @@ def test_only_the_direction_of_features_counts():
 def test_average_precision_by_hand():
     labels = np.array([1, -1, 0, 1, -1, 1])
     scores = np.array([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
-    # without the difficult: 1 0 1 0 1, precision 1, 1/2, 2/3, 2/4, 3/5; envelope at recalls 1/3, 2/3, 1: 1, 2/3, 3/5
+    # without the difficult: 1 0 1 0 1, precision 1, 1/2, 2/3, 2/4, 3/5;
+    # envelope at recalls 1/3, 2/3, 1: 1, 2/3, 3/5
     assert voc_average_precision(scores, labels) == pytest.approx((1 + 2 / 3 + 3 / 5) / 3)
-    # 0 0 1 1: precision 1/3 and 2/4; the envelope is 2/4 at both, where the mean of precisions is 5/12
+    # 0 0 1 1: precision 1/3 and 2/4; the envelope is 2/4 at both,
+    # where the mean of precisions is 5/12
     assert voc_average_precision(
         np.array([4, 3, 2, 1.0]), np.array([-1, -1, 1, 1])
     ) == pytest.approx(1 / 2)
@@ -112,11 +112,12 @@ def test_a_difficult_test_image_counts_for_nothing():
         svm.fit(x, y, part_x, part_y, CLASSES, CONFIG)["classes"]
         for part_x, part_y in ((test_x[100:], test_y[100:]), (test_x, hidden))
     )
-    assert found["dog"] == kept["dog"] and found["cat"] != kept["cat"]
+    assert found["dog"] == kept["dog"]
+    assert found["cat"] != kept["cat"]
 
 
 def test_a_difficult_training_image_is_a_negative_or_left_out():
-    x, y, test_x, test_y = planted(0.3)
+    x, y, _test_x, _test_y = planted(0.3)
     marked, negative = y.copy(), y.copy()
     marked[:60, 1], negative[:60, 1] = 0, -1
     as_negative, omitted = (
@@ -144,10 +145,8 @@ def test_the_cost_is_of_the_best_cross_validation():
             aps.append(average_precision_score(y[held_out], one.decision_function(x[held_out])))
         curve.append(np.mean(aps))
     found = svm.train_class(x, y, config)[1]
-    assert (
-        found["cross_validated"] == pytest.approx(curve)
-        and found["cost"] == config.costs[int(np.argmax(curve))]
-    )
+    assert found.cross_validated == pytest.approx(curve)
+    assert found.cost == config.costs[int(np.argmax(curve))]
     assert len({round(one, 6) for one in curve}) > 1
 
 
@@ -156,8 +155,8 @@ def test_of_costs_that_cross_validate_equally_well_the_first_is_taken():
     x, y, *_ = planted(0.01)
     for costs in ((0.1, 1, 10), (10, 1, 0.1)):
         _, result = svm.train_class(x, y[:, 0], replace(CONFIG, costs=costs))
-        assert result["cross_validated"] == [1.0, 1.0, 1.0]
-        assert result["cost"] == costs[0]
+        assert result.cross_validated == [1.0, 1.0, 1.0]
+        assert result.cost == costs[0]
 
 
 def test_test_labels_choose_nothing():
@@ -165,7 +164,8 @@ def test_test_labels_choose_nothing():
     honest, reversed_ = (
         svm.fit(x, y, test_x, labels, CLASSES, CONFIG) for labels in (test_y, -test_y)
     )
-    assert honest["costs"] == reversed_["costs"] and honest["classes"] != reversed_["classes"]
+    assert honest["costs"] == reversed_["costs"]
+    assert honest["classes"] != reversed_["classes"]
     assert svm.fit(x, y, test_x[:50], test_y[:50], CLASSES, CONFIG)["costs"] == honest["costs"]
 
 
@@ -175,10 +175,10 @@ def test_a_class_that_cannot_be_judged_is_named_and_not_scored():
     y[np.flatnonzero(y[:, 0] == 1)[2:], 0] = 0  # two positives left, the others difficult
     test_y[test_y[:, 2] == 1, 2] = 0
     found = svm.fit(x, y, test_x, test_y, CLASSES, CONFIG)
-    assert found["not_evaluable"] == ["cat", "sheep"] and found["classes"] == {
-        "dog": whole["classes"]["dog"]
-    }
-    assert found["svm"] == whole["classes"]["dog"] and set(found["costs"]) == {"dog"}
+    assert found["not_evaluable"] == ["cat", "sheep"]
+    assert found["classes"] == {"dog": whole["classes"]["dog"]}
+    assert found["svm"] == whole["classes"]["dog"]
+    assert set(found["costs"]) == {"dog"}
     test_y[:, 1] = -1
     with pytest.raises(
         ValueError,
@@ -203,9 +203,12 @@ def workers(of: int) -> list[str]:
 @pytest.mark.slow  # three processes
 def test_a_worker_ends_with_the_process_that_it_works_for():
     code = (
-        "import os, time, numpy as np; from imsvd_core.evaluation.svm import SVMConfig, _fit_class\n"
+        "import os, time, numpy as np\n"
+        "from imsvd_core.evaluation.svm import SVMConfig, _fit_class\n"
         "x, y = np.eye(12), np.arange(12) % 2 * 2 - 1\n"
-        "_fit_class('a', x, y, x, SVMConfig(costs=(1,)), os.getppid()); print(os.getpid(), flush=True); time.sleep(600)"
+        "_fit_class('a', x, y, x, SVMConfig(costs=(1,)), os.getppid())\n"
+        "print(os.getpid(), flush=True)\n"
+        "time.sleep(600)"
     )
     parent = subprocess.Popen(
         [
@@ -239,8 +242,10 @@ def test_what_is_done_before_a_kill_is_not_done_again(tmp_path, monkeypatch):
     monkeypatch.setattr(svm, "train_class", dies_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         svm.fit(*data, CLASSES, CONFIG, folder=tmp_path)
-    assert svm.fit(*data, CLASSES, CONFIG, folder=tmp_path) == whole and len(trained) == 4
-    assert svm.fit(*data, CLASSES, CONFIG, folder=tmp_path) == whole and len(trained) == 4
+    assert svm.fit(*data, CLASSES, CONFIG, folder=tmp_path) == whole
+    assert len(trained) == 4
+    assert svm.fit(*data, CLASSES, CONFIG, folder=tmp_path) == whole
+    assert len(trained) == 4
 
 
 def test_fits_that_do_not_converge_are_counted_and_told(caplog):
@@ -283,12 +288,10 @@ def backbone() -> nn.Module:
 def test_images_are_judged_and_features_kept(data, backbone, tmp_path, monkeypatch):
     monkeypatch.setattr(svm, "BLOCK", 10)
     found = svm.evaluate(backbone, data, SMALL, run_dir=tmp_path / "run", progress=False)
-    assert (
-        found["svm"] == 100
-        and found["features"] == 12
-        and found["pool"] == "mean"
-        and found["train_images"] == 24
-    )
+    assert found["svm"] == 100
+    assert found["features"] == 12
+    assert found["pool"] == "mean"
+    assert found["train_images"] == 24
     blocks = sorted((tmp_path / "run").glob("*/*.safetensors"))
     assert [block.name for block in blocks] == [
         f"{split}-0000{k}.safetensors" for split in ("test", "train") for k in range(3)
@@ -319,7 +322,8 @@ def test_an_unreadable_image_takes_its_labels_along(data, backbone, tmp_path):
     (tmp_path / "images/train3.jpg").write_bytes(b"none")
     train, test = (replace(part, on_corrupt="skip") for part in data)
     found = svm.evaluate(backbone, (train, test), SMALL, run_dir=tmp_path / "run", progress=False)
-    assert found["train_images"] == 23 and found["svm"] == 100
+    assert found["train_images"] == 23
+    assert found["svm"] == 100
 
 
 def test_visslpool_is_four_means_of_six_by_six(data, tmp_path):
@@ -331,7 +335,9 @@ def test_visslpool_is_four_means_of_six_by_six(data, tmp_path):
     before = backbone.avgpool
     part = data[0].subset(2)
     features, rows = svm.embed(backbone, part, config)
-    assert features.shape == (2, 4 * 256) and rows.tolist() == [0, 1] and backbone.avgpool is before
+    assert features.shape == (2, 4 * 256)
+    assert rows.tolist() == [0, 1]
+    assert backbone.avgpool is before
     ((_, images),) = part.images(224, 224, workers=0)
     x = (images / 255 - torch.tensor(config.mean)[:, None, None]) / torch.tensor(config.std)[
         :, None, None

@@ -16,6 +16,7 @@ from imsvd_core.cli import main
 from imsvd_core.data import memory as datasets
 from imsvd_core.engine import checkpoints
 from imsvd_core.engine.trainer import Trainer
+from imsvd_core.evaluation import knn
 from imsvd_core.networks import NetworkConfig
 from imsvd_core.recipes import EVALUATIONS, OWN, evaluation, recipe
 from imsvd_core.results import read_result
@@ -46,7 +47,8 @@ def weights(tmp_path):
 
 @pytest.fixture
 def tree(tmp_path):
-    """Photographs of ImageNet, or drawn ones where there are none, as of two classes, in class folders under the data root."""
+    """Photographs of ImageNet, or drawn ones where there are none, as of two classes, in class
+    folders under the data root."""
     photographs = sorted((REAL / "imagenet-samples").glob("*/*.JPEG"))
     for split, count, test in (("train", 16, "train"), ("val", 8, "test")):
         data = datasets.load("attributes", test, size=64)
@@ -64,10 +66,8 @@ def test_a_state_dict_is_judged_by_the_papers_protocol_wherever_a_run_is(weights
     main(["evaluate", "imagenet-linear", str(weights), "--no-progress"])
     main(["evaluate", "imagenet-knn", str(weights), "--no-progress"])
     linear = read_result("runs/theirs/imagenet-linear.json")
-    assert (
-        linear["figures"]["train_images"] == 16
-        and linear["provenance"]["dataset"] == "tiny-imagenet-40"
-    )
+    assert linear["figures"]["train_images"] == 16
+    assert linear["provenance"]["dataset"] == "tiny-imagenet-40"
     assert read_result("runs/theirs/imagenet-knn.json")["figures"].keys() >= {"knn_5", "gallery"}
     first = linear["provenance"]["date"]
     torch.save(
@@ -97,15 +97,14 @@ def test_other_data_get_a_file_of_their_own(weights, tree):
         ]
     )
     found = read_result("runs/theirs/knn-attributes.json")
-    assert (
-        found["figures"]["gallery"] == 100
-        and found["provenance"]["dataset"] == "attributes (drawn)"
-    )
+    assert found["figures"]["gallery"] == 100
+    assert found["provenance"]["dataset"] == "attributes (drawn)"
 
 
 @pytest.mark.slow  # two evaluations
 def test_figures_of_other_data_are_not_replaced_in_silence(weights, tree, tmp_path, capsys):
-    """Two folders whose names become one file's name; the same folder, its spoilt files passed over."""
+    """Two folders whose names become one file's name; the same folder, its spoilt files passed
+    over."""
     small = ["evaluate", "imagenet-knn", str(weights), "--no-progress", "--data"]
     for name in ("a/t", "a_t"):
         shutil.copytree(tmp_path / "data" / "tiny-imagenet-40", tmp_path / "data" / name)
@@ -129,7 +128,8 @@ def test_every_evaluation_sees_images_as_the_backbone_knows_them(name):
 
 
 def test_the_protocols_are_the_papers():
-    """ImageNet: SGD .02, cosine, wd 1e-6, batch 256, 100 epochs, crops .2 to 1. Places205: 14 epochs, .01, a tenth at 5 and 10."""
+    """ImageNet: SGD .02, cosine, wd 1e-6, batch 256, 100 epochs, crops .2 to 1. Places205: 14
+    epochs, .01, a tenth at 5 and 10."""
     imagenet, places = (
         evaluation(name, "full").config for name in ("imagenet-linear", "places205-linear")
     )
@@ -187,13 +187,11 @@ def test_the_folders_file_and_a_foreign_one_are_told_apart(tmp_path):
     network = NetworkConfig("narrow", cifar_stem=True)
     save_backbone(tmp_path / "ours.safetensors", build_network(network, 0).backbone, network)
     trained = open_backbone(tmp_path / "ours.safetensors")
-    assert (
-        trained.recipe.network.cifar_stem
-        and trained.recipe.eval_view.size == 32
-        and not trained.is_ours
-    )
+    assert trained.recipe.network.cifar_stem
+    assert trained.recipe.eval_view.size == 32
+    assert not trained.is_ours
     (tmp_path / "none.pth").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"none.pth"):
+    with pytest.raises(ValueError, match=r"none\.pth"):
         open_backbone(tmp_path / "none.pth")
     with pytest.raises(FileNotFoundError, match=r"nowhere.* is not there: give the folder"):
         open_backbone("nowhere")
@@ -216,11 +214,9 @@ def test_bench_step_tells_hours_and_memory(capsys, tmp_path):
         ]
     )
     figures = json.loads((tmp_path / "step.json").read_text())["figures"]
-    assert (
-        figures["hours_per_100_epochs"] > 0
-        and figures["peak_resident_GB"] > 0
-        and "hours" in capsys.readouterr().out
-    )
+    assert figures["hours_per_100_epochs"] > 0
+    assert figures["peak_resident_GB"] > 0
+    assert "hours" in capsys.readouterr().out
 
 
 def test_what_cannot_be_is_said_in_one_line(weights, capsys):
@@ -235,9 +231,9 @@ def test_what_cannot_be_is_said_in_one_line(weights, capsys):
         with pytest.raises(SystemExit) as stop:
             main(words)
         said = capsys.readouterr()
-        assert (
-            stop.value.code == 2 and message in said.err + said.out and "Traceback" not in said.err
-        )
+        assert stop.value.code == 2
+        assert message in said.err + said.out
+        assert "Traceback" not in said.err
 
 
 @pytest.mark.slow  # a whole evaluation each
@@ -256,7 +252,8 @@ def test_real_photographs_are_judged_through_the_whole_path(
     monkeypatch.setenv("IMSVD_DATA", str(REAL))
     main(["evaluate", name, str(weights), "--no-progress"])
     found = read_result(f"runs/theirs/{name}.json")
-    assert found["figures"].keys() >= figures and found["provenance"]["dataset"] == data
+    assert found["figures"].keys() >= figures
+    assert found["provenance"]["dataset"] == data
 
 
 @pytest.mark.slow  # two steps of a frozen ResNet-50 at 224 pixels
@@ -274,11 +271,9 @@ def test_a_full_width_probe_takes_a_step_saves_and_goes_on(tree, tmp_path, monke
     monkeypatch.setattr(Trainer, "take_step", and_stop)
     trained = open_backbone(tmp_path / "resnet50.pth")
     asked = evaluation("imagenet-linear", None, trained.recipe)
-    assert (
-        asked.config.view.size == 224
-        and asked.config.train_images == 16
-        and asked.config.loop.batch_size == 8
-    )
+    assert asked.config.view.size == 224
+    assert asked.config.train_images == 16
+    assert asked.config.loop.batch_size == 8
     with pytest.raises(signals.Stopped, match="step 1 of 2"):
         evaluations.evaluate("imagenet-linear", trained, asked, progress=False)
     monkeypatch.setattr(Trainer, "take_step", taken)
@@ -294,7 +289,8 @@ def test_a_full_width_probe_takes_a_step_saves_and_goes_on(tree, tmp_path, monke
         for home in (Path("runs/resnet50"), tmp_path / "whole")
         for folder in (home / "imagenet-linear").iterdir()
     ]
-    assert len(heads) == 2 and all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
+    assert len(heads) == 2
+    assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
     assert cut["figures"] | {"seconds": 0} == left_alone["figures"] | {"seconds": 0}
 
 
@@ -338,10 +334,8 @@ def test_two_ranks_judge_as_one(weights, tree, free_port):
 def test_data_of_another_layout_are_refused_at_once(weights, capsys, name, data, said):
     with pytest.raises(SystemExit) as stop:
         main(["evaluate", name, str(weights), "--data", data])
-    assert (
-        stop.value.code == 2
-        and f"data='{data}' does not serve {name}: {said}" in capsys.readouterr().err
-    )
+    assert stop.value.code == 2
+    assert f"data='{data}' does not serve {name}: {said}" in capsys.readouterr().err
 
 
 def test_weights_that_are_no_numbers_are_refused_before_any_work(weights, capsys):
@@ -360,14 +354,14 @@ def test_a_result_that_another_call_has_left_meanwhile_stays(weights, tree, monk
     trained = open_backbone(weights)
     asked = evaluation("imagenet-knn", None, trained.recipe)
     other = replace(asked, config=replace(asked.config, neighbors=(3,)))
-    work = evaluations.knn.evaluate
+    work = knn.evaluate
 
     def and_meanwhile(*args, **kwargs):
-        monkeypatch.setattr(evaluations.knn, "evaluate", work)
+        monkeypatch.setattr(knn, "evaluate", work)
         evaluations.evaluate("imagenet-knn", trained, other, progress=False)
         return work(*args, **kwargs)
 
-    monkeypatch.setattr(evaluations.knn, "evaluate", and_meanwhile)
+    monkeypatch.setattr(knn, "evaluate", and_meanwhile)
     with pytest.raises(FileExistsError, match="pass --overwrite"):
         evaluations.evaluate("imagenet-knn", trained, asked, progress=False)
     assert "knn_3" in read_result("runs/theirs/imagenet-knn.json")["figures"]

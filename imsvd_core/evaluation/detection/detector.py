@@ -1,22 +1,28 @@
-"""Mask R-CNN on a ResNet's C4 features (He et al., 2017), as MoCo and VISSL judge a backbone by it; torchvision's parts.
+"""Mask R-CNN on a ResNet's C4 features (He et al., 2017), as MoCo and VISSL judge a backbone by it;
+torchvision's parts.
 
-conv1 to layer3 see the whole image. RoIAlign cuts 14×14 features out of theirs for each box, layer4 ("res5") sees
-those, and an extra batch-norm follows it: its output is pooled for class and box, and upsampled for the mask. Nothing is
-frozen.
+conv1 to layer3 see the whole image. RoIAlign cuts 14×14 features out of theirs for each box, layer4
+("res5") sees those, and an extra batch-norm follows it: its output is pooled for class and box, and
+upsampled for the mask. Nothing is frozen.
 
-What detectron2 does and torchvision's parts do not was put right where it touches the training: the plain L1 loss of
-boxes (torchvision: smooth below 1/9), divided in the region proposals by 256 an image; RoIAlign that is aligned by half
-a pixel, with as many samples as a bin has pixels; the layers' first weights; masks of the K classes without one for
-the background. What remains different:
+What detectron2 does and torchvision's parts do not was put right where it touches the training: the
+plain L1 loss of boxes (torchvision: smooth below 1/9), divided in the region proposals by 256 an
+image; RoIAlign that is aligned by half a pixel, with as many samples as a bin has pixels; the
+layers' first weights; masks of the K classes without one for the background. What remains
+different:
 
-* pictures are resized as floating-point numbers without anti-aliasing (detectron2: as bytes, by Pillow);
-* masks are drawn once, as bitmaps, resized to the nearest pixel with their picture, and cut out by RoIAlign (not
-  aligned), with fractions at their edges (detectron2: every box's part of the polygon is drawn anew, in zeros and ones);
+* pictures are resized as floating-point numbers without anti-aliasing (detectron2: as bytes, by
+  Pillow);
+* masks are drawn once, as bitmaps, resized to the nearest pixel with their picture, and cut out by
+  RoIAlign (not aligned), with fractions at their edges (detectron2: every box's part of the polygon
+  is drawn anew, in zeros and ones);
 * a predicted mask is pasted at whole pixels (detectron2: between them);
-* base anchors have whole sides, proposals thinner than 1/1000 pixel are dropped (detectron2: 0), and the box
-  predictor has four idle numbers for the background;
-* a batch takes pictures as they come (detectron2 puts wide ones with wide ones, which saves padding);
-* biases are not decayed, as nowhere in this package (detectron2: 1e-4); norms are decayed in neither.
+* base anchors have whole sides, proposals thinner than 1/1000 pixel are dropped (detectron2: 0),
+  and the box predictor has four idle numbers for the background;
+* a batch takes pictures as they come (detectron2 puts wide ones with wide ones, which saves
+  padding);
+* biases are not decayed, as nowhere in this package (detectron2: 1e-4); norms are decayed in
+  neither.
 """
 
 import copy
@@ -38,6 +44,7 @@ from torchvision.models.resnet import ResNet
 from torchvision.ops import RoIAlign
 
 from imsvd_core.data.coco import Target
+from imsvd_core.system import checks
 from imsvd_core.views import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -79,55 +86,49 @@ class DetectorConfig:
     """Detections that an image may keep, as in COCO's own scoring."""
 
     def __post_init__(self) -> None:
-        for name in ("min_sizes", "anchors", "ratios", "train_proposals", "test_proposals"):
-            values = getattr(self, name)
-            if not values or not all(value > 0 for value in values):
-                raise ValueError(f"{name}={values} must hold positive numbers, at least one")
-        for name in (
-            "test_size",
-            "max_size",
-            "rpn_samples",
-            "rois",
-            "roi_size",
-            "mask_channels",
-            "detections",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("min_sizes", "anchors", "ratios"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}=() must hold positive numbers, at least one")
+        checks.positive(self, "min_sizes", "anchors", "ratios")
+        checks.at_least(self, train_proposals=1, test_proposals=1, test_size=1, max_size=1, rois=1)
+        checks.at_least(self, rpn_samples=1, roi_size=1, mask_channels=1, detections=1)
+        checks.between(self, 0, 1, "score_threshold", "nms")
         for name in ("train_proposals", "test_proposals"):
             if len(getattr(self, name)) != 2:
                 raise ValueError(
-                    f"{name}={getattr(self, name)} must be two counts: before and after the suppression"
+                    f"{name}={getattr(self, name)} must be two counts: before and after the "
+                    "suppression"
                 )
         if self.roi_size % 2:
             raise ValueError(
-                f"roi_size={self.roi_size} must be even: layer4 halves it, and the mask doubles that again"
+                f"roi_size={self.roi_size} must be even: layer4 halves it, and the mask doubles "
+                "that again"
             )
         largest = max(*self.min_sizes, self.test_size)
         if self.max_size < largest:
             raise ValueError(
                 f"max_size={self.max_size} is below the shorter side's {largest}: raise it"
             )
-        for name in ("score_threshold", "nms"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1")
 
 
 def build_detector(
     backbone: ResNet, classes: int, config: DetectorConfig = DetectorConfig()
 ) -> GeneralizedRCNN:
-    """A detector of `classes` classes on a copy of the backbone; the new layers draw from torch's generator.
+    """A detector of `classes` classes on a copy of the backbone; the new layers draw from torch's
+    generator.
 
-    In training it takes images, a list of float (3, H, W) in [0, 1], and their targets (`coco.Target`), and returns five
-    losses by name; in testing it takes images alone and returns for each boxes (n, 4) in its own pixels, scores (n,),
-    labels (n,) from 1, and masks (n, 1, H, W), the probability of every pixel.
+    In training it takes images, a list of float (3, H, W) in [0, 1], and their targets
+    (`coco.Target`), and returns five losses by name; in testing it takes images alone and returns
+    for each boxes (n, 4) in its own pixels, scores (n,), labels (n,) from 1, and masks (n, 1, H,
+    W), the probability of every pixel.
 
-    The state dict holds the backbone's entries: conv1 to layer3 under `backbone.`, layer4 under `roi_heads.box_head.`.
-    Raises ValueError for a backbone that is no ResNet, or for `classes` < 1.
+    The state dict holds the backbone's entries: conv1 to layer3 under `backbone.`, layer4 under
+    `roi_heads.box_head.`. Raises ValueError for a backbone that is no ResNet, or for `classes` < 1.
     """
     if not isinstance(backbone, ResNet):
         raise ValueError(
-            f"backbone is a {type(backbone).__name__}: the C4 detector needs a ResNet with layer1 to layer4"
+            f"backbone is a {type(backbone).__name__}: the C4 detector needs a ResNet with layer1 "
+            "to layer4"
         )
     if classes < 1:
         raise ValueError(f"classes={classes} must be at least 1")
@@ -137,7 +138,7 @@ def build_detector(
     anchors = AnchorGenerator((config.anchors,), (config.ratios,))
     counts = [
         {"training": train, "testing": test}
-        for train, test in zip(config.train_proposals, config.test_proposals)
+        for train, test in zip(config.train_proposals, config.test_proposals, strict=True)
     ]
     rpn_head = _ProposalHead(middle, anchors.num_anchors_per_location()[0])
     rpn = _Proposals(anchors, rpn_head, 0.7, 0.3, config.rpn_samples, 0.5, *counts, 0.7)
@@ -201,21 +202,21 @@ class SharedHeads(RoIHeads):
         if self.training:
             sampled = self.select_training_samples(proposals, targets)
             return [], self._losses(whole, *sampled, targets)
-        logits, deltas = self._classify(self._look(whole, proposals))
+        logits, deltas = self._classify(self._roi_features(whole, proposals))
         boxes, scores, labels = self.postprocess_detections(logits, deltas, proposals, image_shapes)
-        drawn = self.mask_predictor(self._look(whole, boxes)).float()
+        drawn = self.mask_predictor(self._roi_features(whole, boxes)).float()
         masks = maskrcnn_inference(drawn, [label - 1 for label in labels])
-        found = zip(boxes, scores, labels, masks, strict=True)
+        detections = zip(boxes, scores, labels, masks, strict=True)
         return [
             {"boxes": box, "scores": score, "labels": label, "masks": mask}
-            for box, score, label, mask in found
+            for box, score, label, mask in detections
         ], {}
 
-    def _look(self, features: Tensor, boxes: list[Tensor]) -> Tensor:
+    def _roi_features(self, features: Tensor, boxes: list[Tensor]) -> Tensor:
         return self.box_head(self.box_roi_pool(features, boxes))
 
-    def _classify(self, seen: Tensor) -> tuple[Tensor, Tensor]:
-        logits, deltas = self.box_predictor(seen.mean((2, 3)))
+    def _classify(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        logits, deltas = self.box_predictor(features.mean((2, 3)))
         return logits.float(), deltas.float()
 
     def _losses(
@@ -227,13 +228,13 @@ class SharedHeads(RoIHeads):
         truth: list[Tensor],
         targets: list[Target],
     ) -> dict[str, Tensor]:
-        seen = self._look(features, boxes)
-        logits, deltas = self._classify(seen)
+        roi_features = self._roi_features(features, boxes)
+        logits, deltas = self._classify(roi_features)
         label, truth = torch.cat(labels), torch.cat(truth)
         objects = (label > 0).nonzero().squeeze(1)
-        own = deltas.unflatten(1, (-1, 4))[objects, label[objects]]  # of the right class
-        box = smooth_l1_loss(own, truth[objects], beta=0.0, reduction="sum")
-        masks = self.mask_predictor(seen[objects]).float()
+        right_class = deltas.unflatten(1, (-1, 4))[objects, label[objects]]
+        box = smooth_l1_loss(right_class, truth[objects], beta=0.0, reduction="sum")
+        masks = self.mask_predictor(roi_features[objects]).float()
         return {
             "loss_classifier": cross_entropy(logits, label),
             "loss_box_reg": box / len(label),
@@ -249,15 +250,16 @@ class SharedHeads(RoIHeads):
         targets: list[Target],
     ) -> Tensor:
         objects = [label > 0 for label in labels]
-        some = [number for number, of_image in enumerate(objects) if of_image.any()]
-        if not some:  # but ranks that have some wait for these parameters' gradients
+        images = [number for number, of_image in enumerate(objects) if of_image.any()]
+        # Other ranks, which have objects, wait for these parameters' gradients.
+        if not images:
             return masks.sum() * 0
         return maskrcnn_loss(
             masks,
-            [boxes[i][objects[i]] for i in some],
-            [targets[i]["masks"] for i in some],
-            [targets[i]["labels"] - 1 for i in some],
-            [matched[i][objects[i]] for i in some],
+            [boxes[i][objects[i]] for i in images],
+            [targets[i]["masks"] for i in images],
+            [targets[i]["labels"] - 1 for i in images],
+            [matched[i][objects[i]] for i in images],
         )
 
 
@@ -278,7 +280,7 @@ class _ProposalHead(RPNHead):
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         objectness, deltas = super().forward(x)
-        return [one.float() for one in objectness], [one.float() for one in deltas]
+        return [level.float() for level in objectness], [level.float() for level in deltas]
 
 
 class _Proposals(RegionProposalNetwork):
@@ -288,16 +290,16 @@ class _Proposals(RegionProposalNetwork):
     def compute_loss(
         self, objectness: Tensor, deltas: Tensor, labels: list[Tensor], truth: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        positive, negative = (torch.cat(some).bool() for some in self.fg_bg_sampler(labels))
+        positive, negative = (torch.cat(sample).bool() for sample in self.fg_bg_sampler(labels))
         sampled, label = positive | negative, torch.cat(labels)
-        there = binary_cross_entropy_with_logits(
+        presence = binary_cross_entropy_with_logits(
             objectness.flatten()[sampled], label[sampled], reduction="sum"
         )
         box = smooth_l1_loss(
             deltas[positive], torch.cat(truth)[positive], beta=0.0, reduction="sum"
         )
         samples = self.fg_bg_sampler.batch_size_per_image * len(labels)
-        return there / samples, box / samples
+        return presence / samples, box / samples
 
 
 class _Transform(GeneralizedRCNNTransform):

@@ -1,26 +1,26 @@
-"""Object detection and instance segmentation on COCO: the backbone is trained on, inside a Mask R-CNN."""
+"""Object detection and instance segmentation on COCO: the backbone is trained on, inside a Mask
+R-CNN."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, redirect_stdout
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import safetensors.torch
 import torch
 from pycocotools import mask as rle
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.resnet import ResNet
 
@@ -31,10 +31,12 @@ from imsvd_core.engine.config import LoopConfig
 from imsvd_core.engine.optim import OptimConfig
 from imsvd_core.engine.order import Order, stream_seed
 from imsvd_core.engine.trainer import Progressed, Trainer
+from imsvd_core.evaluation.base import Color, Setup
 from imsvd_core.evaluation.detection.detector import DetectorConfig, build_detector
-from imsvd_core.evaluation.features import fingerprint
+from imsvd_core.evaluation.detection.score import score
+from imsvd_core.evaluation.features import check_size, fingerprint, subset
 from imsvd_core.methods.base import Method
-from imsvd_core.system import signals
+from imsvd_core.system import checks, signals
 from imsvd_core.system.config import config_hash, essential, plain
 from imsvd_core.system.devices import PRECISIONS
 from imsvd_core.system.files import atomic_write
@@ -43,16 +45,15 @@ from imsvd_core.system.run_folder import RunFolder
 
 BLOCK = 25  # test images whose detections are written together: what a kill may cost
 
-#: What the trained weights do not depend on; of the detector's settings, those below "detector".
-OF_THE_TEST = (
-    {"test_images", "precise_bn"},
-    {"test_size", "test_proposals", "score_threshold", "nms", "detections"},
-)
+#: Settings on which the trained weights do not depend; then those of the detector.
+TEST_SETTINGS = ("test_images", "precise_bn")
+DETECTOR_TEST_SETTINGS = ("test_size", "test_proposals", "score_threshold", "nms", "detections")
 
 
 @dataclass(frozen=True)
 class DetectionConfig:
-    """How the detector is trained and tested; by default the paper's protocol: the 1× schedule on COCO 2017."""
+    """How the detector is trained and tested; by default the paper's protocol: the 1× schedule on
+    COCO 2017."""
 
     detector: DetectorConfig = field(default_factory=DetectorConfig)
     iterations: int = 90_000
@@ -69,37 +70,42 @@ class DetectionConfig:
     flip: float = 0.5
     """Probability that a training image is mirrored."""
     precise_bn: int = 200
-    """Training batches whose mean statistics replace batch-norm's running ones before the test; 0 keeps those."""
+    """Training batches whose mean statistics replace batch-norm's running ones before the test; 0
+    keeps those."""
     train_images: int | None = None
     """Training images to use; all by default."""
     test_images: int | None = None
     """Test images to use; all by default."""
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(batch_size=16, precision="fp32"))
 
+    evaluation: ClassVar[str] = "detection"
+    layout: ClassVar[str | None] = "coco"
+
     def __post_init__(self) -> None:
-        if self.iterations < 1:
-            raise ValueError(f"iterations={self.iterations} must be at least 1")
-        for name in ("warmup", "precise_bn"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
-        if list(self.drops) != sorted(set(self.drops)) or any(drop < 1 for drop in self.drops):
+        checks.at_least(self, iterations=1, warmup=0, precise_bn=0, drops=1)
+        checks.between(self, 0, 1, "flip")
+        if list(self.drops) != sorted(set(self.drops)):
             raise ValueError(f"drops={self.drops} must be rising iterations ≥ 1")
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"flip={self.flip} must be a probability")
         _ = self.optim  # refuses impossible rates
 
-    def check(self, train: CocoImages, test: CocoImages, name: str = "detection") -> None:
+    def check(self, train: CocoImages, test: CocoImages) -> None:
         """Raise ValueError, naming the setting, if the data cannot serve this protocol."""
-        for setting, data in (("train_images", train), ("test_images", test)):
-            n = getattr(self, setting)
-            if n is not None and not 1 <= n <= len(data):
-                raise ValueError(
-                    f"{name}.{setting}={n} must lie between 1 and the {len(data)} images of {data.home}"
-                )
+        check_size(self.train_images, train, "detection.train_images")
+        check_size(self.test_images, test, "detection.test_images")
         if train.categories != test.categories:
             raise ValueError(
-                f"{test.listing} has other classes than {train.listing}: give two splits of one data set"
+                f"{test.listing} has other classes than {train.listing}: give two splits of one "
+                "data set"
             )
+
+    def normalised(self, mean: Color, std: Color) -> DetectionConfig:
+        return replace(self, detector=replace(self.detector, mean=mean, std=std))
+
+    def run(
+        self, backbone: ResNet, data: tuple[CocoImages, CocoImages], setup: Setup
+    ) -> dict[str, float]:
+        """See `evaluate`."""
+        return evaluate(backbone, data, self, run_dir=setup.folder, progress=setup.progress)
 
     @property
     def optim(self) -> OptimConfig:
@@ -134,17 +140,16 @@ def evaluate(
     "iterations", "train_images", "test_images", "seconds": of training}. Raises ValueError
     if the data cannot serve; `signals.Stopped` when told to stop.
     """
-    train, test = data
-    config.check(train, test)
-    train = train if config.train_images is None else train.subset(config.train_images)
-    test = test if config.test_images is None else test.subset(config.test_images)
+    config.check(*data)
+    train = subset(data[0], config.train_images, "detection.train_images")
+    test = subset(data[1], config.test_images, "detection.test_images")
     detector, trainer = training(backbone, train, config, run_dir, progress=progress)
     for _ in steps(trainer, train, config):
         pass
     trainer.refuse_unfinished()
     test_settings = {**plain(config), "loop": None, "data": fingerprint(test.ids, test.records)}
     folder = trainer.run_dir / f"test-{config_hash(test_settings)}"
-    # every block of detections is kept as it comes
+    # Every block of detections is kept as it comes.
     with RunFolder(trainer.run_dir).on_rank_0(), signals.interruptible():
         _make_precise(detector, train, config, trainer.device, folder, progress)
         figures = _test(detector, test, config, trainer.device, folder, progress)
@@ -163,25 +168,25 @@ def training(
     *,
     progress: bool = True,
 ) -> tuple[GeneralizedRCNN, Trainer]:
-    """The detector, and the loop that trains it when it is iterated, in a folder under `run_dir` that its settings name.
+    """The detector, and the loop that trains it when it is iterated, in a folder under `run_dir`
+    that its settings name.
 
     The new layers' weights are fixed by `config.loop.seed`. Raises as `Trainer` does.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(config.loop.seed, "weights", 0))
         detector = build_detector(backbone, len(train.classes), config.detector)
-    kept = {name: value for name, value in plain(config).items() if name not in OF_THE_TEST[0]}
-    kept["detector"] = {
-        name: value for name, value in kept["detector"].items() if name not in OF_THE_TEST[1]
+    settings = plain(config)
+    for name in TEST_SETTINGS:
+        del settings[name]
+    for name in DETECTOR_TEST_SETTINGS:
+        del settings["detector"][name]
+    settings |= {
+        "evaluation": config.evaluation,
+        "data": [train.title, fingerprint(train.ids, train.records)],
+        "backbone": fingerprint(*backbone.state_dict().values()),
     }
-    settings = essential(
-        {
-            "evaluation": "detection",
-            **kept,
-            "data": [train.title, fingerprint(train.ids, train.records)],
-            "backbone": fingerprint(*backbone.state_dict().values()),
-        }
-    )
+    settings = essential(settings)
     trainer = Trainer(
         Detection(detector),
         len(train),
@@ -272,27 +277,24 @@ def precise_statistics(model: nn.Module, run: Callable[[Any], Any], batches: Ite
     The weights stay, and the model ends in testing mode. After Wu and Johnson (2021), as
     detectron2 does: running statistics forget, and lag behind the last weights.
     """
-    norms = [
-        module
-        for module in model.modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats
-    ]
-    momenta = [norm.momentum for norm in norms]
-    try:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # which makes torch average
-        model.train()
-        for batch in batches:
-            run(batch)
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        model.eval()
-    for norm in norms:
-        both = mean_over_ranks(torch.stack([norm.running_mean, norm.running_var]))
-        norm.running_mean.copy_(both[0])
-        norm.running_var.copy_(both[1])
+    update_bn(({"batch": batch} for batch in batches), _Run(model, run))
+    model.eval()
+    for norm in model.modules():
+        if isinstance(norm, _BatchNorm) and norm.track_running_stats:
+            both = mean_over_ranks(torch.stack([norm.running_mean, norm.running_var]))
+            norm.running_mean.copy_(both[0])
+            norm.running_var.copy_(both[1])
+
+
+class _Run(nn.Module):
+    """A model as `update_bn` calls it, which shows it to nothing but the first item of a tuple."""
+
+    def __init__(self, model: nn.Module, run: Callable[[Any], Any]):
+        super().__init__()
+        self.model, self.run = model, run
+
+    def forward(self, item: dict[str, Any]) -> None:
+        self.run(item["batch"])
 
 
 @torch.no_grad()
@@ -309,64 +311,26 @@ def detect(
     bbox, [x, y, width, height] in pixels; score; segmentation, compressed run lengths.
     """
     with torch.autocast(images[0].device.type, precision, enabled=precision is not None):
-        found = detector([image / 255 for image in images])
+        findings = detector([image / 255 for image in images])
     results = []
-    for number, one in zip(ids, found, strict=True):
-        inside = (one["masks"][:, 0] > 0.5).byte().permute(1, 2, 0)
+    for number, finding in zip(ids, findings, strict=True):
+        inside = (finding["masks"][:, 0] > 0.5).byte().permute(1, 2, 0)
         masks = rle.encode(np.asfortranarray(inside.cpu().numpy()))
-        corner, end = one["boxes"].split(2, dim=1)
+        corner, end = finding["boxes"].split(2, dim=1)
         boxes = torch.cat([corner, end - corner], 1).tolist()
-        named = [categories[label - 1] for label in one["labels"].tolist()]
-        for category, box, score, mask in zip(
-            named, boxes, one["scores"].tolist(), masks, strict=True
-        ):
+        columns = boxes, finding["labels"].tolist(), finding["scores"].tolist(), masks
+        for box, label, confidence, mask in zip(*columns, strict=True):
             mask["counts"] = mask["counts"].decode()
             results.append(
                 {
                     "image_id": number,
-                    "category_id": category,
+                    "category_id": categories[label - 1],
                     "bbox": box,
-                    "score": score,
+                    "score": confidence,
                     "segmentation": mask,
                 }
             )
     return results
-
-
-def score(
-    detections: Sequence[dict[str, Any]], truth: COCO, images: Sequence[int]
-) -> dict[str, float]:
-    """COCO's average precision in percent, by pycocotools, of what `detect` found.
-
-    Counts the images with these of COCO's numbers. Returns box_ap, the mean over the
-    overlaps .5, .55, ..., .95, box_ap50 and box_ap75, at one of them, and mask_ap,
-    mask_ap50 and mask_ap75, by the overlap of masks. Raises ValueError where nothing
-    is to be found.
-    """
-    known = truth.loadAnns(truth.getAnnIds(imgIds=list(images)))
-    if all(one.get("iscrowd", 0) for one in known):
-        raise ValueError(
-            f"images={list(images)[:3]}… ({len(images)}): no object is annotated "
-            "there, so nothing can be scored"
-        )
-    figures = {}
-    for kind, name in (("bbox", "box"), ("segm", "mask")):
-        precision = dict.fromkeys(("ap", "ap50", "ap75"), 0.0)
-        if detections:
-            # pycocotools takes sizes from boxes where there are some
-            own = [
-                {key: one[key] for key in one if (kind, key) != ("segm", "bbox")}
-                for one in detections
-            ]
-            with redirect_stdout(io.StringIO()):
-                judge = COCOeval(truth, truth.loadRes(own), kind)
-                judge.params.imgIds = sorted(images)
-                judge.evaluate()
-                judge.accumulate()
-                judge.summarize()
-            precision = dict(zip(precision, judge.stats[:3].tolist()))
-        figures |= {f"{name}_{key}": round(100 * value, 2) for key, value in precision.items()}
-    return figures
 
 
 def _make_precise(
@@ -377,24 +341,12 @@ def _make_precise(
     folder: Path,
     progress: bool,
 ) -> None:
-    """Give batch-norm precise statistics and keep the detector as detector.safetensors; or read it from there."""
-    rank, ranks = world()
+    """Give batch-norm precise statistics and keep the detector as detector.safetensors; or read it
+    from there."""
     path = folder / "detector.safetensors"
     if not on_rank_0(path.exists)():
         if config.precise_bn:
-            share = (
-                config.loop.batch_size // config.loop.accumulate // ranks
-            )  # what batch-norm saw in training
-            drawn, first = (
-                torch.Generator().manual_seed(stream_seed(config.loop.seed, "precise", 0)),
-                rank * share,
-            )
-            rounds = math.ceil(config.precise_bn * share * ranks / len(train))
-            order = torch.cat([torch.randperm(len(train), generator=drawn) for _ in range(rounds)])
-            plan = [
-                (n, some[first : first + share])
-                for n, some in zip(range(config.precise_bn), order.split(share * ranks))
-            ]
+            rank = world()[0]
 
             def run(numbered: tuple[int, Any]) -> None:
                 number, batch = numbered
@@ -407,17 +359,30 @@ def _make_precise(
                     generator = torch.Generator(device).manual_seed(seed)
                     images, targets = mirror(*batch, config.flip, generator)
                     detector([image / 255 for image in images], targets)
-                moves(1)
+                advance(1)
 
+            order = _precise_order(len(train), config)
             with (
-                closing(train.batches(plan, device=device)) as batches,
-                bar("precise batch-norm", len(plan), progress) as moves,
+                closing(train.batches(order, device=device)) as batches,
+                bar("precise batch-norm", len(order), progress) as advance,
             ):
                 precise_statistics(detector, run, enumerate(batches))
         weights = {name: value.cpu().contiguous() for name, value in detector.state_dict().items()}
         on_rank_0(_write)(path, safetensors.torch.save(weights))
     detector.load_state_dict(safetensors.torch.load_file(path))
     detector.eval()
+
+
+def _precise_order(samples: int, config: DetectionConfig) -> list[tuple[int, Tensor]]:
+    """(number, indices) of this rank's share of every batch, as large as those that batch-norm saw
+    in training."""
+    rank, ranks = world()
+    share = config.loop.batch_size // config.loop.accumulate // ranks
+    generator = torch.Generator().manual_seed(stream_seed(config.loop.seed, "precise", 0))
+    rounds = math.ceil(config.precise_bn * share * ranks / samples)
+    shuffled = torch.cat([torch.randperm(samples, generator=generator) for _ in range(rounds)])
+    whole = shuffled.split(share * ranks)[: config.precise_bn]
+    return [(number, batch[rank * share :][:share]) for number, batch in enumerate(whole)]
 
 
 def _test(
@@ -428,48 +393,47 @@ def _test(
     folder: Path,
     progress: bool,
 ) -> dict[str, float]:
-    """Look at the test images, each rank at its share, in blocks of which each is written; then score."""
+    """Look at the test images, each rank at its share, in blocks of which each is written; then
+    score."""
     rank, ranks = world()
     blocks = [
         (folder / f"detections-{start:06d}.json", range(start, min(start + BLOCK, len(test))))
         for start in range(0, len(test), BLOCK)
     ]
     missing = [(path, block) for path, block in blocks[rank::ranks] if not path.exists()]
-
-    def plan() -> Iterator[tuple[int, Tensor]]:
-        return ((index, torch.tensor([index])) for _, block in missing for index in block)
-
-    total = sum(len(block) for _, block in missing)
+    # One image at a time: padding to others' sizes would change what is seen.
+    order = [(index, torch.tensor([index])) for _, block in missing for index in block]
     with (
-        closing(test.batches(plan(), masks=False, device=device)) as batches,
-        bar("testing", total, progress) as moves,
+        closing(test.batches(order, masks=False, device=device)) as batches,
+        bar("testing", len(order), progress) as advance,
     ):
         for path, block in missing:
-            found: dict[str, list] = {"images": [], "detections": []}
-            for _ in block:
-                images, targets = next(
-                    batches
-                )  # one, as padding to others' sizes would change what is seen
-                ids = [target["image_id"].item() for target in targets]
-                found["images"] += ids
-                if ids:  # it could be read
-                    found["detections"] += detect(
-                        detector, images, ids, test.categories, PRECISIONS[config.loop.precision]
-                    )
-                moves(1)
-            _write(path, json.dumps(found).encode())
+            block_images: list[int] = []
+            detections: list[dict[str, Any]] = []
+            for images, targets in islice(batches, len(block)):
+                ids = [int(target["image_id"]) for target in targets]
+                block_images += ids
+                # An unreadable image has no target.
+                if ids:
+                    precision = PRECISIONS[config.loop.precision]
+                    detections += detect(detector, images, ids, test.categories, precision)
+                advance(1)
+            content = {"images": block_images, "detections": detections}
+            _write(path, json.dumps(content).encode())
     mean_over_ranks(torch.zeros(1, device=device))  # wait for all
+    return _score_files([path for path, _ in blocks], test, progress)
 
-    @on_rank_0
-    def judge() -> dict[str, float]:
-        found = [json.loads(path.read_text()) for path, _ in blocks]
-        images = [number for part in found for number in part["images"]]
-        detections = [one for part in found for one in part["detections"]]
-        with Progress(disable=not progress) as bars:
-            bars.add_task("scoring", total=None)  # pycocotools does not tell how far it is
-            return score(detections, test.truth(), images) | {"test_images": len(images)}
 
-    return judge()
+@on_rank_0
+def _score_files(paths: Sequence[Path], test: CocoImages, progress: bool) -> dict[str, float]:
+    """The figures of what is written in these files."""
+    blocks = [json.loads(path.read_text()) for path in paths]
+    images = [number for block in blocks for number in block["images"]]
+    detections = [detection for block in blocks for detection in block["detections"]]
+    # pycocotools does not tell how far it is.
+    with Progress(disable=not progress) as bars:
+        bars.add_task("scoring", total=None)
+        return score(detections, test.truth(), images) | {"test_images": len(images)}
 
 
 def _autocast(config: DetectionConfig, device: torch.device) -> torch.autocast:
