@@ -9,6 +9,8 @@ from torch import nn
 
 from imsvd_core.views import EvalView
 
+Color = tuple[float, float, float]  #: of red, green and blue
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -34,7 +36,7 @@ class Evaluation(Protocol):
     loop: Any
     """The settings of its training; None where nothing is trained by steps."""
 
-    def normalised(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Self:
+    def normalised(self, mean: Color, std: Color) -> Self:
         """The same for a backbone whose images were normalised so."""
         ...
 

@@ -14,7 +14,7 @@ from imsvd_core.data.batch import Batch, OrderLike
 from imsvd_core.engine.config import LoopConfig
 from imsvd_core.engine.optim import OptimConfig
 from imsvd_core.engine.trainer import Trainer
-from imsvd_core.evaluation.base import Setup
+from imsvd_core.evaluation.base import Color, Setup
 from imsvd_core.evaluation.features import (
     batches,
     embed,
@@ -69,9 +69,7 @@ class LinearConfig:
             subset(test, self.test_images, "linear.test_images"),
         )
 
-    def normalised(
-        self, mean: tuple[float, float, float], std: tuple[float, float, float]
-    ) -> "LinearConfig":
+    def normalised(self, mean: Color, std: Color) -> "LinearConfig":
         return replace(self, view=replace(self.view, mean=mean, std=std))
 
     def run(
