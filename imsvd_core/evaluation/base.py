@@ -29,7 +29,8 @@ class Setup:
 class Evaluation(Protocol):
     """The settings of an evaluation: they say what it is, and run it."""
 
-    name: ClassVar[str]
+    evaluation: ClassVar[str]
+    """Its name among the settings of what it keeps."""
     layout: ClassVar[str | None]
     """The scheme of the data that it needs, `voc` or `coco`; None for labelled images of any
     source."""

@@ -51,7 +51,7 @@ class LinearConfig:
     test_images: int | None = None
     """Test images to use, class-balanced; all of them by default."""
 
-    name: ClassVar[str] = "linear"
+    evaluation: ClassVar[str] = "linear"
     layout: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
@@ -208,7 +208,7 @@ def _training_settings(
     settings = plain(config)
     del settings["train_images"], settings["test_images"]
     settings |= {
-        "evaluation": "linear",
+        "evaluation": config.evaluation,
         "data": [train.title, list(train.classes)],
         "images": fingerprint(*train.identity()),
         "eval_view": plain(vars(view)),
