@@ -5,12 +5,9 @@ import copy
 import json
 import logging
 import os
-import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -456,22 +453,10 @@ def _fit_class(
     from threadpoolctl import threadpool_limits
 
     if os.getpid() != parent:
-        _end_with(parent)
+        signals.end_with(parent)
     with threadpool_limits(1):  # sums in one order, however many processes there are
         classifier, result = train_class(features, labels, config)
         return name, classifier.decision_function(test_features), result
-
-
-@cache  # once a process
-def _end_with(parent: int) -> None:
-    """Let this process end within seconds of the one that it works for, however that dies."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(2)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _checked(

@@ -70,7 +70,7 @@ def evaluate(
             for split in ("train", "test")
         )
     )
-    with signals.heed():
+    with signals.handle_stop_signals():
         figures = config.run(trained.backbone, data, setup)
     # The seconds of a training include those before a kill.
     seconds = max(time.perf_counter() - start, figures.get("seconds", 0))
