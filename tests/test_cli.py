@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
+import imsvd_core
 from imsvd_core.cli import main
+from imsvd_core.commands.jobs import LaunchPretrain
+from imsvd_core.commands.training import parse_pretraining
 from imsvd_core.data import memory as datasets
+from imsvd_core.loss import CrossJointEntropyLoss
+from imsvd_core.recipes import RECIPES
 from imsvd_core.runs import pretrain as training
 from imsvd_core.system import signals
 
@@ -26,11 +31,9 @@ def test_pretrain_then_evaluate(capsys):
     main(["pretrain", "cifar10", "--optim.lr", "0.003", "--knn.neighbors", "5", "--no-progress"])
     run = Path("runs/cifar10-smoke-seed0")
     config = json.loads((run / "config.json").read_text())
-    assert (
-        config["optim"]["lr"] == 0.003
-        and config["loop"]["batch_size"] == 64
-        and config["data"] == "attributes"
-    )
+    assert config["optim"]["lr"] == 0.003
+    assert config["loop"]["batch_size"] == 64
+    assert config["data"] == "attributes"
     main(["evaluate", "knn", "--neighbors", "10", "20", "--gallery", "300", str(run)])
     with pytest.raises(SystemExit):
         main(["evaluate", "knn", str(run), "--neighbors", "10"])
@@ -39,21 +42,19 @@ def test_pretrain_then_evaluate(capsys):
         ["evaluate", "linear", str(run), "--loop.epochs", "1", "--loop.seed", "5", "--no-progress"]
     )
     knn, linear = (json.loads((run / f"{name}.json").read_text()) for name in ("knn", "linear"))
-    assert (
-        set(knn["figures"]) == {"knn_10", "knn_20", "gallery", "queries"}
-        and knn["figures"]["gallery"] == 300
-    )
-    assert linear["figures"]["epochs"] == 1 and 0 <= linear["figures"]["linear"] <= 100
-    assert (
-        knn["provenance"]["dataset"] == "attributes (drawn)" and linear["provenance"]["seed"] == 5
-    )
+    assert set(knn["figures"]) == {"knn_10", "knn_20", "gallery", "queries"}
+    assert knn["figures"]["gallery"] == 300
+    assert linear["figures"]["epochs"] == 1
+    assert 0 <= linear["figures"]["linear"] <= 100
+    assert knn["provenance"]["dataset"] == "attributes (drawn)"
+    assert linear["provenance"]["seed"] == 5
     assert "written to runs/cifar10-smoke-seed0/linear.json" in capsys.readouterr().out.replace(
         "\n", ""
     )
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    ("words", "message"),
     [
         (["evaluate", "knn", "nowhere"], "run='nowhere' is not there: give the folder"),
         (["evaluate", "svd", "run"], "evaluation='svd' must be one of knn, linear"),
@@ -78,7 +79,9 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(capsys, words, messa
     with pytest.raises(SystemExit) as stop:
         main(words)
     said = capsys.readouterr()
-    assert stop.value.code == 2 and message in said.err + said.out and "Traceback" not in said.err
+    assert stop.value.code == 2
+    assert message in said.err + said.out
+    assert "Traceback" not in said.err
 
 
 def test_a_stopped_training_says_how_to_go_on_and_exits_as_after_sigterm(capsys, monkeypatch):
@@ -114,11 +117,61 @@ def test_no_command_and_a_wrong_one_show_the_usage(capsys):
     for words, code in (([], 2), (["train"], 2), (["--help"], 0), (["evaluate", "--help"], 0)):
         with pytest.raises(SystemExit) as stop:
             main(words)
-        assert stop.value.code == code and "usage: imsvd" in capsys.readouterr().out
+        assert stop.value.code == code
+        assert "usage: imsvd" in capsys.readouterr().out
 
 
 @pytest.mark.slow  # a process that imports torch
 def test_no_command_waits_for_what_only_the_svms_need():
     """Which takes over a second to import."""
-    code = "import sys, imsvd_core.cli; assert not {'sklearn', 'joblib', 'timm', 'lightly'} & sys.modules.keys()"
+    code = (
+        "import sys, imsvd_core.commands.training, imsvd_core.commands.jobs\n"
+        "assert not {'sklearn', 'joblib', 'timm', 'lightly'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_help_and_a_wrong_command_import_no_torch():
+    code = (
+        "import sys, imsvd_core.cli as cli\n"
+        "try:\n    cli.main({words})\nexcept SystemExit as stop:\n    assert stop.code == {code}\n"
+        "assert not {{'torch', 'numpy', 'tyro', 'rich'}} & sys.modules.keys()\n"
+        "assert len(sys.modules) < 200, len(sys.modules)"
+    )
+    for words, status in ((["--help"], 0), ([], 2), (["train"], 2)):
+        subprocess.run([sys.executable, "-c", code.format(words=words, code=status)], check=True)
+
+
+def test_one_recipe_alone_is_built_to_read_its_settings(monkeypatch, capsys):
+    def build(scale):
+        raise AssertionError("another recipe is built")
+
+    others = {name: build for name in RECIPES if name != "cifar10"}
+    for name, function in others.items():
+        monkeypatch.setitem(RECIPES, name, function)
+    command = parse_pretraining(["cifar10", "--loop.epochs", "3"], "imsvd pretrain")
+    assert command.recipe.loop.epochs == 3
+    assert command.run_dir == Path("runs/cifar10-smoke-seed0")
+    with pytest.raises(SystemExit) as stop:
+        main(["pretrain", "--help"])
+    assert stop.value.code == 0
+    assert "cifar10-vicreg" in capsys.readouterr().out
+
+
+def test_a_launched_job_is_the_command_with_its_place(tmp_path):
+    job = LaunchPretrain("cifar10", ["--scale", "smoke", "--loop.epochs", "3"])
+    run_dir = tmp_path / "runs" / "cifar10-smoke-seed0"
+    place = ["--scale", "smoke", "--run-dir", str(run_dir), "--no-progress"]
+    assert job.words() == ["pretrain", "cifar10", *place, "--loop.epochs", "3"]
+    assert (job.folder, job.name) == (run_dir / "jobs", "cifar10-smoke-seed0")
+
+
+def test_the_package_opens_at_one_door():
+    assert imsvd_core.CrossJointEntropyLoss is CrossJointEntropyLoss
+    assert imsvd_core.recipe("cifar10", "smoke").loop.batch_size == 64
+    assert imsvd_core.pretrain is training.pretrain
+    assert {"recipe", "pretrain", "CrossJointEntropyLoss"} == set(imsvd_core.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'train'"):
+        imsvd_core.train  # noqa: B018
+    code = "import sys, imsvd_core; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

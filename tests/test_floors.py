@@ -11,6 +11,7 @@ PACKAGE = Path(imsvd_core.__file__).parent
 #: Files and folders of the package, from the roof to the ground: one imports only what is below.
 FLOORS = """
 cli
+commands
 launch
 runs
 recipes

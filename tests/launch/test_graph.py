@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from imsvd_core import cli
+from imsvd_core.commands.training import parse_pretraining
 from imsvd_core.launch import queue
 from imsvd_core.launch import reproduce as reproducing
 from imsvd_core.launch.config import LaunchConfig
@@ -61,7 +61,7 @@ def test_a_pretraining_reads_its_command_as_the_settings_that_its_result_must_ha
     monkeypatch.setenv("IMSVD_DATASET", "attributes")
     for one in build((1,), (), "smoke", Path("out"), ("--optim.lr", "0.003", "--loop.epochs", "6")):
         if one.argv[0] == "pretrain":
-            command = cli._parse_pretrain(one.argv[1:], "imsvd")
+            command = parse_pretraining(one.argv[1:], "imsvd")
             assert plain(command.recipe) == one.settings and command.run_dir == one.run_dir
             assert one.settings["optim"]["lr"] == 0.003 and one.settings["loop"]["epochs"] in (3, 6)
             assert (

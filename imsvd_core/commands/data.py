@@ -1,0 +1,66 @@
+"""`imsvd data`: data sets on this machine."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import tyro
+
+from imsvd_core.commands.common import usage
+from imsvd_core.data import check
+from imsvd_core.system.files import atomic_write
+
+
+@dataclass(frozen=True)
+class DataCheckCommand:
+    """Verify a prepared data root: classes, counts, annotations, unreadable files.
+
+    Exits with 0 if all is well, else with 2; leaves its report in the root as .imsvd-checked.json.
+    Without a root it says how to prepare one."""
+
+    name: tyro.conf.Positional[str]
+    """imagenet, places205, voc07 or coco."""
+    root: tyro.conf.Positional[Path]
+    """Folder of the data set."""
+    decode: check.Decode = "header"
+    """What to read of every image: nothing; its two ends, which shows what is cut short or no
+    image; or all of it, which shows what cannot be decoded too. A JPEG damaged in the middle still
+    decodes (partly grey); no mode detects it."""
+    workers: int | None = None
+    """Threads that read; as many as cores by default."""
+    classes: int | None = None
+    """Expected classes, where the root holds a subset."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Expected images of a split, where the root holds a subset: --counts train 500 val 50."""
+    json: Path | None = None
+    """Also write the report to this file."""
+    progress: bool = True
+
+
+def data(argv: Sequence[str]) -> None:
+    """Verify a data root."""
+    if argv[:1] != ["check"]:
+        raise usage(
+            f"usage: imsvd data check {'|'.join(check.SPECS)} ROOT\n\n"
+            "`imsvd data check --help` lists its settings.",
+            argv,
+        )
+    command = tyro.cli(DataCheckCommand, prog="imsvd data check", args=argv[1:])
+    spec = check.find_spec(command.name)
+    spec = replace(
+        spec, classes=command.classes or spec.classes, counts={**spec.counts, **command.counts}
+    )
+    report = check.check(
+        command.name,
+        command.root,
+        decode=command.decode,
+        workers=command.workers,
+        spec=spec,
+        progress=command.progress,
+    )
+    print(report if report.ok else f"{report}\n\n{check.how_to(spec, command.root)}")
+    if command.json:
+        with atomic_write(command.json) as file:
+            file.write(json.dumps(asdict(report) | {"ok": report.ok}, indent=2).encode() + b"\n")
+    raise SystemExit(0 if report.ok else 2)

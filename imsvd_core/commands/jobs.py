@@ -1,0 +1,210 @@
+"""`imsvd launch`, `reproduce` and `status`: jobs, graphs of them, and where they stand."""
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from imsvd_core import launch as launcher
+from imsvd_core.commands.common import peek, wide_console
+from imsvd_core.commands.training import parse_evaluation, parse_pretraining
+from imsvd_core.launch import graph as graphs
+from imsvd_core.launch.reproduce import reproduce as bring_about
+from imsvd_core.launch.status import graphs_under, standings_of, watch
+from imsvd_core.recipes import RECIPES, Scale, current_scale, recipe
+from imsvd_core.runs.backbones import TrainedBackbone
+from imsvd_core.runs.evaluate import result_path
+
+
+@dataclass(frozen=True)
+class LaunchCommand:
+    """Send a recipe's training as a job: stopped, it saves, is queued again, and goes on.
+
+    All other settings are those of `imsvd pretrain RECIPE --help`."""
+
+    config: Annotated[launcher.LaunchConfig, tyro.conf.arg(name="")]
+    profile: str | None = None
+    """Which cluster of ~/.config/imsvd/clusters.toml (or of the file IMSVD_CLUSTERS) the options
+    start from; by default the one that it names as default."""
+    dry_run: bool = False
+    """Print the batch script and the plan (hours, cost, memory, disk, what would be refused), and
+    send nothing."""
+
+
+@dataclass(frozen=True)
+class ReproduceCommand:
+    """Tables and figures of the paper as a graph of jobs: pretrainings, then their evaluations.
+
+    A run that several need is made once. Call it again to go on: what is finished or on its way
+    stays, what failed is done again.
+
+    All other settings are those of `imsvd pretrain RECIPE --help`, for all pretrainings alike."""
+
+    config: Annotated[launcher.LaunchConfig, tyro.conf.arg(name="")]
+    table: tuple[int, ...] = ()
+    """Such as 1 2."""
+    figure: tuple[int, ...] = ()
+    all: bool = False
+    """Every table and figure that is held."""
+    scale: Scale = "laptop"
+    """Which version of the recipes; IMSVD_SCALE by default."""
+    out: Path | None = None
+    """Folder of the runs; runs/reproduce-SCALE by default."""
+    profile: str | None = None
+    """Which cluster of ~/.config/imsvd/clusters.toml (or of the file IMSVD_CLUSTERS) the options
+    start from; by default the one that it names as default."""
+    dry_run: bool = False
+    """Show what would be done, and do nothing."""
+
+
+@dataclass(frozen=True)
+class StatusCommand:
+    """Where what was launched stands: live until all has ended; once if this is no terminal."""
+
+    folder: tyro.conf.Positional[Path] = Path("runs")
+    """Folder of `imsvd reproduce`, run folder of `imsvd launch`, or the folder that holds such
+    folders."""
+    once: bool = False
+    """Show it once, on a terminal too."""
+
+
+class LaunchPretrain:
+    """A pretraining that is to be a job."""
+
+    def __init__(self, recipe_name: str, argv: Sequence[str]):
+        self.command = parse_pretraining([recipe_name, *argv], "imsvd launch")
+        self.recipe_name = recipe_name
+        self.options = _without(argv, "--scale", "--run-dir")
+        self.run_dir: Path = self.command.run_dir.absolute()
+        self.folder, self.name = self.run_dir / "jobs", self.run_dir.name
+
+    def words(self) -> list[str]:
+        """The job's `imsvd` command."""
+        place = ["--scale", self.command.scale, "--run-dir", str(self.run_dir), "--no-progress"]
+        return ["pretrain", self.recipe_name, *place, *self.options]
+
+    def plan(self, config: launcher.LaunchConfig) -> launcher.Plan:
+        """What the job will take."""
+        return launcher.plan(self.recipe_name, self.command.recipe, config, self.run_dir)
+
+
+class LaunchEvaluate:
+    """An evaluation that is to be a job."""
+
+    def __init__(self, argv: Sequence[str]):
+        trained: TrainedBackbone
+        self.command, trained, default = parse_evaluation(argv, "imsvd launch evaluate")
+        self.run_dir = trained.folder.absolute()
+        result = result_path(argv[0], trained, self.command.data, default.data).stem
+        self.folder, self.name = self.run_dir / "jobs" / result, f"{self.run_dir.name}-{result}"
+        run = self.command.run
+        self.options = [
+            str(run.absolute()) if word == str(run) else word
+            for word in _without(argv, "--scale", "--out")
+        ]
+
+    def words(self) -> list[str]:
+        """The job's `imsvd` command."""
+        place = ["--scale", self.command.scale, "--out", str(self.run_dir), "--no-progress"]
+        return ["evaluate", *self.options, *place]
+
+    def plan(self, config: launcher.LaunchConfig) -> None:
+        """No plan: how long evaluations take is not known."""
+
+
+def _without(argv: Sequence[str], *options: str) -> list[str]:
+    """The words without these options and their values."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in options:
+        parser.add_argument(option)
+    return parser.parse_known_args(argv)[1]
+
+
+def launch(argv: Sequence[str]) -> None:
+    """Send a training or an evaluation as a job."""
+    default = LaunchCommand(launcher.load_profile(peek(argv, "--profile")))
+    prog = "imsvd launch RECIPE"
+    if not argv or argv[0] in ("-h", "--help"):
+        tyro.cli(LaunchCommand, prog=prog, args=["--help"], default=default)
+    if argv[0] not in (*RECIPES, "evaluate"):
+        raise ValueError(
+            f"recipe={argv[0]!r} is unknown; the recipe comes first, one of: {', '.join(RECIPES)}; "
+            "or evaluate NAME RUN"
+        )
+    command, rest = tyro.cli(
+        LaunchCommand, prog=prog, args=argv[1:], default=default, return_unknown_args=True
+    )
+    job = LaunchEvaluate(rest) if argv[0] == "evaluate" else LaunchPretrain(argv[0], rest)
+    _refuse_second(job.run_dir, job.folder)
+    plan, words, code = job.plan(command.config), job.words(), job.run_dir / "code"
+    if command.dry_run and command.config.executor == "slurm":
+        print(launcher.batch_script(job.name, job.folder, command.config, code))
+    if plan and plan.refused and not command.dry_run:
+        raise ValueError("not sent:\n  " + "\n  ".join(plan.refused))
+    if plan:
+        print(plan)
+    if command.dry_run:
+        print(f"would send: imsvd {shlex.join(words)}")
+        return
+    submission = launcher.submit(
+        words,
+        name=job.name,
+        folder=job.folder,
+        config=command.config,
+        code=launcher.snapshot(code),
+    )
+    print(
+        f"job {submission.job_id} sent; its logs are in {job.folder}; "
+        f"imsvd status {job.run_dir} tells how it stands"
+    )
+    if command.config.executor == "debug" and submission.job:
+        submission.job.result()
+
+
+def _refuse_second(run_dir: Path, folder: Path) -> None:
+    """Raise ValueError if a job of this folder is on its way, or may be."""
+    known = graphs_under(run_dir) if (folder / "submission.json").exists() else []
+    for standing in _standings(known):
+        unfinished = standing.live or standing.state == "unknown"
+        if standing.task.folder == folder and unfinished:
+            raise ValueError(
+                f"run_dir={str(run_dir)!r} has a job on its way, {standing.job} "
+                f"({standing.words or standing.state}): "
+                "wait for its end, stop it, or give another folder"
+            )
+
+
+def _standings(known: Sequence[graphs.Graph]) -> list[Any]:
+    return [standing for graph in known for standing in standings_of(graph).values()]
+
+
+def reproduce(argv: Sequence[str]) -> None:
+    """Bring tables and figures of the paper about."""
+    scale = peek(argv, "--scale") or current_scale()
+    recipe("cifar10", scale)  # refuses a scale that is none
+    default = ReproduceCommand(launcher.load_profile(peek(argv, "--profile")), scale=scale)
+    command, options = tyro.cli(
+        ReproduceCommand,
+        prog="imsvd reproduce",
+        args=argv,
+        default=default,
+        return_unknown_args=True,
+    )
+    tables, figures = command.table, command.figure
+    if command.all:
+        tables, figures = tuple(graphs.TABLES), tuple(graphs.FIGURES)
+    out = (command.out or Path("runs") / f"reproduce-{command.scale}").absolute()
+    graph = graphs.build(tables, figures, command.scale, out, options)
+    if not bring_about(graph, out, command.config, wide_console(), dry_run=command.dry_run):
+        raise SystemExit(1)
+
+
+def status(argv: Sequence[str]) -> None:
+    """Show where jobs stand."""
+    command = tyro.cli(StatusCommand, prog="imsvd status", args=argv)
+    known = graphs_under(command.folder)
+    watch(lambda: _standings(known), wide_console(), once=command.once)
