@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from imsvd_core.engine.config import LoopConfig
 from imsvd_core.engine.optim import OptimConfig
-from imsvd_core.evaluation.base import Evaluation
 from imsvd_core.evaluation.detection.detector import DetectorConfig
 from imsvd_core.evaluation.detection.protocol import DetectionConfig
 from imsvd_core.evaluation.svm import SVMConfig
@@ -17,7 +17,8 @@ from imsvd_core.recipes.imagenet import imagenet
 class EvaluationRecipe:
     """One evaluation, of whatever backbone."""
 
-    config: Evaluation
+    config: Any
+    """Its settings, which run it: see `evaluation.base.Evaluation`."""
     data: str
     """Data set, as a pretraining's; voc:PATH and coco:PATH for the layouts of VOC and COCO."""
     eval_view: EvalViewConfig = field(default_factory=EvalViewConfig)
