@@ -108,7 +108,7 @@ def load_profile(name: str | None = None, path: Path | str | None = None) -> Lau
     Without a file and a name, plain `LaunchConfig()`. Raises FileNotFoundError or ValueError saying
     what the file has instead.
     """
-    file = Path(path or os.environ.get("IMSVD_CLUSTERS", PROFILES)).expanduser()
+    file = Path(path or os.environ.get("IMSVD_CLUSTERS") or PROFILES).expanduser()
     if not file.exists():
         if name is None:
             return LaunchConfig()

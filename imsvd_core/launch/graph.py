@@ -246,7 +246,7 @@ def finished(task: Task) -> bool:
         return False
     if stored is not None and task.argv[0] == "evaluate":
         kind = task.argv[1]
-        config = _config(task)
+        config = _config(task) or {}
         # Results from before the schemas are known by all values of the run's config.json.
         before = full_hash({"evaluation": config[kind], "pretraining": config})
         stored_hash = read_result(task.result)["provenance"]["config_hash"]

@@ -242,7 +242,7 @@ def _hours(
 
 
 def _own_speed(run_dir: Path, ranks: int) -> float | None:
-    """Images a second of a run that was launched before, on as many ranks; the median of its records."""
+    """The median images a second of a run that was launched before, on as many ranks."""
     try:
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         begun = Submission.read(run_dir / "jobs")

@@ -114,7 +114,6 @@ def read_squeue(text: str) -> list[Entry]:
         if len(values) != len(_FIELDS):
             continue
         job, state, reason, start, elapsed, restarts, status, name = values
-        restarts, status = (int(value) if value.isdigit() else 0 for value in (restarts, status))
         entries.append(
             Entry(
                 job,
@@ -123,15 +122,15 @@ def read_squeue(text: str) -> list[Entry]:
                 "" if reason in ("None", "N/A") else reason,
                 _known(start),
                 elapsed,
-                restarts,
-                _of_wait(status),
+                _number(restarts),
+                _of_wait(_number(status)),
             )
         )
     return entries
 
 
 def read_sacct(text: str) -> list[Entry]:
-    """The jobs that sacct printed: JobIDRaw, State, ExitCode, Start, Elapsed, JobName; oldest first."""
+    """The jobs that sacct printed, oldest first: the six columns that `ask` asks for."""
     entries = []
     for line in text.splitlines():
         values = line.split("|")
@@ -194,6 +193,10 @@ def _of_wait(status: int) -> str:
     if status & 127:
         return f"signal {status & 127}"
     return str(status >> 8) if status >> 8 else ""
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isdigit() else 0
 
 
 def _known(time: str) -> str:

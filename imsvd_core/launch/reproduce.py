@@ -218,13 +218,13 @@ def _run_all(graph: Graph, out: Path, config: LaunchConfig, code: Path, console:
                     config=fitting(task, config),
                     code=code,
                 )
-            if config.executor == "debug":
+            if submission.job and config.executor == "debug":
                 with contextlib.suppress(Exception, SystemExit):  # what it left tells
                     submission.job.results()
             while queue.alive(submission):
                 update(standings_of(graph).values())
                 time.sleep(PAUSE_SECONDS)
             update(standings_of(graph).values())
-    standings = standings_of(graph).values()
-    console.print(table(standings), summary(standings), sep="\n")
-    return all(standing.state == "done" for standing in standings)
+    ends = list(standings_of(graph).values())
+    console.print(table(ends), summary(ends), sep="\n")
+    return all(standing.state == "done" for standing in ends)

@@ -98,9 +98,8 @@ def standings_of(
         submission = submissions.get(task.name)
         needs = [standings[need] for need in task.needs]
         if task.name in done and all(need.state == "done" for need in needs):
-            standings[task.name] = Standing(
-                task, "done", outcome(task), submission and submission.job_id
-            )
+            job = submission.job_id if submission else None
+            standings[task.name] = Standing(task, "done", outcome(task), job)
         elif submission and submission.executor != "slurm" and queue.alive(submission):
             standings[task.name] = Standing(
                 task, "running", progress(task) or "starting", submission.job_id
@@ -305,7 +304,7 @@ def _launched(run_dir: Path) -> list[Task]:
 def table(standings: Iterable[Standing], title: str = "") -> Table:
     """The standings as a table: those of one run together."""
     standings = list(standings)
-    first = {}
+    first: dict[Path, int] = {}
     for place, standing in enumerate(standings):
         first.setdefault(standing.task.run_dir, place)
     shown = Table(

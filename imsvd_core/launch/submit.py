@@ -205,20 +205,20 @@ def _executor(
         )
         executor.update_parameters(**_slurm_parameters(config, name, code, after))
         return executor
-    executor = submitit.LocalExecutor(
+    local = submitit.LocalExecutor(
         folder, max_num_timeout=config.max_requeues, python=_python(code)
     )
     # submitit waits for the shell that runs the set-up, and bash would replace itself by the last
     # command
     setup = ["trap : EXIT", *config.setup] if config.setup else []
-    executor.update_parameters(
+    local.update_parameters(
         tasks_per_node=config.ranks_per_node,
         gpus_per_node=config.gpus_per_node,
         timeout_min=config.minutes,
         signal_delay_s=config.grace_seconds,
         setup=setup,
     )
-    return executor
+    return local
 
 
 def _environment(config: LaunchConfig, code: Path) -> dict[str, str]:

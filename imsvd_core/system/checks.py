@@ -5,18 +5,18 @@ A setting whose default is None may be None. Of a tuple every item is checked. A
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 def at_least(config: Any, **least: int) -> None:
     """Whole numbers with a lower bound: `at_least(self, epochs=1, seed=0)`."""
     for name, bound in least.items():
-        _check(
-            config,
-            name,
-            lambda value, bound=bound: isinstance(value, int) and value >= bound,
-            f"at least {bound}, and whole",
-        )
+        _check(config, name, partial(_is_whole, bound), f"at least {bound}, and whole")
+
+
+def _is_whole(bound: int, value: Any) -> bool:
+    return isinstance(value, int) and value >= bound
 
 
 def finite(config: Any, *names: str) -> None:

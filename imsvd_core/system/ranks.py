@@ -63,7 +63,7 @@ def _find_ranks_of_job() -> None:
 
     The port where they meet is the job's own, and a requeued job has another one: an attempt whose
     node was thought dead may still listen at the first. It lies below those that Linux assigns.
-    Raises ValueError if the first node's name cannot be resolved; torch would wait for its time-out.
+    Raises ValueError if the first node's name cannot be resolved, where torch would wait long.
     """
     from submitit.helpers import TorchDistributedEnvironment  # slow to import
 

@@ -18,17 +18,23 @@ from typing import Any, BinaryIO
 
 from imsvd_core.system import files
 from imsvd_core.system.config import plain
-from imsvd_core.system.files import ATTEMPT, TOKEN, Superseded
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]  # the token alone then keeps processes apart
 
+#: Environment variable: which attempt of which job this is; a later one compares greater.
+ATTEMPT = "IMSVD_ATTEMPT"
+TOKEN = ".attempt"
 #: How long an attempt waits for the one that it supersedes to let go.
 HANDOVER_SECONDS = 30.0
 
 log = logging.getLogger(__name__)
+
+
+class Superseded(RuntimeError):
+    """A later attempt at the same work has taken the folder over: this process must not write."""
 
 
 class RunFolder:
@@ -179,7 +185,7 @@ class RunFolder:
         return {}
 
     def _leave_token(self) -> None:
-        with files.atomic_write(self.path / TOKEN, fenced=False) as file:
+        with files.atomic_write(self.path / TOKEN) as file:
             file.write(json.dumps(self._own).encode() + b"\n")
 
 
