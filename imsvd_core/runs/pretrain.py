@@ -212,8 +212,8 @@ def pretrain(recipe: Recipe, run_dir: Path | str, *, progress: bool = True) -> P
     """Train `recipe` to its end, resuming what is in `run_dir`; returns the path of result.json.
 
     Raises `signals.Stopped`, with a checkpoint saved, after SIGTERM or SIGUSR2 (a cluster's
-    notice), or when a rank's launcher is gone; `files.Superseded` when a later attempt has taken
-    `run_dir` over.
+    notice), or when a rank's launcher is gone; `run_folder.Superseded` when a later attempt has
+    taken `run_dir` over.
     """
     with signals.handle_stop_signals(), RunFolder(run_dir).on_rank_0() as folder:
         run = Pretraining(recipe, folder, progress=progress)

@@ -41,7 +41,6 @@ from imsvd_core.system.config import config_hash, essential, plain
 from imsvd_core.system.devices import PRECISIONS
 from imsvd_core.system.files import atomic_write
 from imsvd_core.system.progress import bar
-from imsvd_core.system.run_folder import RunFolder
 
 BLOCK = 25  # test images whose detections are written together: what a kill may cost
 
