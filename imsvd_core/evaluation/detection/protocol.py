@@ -147,9 +147,9 @@ def evaluate(
         pass
     trainer.refuse_unfinished()
     test_settings = {**plain(config), "loop": None, "data": fingerprint(test.ids, test.records)}
-    folder = trainer.run_dir / f"test-{config_hash(test_settings)}"
+    folder = trainer.run.path / f"test-{config_hash(test_settings)}"
     # Every block of detections is kept as it comes.
-    with RunFolder(trainer.run_dir).on_rank_0(), signals.interruptible():
+    with trainer.run.on_rank_0(), signals.interruptible():
         _make_precise(detector, train, config, trainer.device, folder, progress)
         figures = _test(detector, test, config, trainer.device, folder, progress)
     return figures | {
