@@ -50,8 +50,8 @@ def run(argv: Sequence[str]) -> None:
     `signals.Stopped` where a notice ended it before its end, with all that it had done saved."""
     from imsvd_core.engine.checkpoints import CheckpointError
     from imsvd_core.engine.trainer import NonFiniteError
-    from imsvd_core.system.files import Superseded
     from imsvd_core.system.ranks import first_to_say
+    from imsvd_core.system.run_folder import Superseded
 
     module = import_module(f"imsvd_core.commands.{COMMANDS[argv[0]]}")
     try:
