@@ -96,6 +96,7 @@ def test_every_labelled_formula_has_a_test_that_catches_every_perturbation_of_it
     assert found["totals"]["tried"] == found["totals"]["caught"] >= 180
 
 
+@pytest.mark.slow  # each perturbation is a process
 def test_what_was_found_is_kept_until_something_changes_and_faults_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +110,7 @@ def test_what_was_found_is_kept_until_something_changes_and_faults_are_not(
         assert len(runs) == number
 
 
+@pytest.mark.slow  # each perturbation is a process
 def test_the_page_lists_every_label_with_its_function_its_test_and_what_was_caught(
     tmp_path: Path,
 ) -> None:
@@ -123,6 +125,7 @@ def test_the_page_lists_every_label_with_its_function_its_test_and_what_was_caug
     ]
 
 
+@pytest.mark.slow  # each perturbation is a process
 def test_a_sound_ledger_passes_and_counts_what_labels_share_once(tmp_path: Path) -> None:
     status, found, said = run(small_book(tmp_path))
     assert (status, found["faults"]) == (0, [])
@@ -134,6 +137,7 @@ def test_a_sound_ledger_passes_and_counts_what_labels_share_once(tmp_path: Path)
     assert "2 labels, 1 functions, 1 tests: 5 perturbations tried, 5 caught" in said
 
 
+@pytest.mark.slow  # each perturbation is a process
 @pytest.mark.parametrize(
     ("label", "test", "missed"),
     [
@@ -150,6 +154,7 @@ def test_a_test_that_does_not_bite_fails(
     assert "survived" in said
 
 
+@pytest.mark.slow  # each perturbation is a process
 def test_a_test_that_only_crashes_has_not_bitten(tmp_path: Path) -> None:
     crash = GOOD.replace("assert", "if not").replace(
         "== 7", "== 7:\n        raise RuntimeError('not seven')"
@@ -159,6 +164,7 @@ def test_a_test_that_only_crashes_has_not_bitten(tmp_path: Path) -> None:
     assert "eq-line: 0 perturbations of 01-lines:line are caught, and 2 must be" in found["faults"]
 
 
+@pytest.mark.slow  # each perturbation is a process
 def test_a_test_that_fails_by_itself_fails(tmp_path: Path) -> None:
     status, found, _ = run(small_book(tmp_path, test=GOOD.replace("7", "8")))
     assert status == 1
@@ -168,6 +174,7 @@ def test_a_test_that_fails_by_itself_fails(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow  # each perturbation is a process
 def test_a_second_test_that_adds_nothing_fails(tmp_path: Path) -> None:
     two = LEDGER.replace(
         '"tests/test_lines.py::test_line"',
@@ -181,6 +188,7 @@ def test_a_second_test_that_adds_nothing_fails(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow  # each perturbation is a process
 @pytest.mark.parametrize(
     ("old", "new", "fault"),
     [
@@ -207,12 +215,14 @@ def test_a_function_or_test_that_is_not_there_fails(
     assert fault in found["faults"][0]
 
 
+@pytest.mark.slow  # each perturbation is a process
 def test_tests_that_cannot_be_collected_fail(tmp_path: Path) -> None:
     status, found, _ = run(small_book(tmp_path, test="import no_such_module\n" + GOOD))
     assert status == 1
     assert "no_such_module" in found["faults"][0]
 
 
+@pytest.mark.slow  # each perturbation is a process
 def test_a_perturbation_declared_to_be_without_effect_is_passed_over_and_must_be_one(
     tmp_path: Path,
 ) -> None:

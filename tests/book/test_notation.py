@@ -141,6 +141,7 @@ def test_a_symbol_without_definition_at_its_place_is_a_fault(
     assert any(found.startswith("book/01-one.md:") and fault in found for found in faults), faults
 
 
+@pytest.mark.slow  # reads every chapter once for each definition
 def test_removing_any_definition_of_any_chapter_is_noticed() -> None:
     """Without a line of definitions its symbols are faults, unless other lines or earlier chapters define them too."""
     known = symbols.notation((REPOSITORY / "book" / "notation.md").read_text())

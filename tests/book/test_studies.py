@@ -25,6 +25,7 @@ def load(name):
     return study
 
 
+@pytest.mark.slow  # a training for every setting
 def test_the_grid_of_units_runs_every_setting_once(tmp_path, monkeypatch):
     monkeypatch.setenv("IMSVD_SCALE", "smoke")
     monkeypatch.setenv("IMSVD_DATASET", "attributes")
