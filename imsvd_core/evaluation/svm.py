@@ -174,8 +174,8 @@ def evaluate(
     }
     folder = Path(run_dir) / config_hash(settings)
     with RunFolder(folder) as run, signals.interruptible():
-        options = {"folder": folder, "progress": progress}
-        placing = {"device": device, "precision": precision}
+        options: dict[str, Any] = {"folder": folder, "progress": progress}
+        placing: dict[str, Any] = {"device": device, "precision": precision}
         features, rows = embed(backbone, train, config, **options, **placing)
         test_features, test_rows = embed(backbone, test, config, **options, **placing)
         figures = fit(

@@ -25,7 +25,7 @@ def score(
             f"images={list(images)[:3]}… ({len(images)}): no object is annotated "
             "there, so nothing can be scored"
         )
-    figures = {}
+    figures: dict[str, float] = {}
     for kind, name in (("bbox", "box"), ("segm", "mask")):
         precision = dict.fromkeys(("ap", "ap50", "ap75"), 0.0)
         if detections:
