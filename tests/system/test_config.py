@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 import pytest
 
+from imsvd_core.evaluation.detection.protocol import DetectionConfig
+from imsvd_core.evaluation.svm import SVMConfig
 from imsvd_core.methods import IMSVD, VICReg
 from imsvd_core.recipes import RECIPES, EvaluationRecipe, Recipe
 from imsvd_core.system.config import (
@@ -44,6 +46,7 @@ def classes(hint: Any) -> dict[str, type]:
 def table() -> dict[str, dict[str, Any]]:
     """The defaults of every class of settings that a result may hold."""
     kinds = classes(Recipe) | classes(EvaluationRecipe)
+    kinds |= classes(SVMConfig) | classes(DetectionConfig)
     return {name: plain(default_values(kind)) for name, kind in sorted(kinds.items())}
 
 
