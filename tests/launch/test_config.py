@@ -69,7 +69,9 @@ def test_a_profile_spares_typing(tmp_path, monkeypatch):
         ValueError, match=r"\[theirs\]: LaunchConfig has no field partiton; it has: executor, nodes"
     ):
         load_profile("theirs")
-    with pytest.raises(ValueError, match="profile='nowhere' is not in .*; there are: ours, theirs"):
+    with pytest.raises(
+        ValueError, match=r"profile='nowhere' is not in .*; there are: ours, theirs"
+    ):
         load_profile("nowhere")
     file.write_text("[ours")
     with pytest.raises(ValueError, match="is not TOML"):

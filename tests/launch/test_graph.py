@@ -1,5 +1,7 @@
-"""What a table needs, each piece once; what is finished stays, what is lost is done again, what is on its way goes on."""
+"""What a table needs, each piece once; what is finished stays, what is lost is done again, what is
+on its way goes on."""
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -33,13 +35,15 @@ def task(name: str, *needs: str, out: Path = Path("out"), result: str | None = N
 def test_everything_is_fifteen_tasks_and_a_pretraining_that_several_need_is_one():
     graph = build((1, 2), (3,), "smoke", Path("out"), DATA)
     names = [one.name for one in graph]
-    assert len(graph) == 15 and sum(name.endswith("/pretrain") for name in names) == 6
+    assert len(graph) == 15
+    assert sum(name.endswith("/pretrain") for name in names) == 6
     assert (
         graph["imsvd-2-epochs/linear"].needs
         == graph["imsvd-2-epochs/knn"].needs
         == ("imsvd-2-epochs/pretrain",)
     )
-    assert "vicreg-1-epoch/linear" in names and "vicreg-1-epoch/knn" not in names
+    assert "vicreg-1-epoch/linear" in names
+    assert "vicreg-1-epoch/knn" not in names
     assert len(build((2,), (), "smoke", Path("out"), DATA)) == 6
     assert [one.name for one in build((), (3,), "smoke", Path("out"), DATA)] == [
         "imsvd-2-epochs/pretrain"
@@ -62,8 +66,10 @@ def test_a_pretraining_reads_its_command_as_the_settings_that_its_result_must_ha
     for one in build((1,), (), "smoke", Path("out"), ("--optim.lr", "0.003", "--loop.epochs", "6")):
         if one.argv[0] == "pretrain":
             command = parse_pretraining(one.argv[1:], "imsvd")
-            assert plain(command.recipe) == one.settings and command.run_dir == one.run_dir
-            assert one.settings["optim"]["lr"] == 0.003 and one.settings["loop"]["epochs"] in (3, 6)
+            assert plain(command.recipe) == one.settings
+            assert command.run_dir == one.run_dir
+            assert one.settings["optim"]["lr"] == 0.003
+            assert one.settings["loop"]["epochs"] in (3, 6)
             assert (
                 one.settings["data"] == "attributes"
             )  # what auto stands for is settled once, for all
@@ -260,7 +266,7 @@ def again(graph, tmp_path, slurm):
 
     def call(**settings) -> dict[str, tuple[str, ...]]:
         before = len(slurm.sent)
-        call.console = Console(record=True, width=200, file=open(tmp_path / "said", "w"))
+        call.console = Console(record=True, width=200, file=io.StringIO())
         reproduce(graph, tmp_path, LaunchConfig(**settings), call.console)
         return {name: after for name, after, _ in slurm.sent[before:]}
 
@@ -292,7 +298,8 @@ def test_a_second_call_submits_what_failed_and_what_waited_for_it_alone(
     )
     for one in graph:
         slurm.end(one, "COMPLETED")
-    assert again() == {} and "nothing left to do" in again.console.export_text()
+    assert again() == {}
+    assert "nothing left to do" in again.console.export_text()
 
 
 def test_a_task_waits_for_the_job_that_is_on_its_way_already(graph, slurm, again):
@@ -309,11 +316,9 @@ def test_a_job_that_we_were_cut_off_from_recording_is_adopted(graph, slurm, agai
     again()
     record = graph["a/pretrain"].folder / "submission.json"
     record.unlink()
-    assert (
-        again() == {}
-        and json.loads(record.read_text())["job_id"] == slurm.number("a/pretrain")
-        and not slurm.cancelled
-    )
+    assert again() == {}
+    assert json.loads(record.read_text())["job_id"] == slurm.number("a/pretrain")
+    assert not slurm.cancelled
 
 
 def test_a_job_that_we_were_cut_off_from_giving_its_work_is_replaced(graph, slurm, again):
@@ -321,14 +326,16 @@ def test_a_job_that_we_were_cut_off_from_giving_its_work_is_replaced(graph, slur
     (graph["b/knn"].folder / "submission.json").unlink()
     number = slurm.number("b/knn")
     (graph["b/knn"].folder / f"{number}_submitted.pkl").unlink()
-    assert again() == {"b/knn": ("b/pretrain",)} and slurm.cancelled == [number]
+    assert again() == {"b/knn": ("b/pretrain",)}
+    assert slurm.cancelled == [number]
 
 
 def test_a_job_that_waits_for_what_has_failed_is_replaced(graph, slurm, again):
     again()
     slurm.end(graph["b/pretrain"], "FAILED")
     number = slurm.number("b/knn")
-    assert again() == {"b/pretrain": (), "b/knn": ("b/pretrain",)} and slurm.cancelled == [number]
+    assert again() == {"b/pretrain": (), "b/knn": ("b/pretrain",)}
+    assert slurm.cancelled == [number]
 
 
 def test_an_evaluation_gets_one_process_and_one_gpu(slurm, again):
@@ -375,16 +382,15 @@ def test_nothing_is_submitted_while_another_call_is_at_work_or_slurm_is_silent(
 def test_a_dry_run_does_nothing(graph, slurm, tmp_path):
     console = Console(record=True, width=200)
     reproduce(graph, tmp_path / "new", LaunchConfig(), console, dry_run=True)
-    assert (
-        "would submit 5: a/pretrain" in console.export_text()
-        and not slurm.sent
-        and not (tmp_path / "new").exists()
-    )
+    assert "would submit 5: a/pretrain" in console.export_text()
+    assert not slurm.sent
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_job_s_name_is_its_task_s_and_its_folder_s_alone(graph, tmp_path):
     names = {job_name(one, out) for one in graph for out in (tmp_path, tmp_path / "other")}
-    assert len(names) == 10 and not any("," in name for name in names)
+    assert len(names) == 10
+    assert not any("," in name for name in names)
 
 
 # And for once in earnest, on this machine
@@ -414,7 +420,7 @@ def test_debugging_goes_on_after_a_failure_in_this_process(tmp_path, pictures):
     )
     (first.run_dir / "checkpoints").mkdir(parents=True)
     (first.run_dir / "checkpoints" / "step-000000001.pt").write_text("torn")
-    console = Console(record=True, width=200, file=open(tmp_path / "said", "w"))
+    console = Console(record=True, width=200, file=io.StringIO())
     assert not reproduce(Graph([first, knn]), tmp_path, LaunchConfig(executor="debug"), console)
     assert "2 tasks: 1 failed, 1 not run" in console.export_text()
 

@@ -1,4 +1,4 @@
-"""How often to save: the formulas of the chapter on full scale, by other routes than its functions."""
+"""How often to save: the chapter's formulas, by other routes than its functions."""
 
 import math
 
@@ -14,7 +14,8 @@ CHAPTER = "14-jobs-that-survive"
 def test_an_interval_takes_its_work_and_all_failures_before_it_succeeds(
     work, save, between, restart
 ):
-    """The mean number of failures, times what one costs: summed up and integrated by the midpoint rule."""
+    """The mean number of failures, times what one costs: summed up and integrated by the midpoint
+    rule."""
     length, slices = work + save, 100_000
     survives = math.exp(-length / between)
     failures = sum(number * survives * (1 - survives) ** number for number in range(1, 20_000))

@@ -29,16 +29,16 @@ def imagenet(tmp_path, monkeypatch):
 
 def test_the_papers_own_launch_is_quoted_from_table_iv(imagenet, tmp_path):
     one = plan("imagenet-200", recipe("imagenet-200", "full"), FULL, tmp_path)
-    assert one.hours == 17.0 and one.memory_gb == pytest.approx(10.4) and one.batch_per_rank == 64
-    assert one.steps == 200 * (1_281_167 // 2048) and not one.refused
-    assert (
-        one.attempts == 1 and replace(one, config=replace(FULL, time="2:00:00")).attempts == 9
-    )  # of 118 minutes
+    assert one.hours == 17.0
+    assert one.memory_gb == pytest.approx(10.4)
+    assert one.batch_per_rank == 64
+    assert one.steps == 200 * (1_281_167 // 2048)
+    assert not one.refused
+    assert one.attempts == 1
+    assert replace(one, config=replace(FULL, time="2:00:00")).attempts == 9
     text = str(one)
-    assert (
-        "quoted: Table IV, 8.5 hours for 100 epochs on 32 V100" in text
-        and "GPU hours 544; 1,088 USD at 2" in text
-    )
+    assert "quoted: Table IV, 8.5 hours for 100 epochs on 32 V100" in text
+    assert "GPU hours 544; 1,088 USD at 2" in text
 
 
 def test_table_iv_is_quoted_for_each_of_its_methods(imagenet, tmp_path):
@@ -52,8 +52,10 @@ def test_table_iv_is_quoted_for_each_of_its_methods(imagenet, tmp_path):
 
 def test_time_and_memory_scale_with_the_gpus_but_not_what_every_gpu_holds(imagenet, tmp_path):
     half = plan("imagenet-100", recipe("imagenet-100", "full"), replace(FULL, nodes=2), tmp_path)
-    assert half.hours == 17.0 and half.batch_per_rank == 128
-    # ResNet-50 without classifier, 2048-8192-8160 with one batch-norm; weights, gradients, momentum in fp32
+    assert half.hours == 17.0
+    assert half.batch_per_rank == 128
+    # ResNet-50 without classifier, 2048-8192-8160 with one batch-norm; weights, gradients, momentum
+    # in fp32
     fixed = 12 * (23_508_032 + 2048 * 8192 + 2 * 8192 + 8192 * 8160) / 1e9
     assert half.memory_gb == pytest.approx(fixed + 2 * (10.4 - fixed))
 
@@ -82,10 +84,8 @@ def test_a_run_that_has_begun_on_as_many_ranks_tells_its_own_time(imagenet, tmp_
     )
     one = plan("imagenet-100", recipe("imagenet-100", "full"), FULL, tmp_path)
     if ranks == FULL.ranks:
-        assert (
-            one.hours == pytest.approx(100 * 1_281_167 / 1000 / 3600)
-            and one.hours_source == "measured: this run so far"
-        )
+        assert one.hours == pytest.approx(100 * 1_281_167 / 1000 / 3600)
+        assert one.hours_source == "measured: this run so far"
     else:
         assert "quoted" in one.hours_source
 
@@ -111,7 +111,9 @@ def test_idle_gpus_save_no_time_and_cost_all_the_same(imagenet, tmp_path):
     one = plan(
         "imagenet-100", recipe("imagenet-100", "full"), replace(FULL, tasks_per_node=4), tmp_path
     )
-    assert one.hours == 17.0 and one.batch_per_rank == 128 and "GPU hours 544" in str(one)
+    assert one.hours == 17.0
+    assert one.batch_per_rank == 128
+    assert "GPU hours 544" in str(one)
 
 
 def test_one_core_to_decode_a_gpu_s_images_is_remarked_upon(imagenet, tmp_path):
@@ -132,12 +134,10 @@ def test_what_nobody_measured_is_unknown(tmp_path):
     one = plan(
         "cifar10", replace(recipe("cifar10", "smoke"), data="attributes"), LaunchConfig(), tmp_path
     )
-    assert (
-        one.hours is None
-        and one.memory_gb is None
-        and "time      unknown" in str(one)
-        and one.steps == 8
-    )
+    assert one.hours is None
+    assert one.memory_gb is None
+    assert "time      unknown" in str(one)
+    assert one.steps == 8
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,8 @@ def test_what_would_fail_later_is_refused_now(imagenet, tmp_path, config, settin
     refused = plan(
         "imagenet-100", replace(recipe("imagenet-100", "full"), **settings), config, tmp_path
     ).refused
-    assert len(refused) == 1 and words in refused[0]
+    assert len(refused) == 1
+    assert words in refused[0]
 
 
 def test_data_that_were_not_checked_or_found_wanting_are_refused(imagenet, tmp_path):

@@ -1,5 +1,6 @@
 """How tasks stand, from what Slurm has been seen to answer and from what runs record."""
 
+import io
 import json
 import os
 import subprocess
@@ -111,7 +112,8 @@ def test_a_job_is_ours_by_number_and_name_and_found_by_its_name_alone(slurm):
     assert queue.ask({}, ["a/bad"]).keys() == {"2"}
     calls, _ = slurm
     del calls[:]
-    assert queue.ask({}) == {} and not calls
+    assert queue.ask({}) == {}
+    assert not calls
 
 
 def test_a_cluster_without_accounts_is_one_too(slurm):
@@ -254,7 +256,8 @@ def test_last_words_are_the_job_s_own_and_of_the_first_rank_that_has_any(tmp_pat
 def test_last_words_are_those_of_the_rank_that_failed_first(tmp_path):
     job = sent("7", folder=tmp_path, tasks=2)
     (tmp_path / "7_0_log.err").write_text(
-        "Connection reset by peer\nsrun: error: n2: task 1: Killed\nsrun: error: n1: task 0: Exited "
+        "Connection reset by peer\n"
+        "srun: error: n2: task 1: Killed\nsrun: error: n1: task 0: Exited "
         "with exit code 1\n"
     )
     (tmp_path / "7_1_log.err").write_text("resumed run at step 7\n")
@@ -293,10 +296,8 @@ def test_status_finds_graphs_and_runs_that_were_launched(tmp_path):
         ["a/pretrain"],
     ]
     (launched,) = graphs_under(tmp_path / "run")
-    assert (
-        launched["run"].folder == tmp_path / "run" / "jobs"
-        and launched["run"].result == tmp_path / "run" / "result.json"
-    )
+    assert launched["run"].folder == tmp_path / "run" / "jobs"
+    assert launched["run"].result == tmp_path / "run" / "result.json"
 
 
 def test_what_is_shown(tmp_path, monkeypatch):
@@ -305,7 +306,7 @@ def test_what_is_shown(tmp_path, monkeypatch):
         Standing(task("a/knn"), "failed", "exit code 2", log=("why [red]",)),
     )
     standings = [Standing(task("a/pretrain"), "running", "step 1 of 9"), done, failed]
-    console = Console(record=True, width=100, file=open(tmp_path / "shown", "w"))
+    console = Console(record=True, width=100, file=io.StringIO())
     watch(lambda: standings, console)
     lines = [line.rstrip() for line in console.export_text().splitlines()]
     assert [line.split()[0] for line in lines[1:]] == [
@@ -315,15 +316,17 @@ def test_what_is_shown(tmp_path, monkeypatch):
         "b/pretrain",
         "3",
     ]  # a run's tasks together
-    assert lines[3].endswith("  why [red]") and lines[-1] == "3 tasks: 1 done, 1 running, 1 failed"
+    assert lines[3].endswith("  why [red]")
+    assert lines[-1] == "3 tasks: 1 done, 1 running, 1 failed"
     assert summary([done]) == "1 task: 1 done"
 
 
 def test_watching_ends_when_nothing_is_on_its_way_any_more(tmp_path, monkeypatch):
     monkeypatch.setattr(status.time, "sleep", lambda seconds: None)
     states = iter(["pending", "running", "unknown", "done", "never looked at"])
-    console = Console(force_terminal=True, width=100, file=open(tmp_path / "shown", "w"))
+    console = Console(force_terminal=True, width=100, file=io.StringIO())
     (last,) = watch(lambda: [Standing(task("a/pretrain"), next(states))], console)
-    assert last.state == "done" and next(states) == "never looked at"
+    assert last.state == "done"
+    assert next(states) == "never looked at"
     console.file.close()
     assert "1 task: 1 running" in (tmp_path / "shown").read_text()

@@ -1,4 +1,5 @@
-"""What is sent, and what a job does when it is told to stop: on this machine, through submitit's local executor."""
+"""What is sent, and what a job does when it is told to stop: on this machine, through submitit's
+local executor."""
 
 import json
 import os
@@ -112,14 +113,16 @@ def test_a_snapshot_is_what_runs_whatever_happens_to_the_code_after_it(tmp_path)
         cwd=Path(imsvd_core.__file__).parents[1],  # whose code must not be taken
         env={**os.environ, **_environment(LaunchConfig(executor="local"), code)},
     ).stdout.split()
-    assert Path(told[0]).is_relative_to(code) and told[1] == imsvd_core.results.code_version()
+    assert Path(told[0]).is_relative_to(code)
+    assert told[1] == imsvd_core.results.code_version()
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
 def test_a_notice_that_comes_while_python_still_imports_waits_until_it_is_heeded(number):
     shield = Path(job.__file__).with_name("shield.py")
     listens = (
-        "import os, signal, time; print('here', flush=True); input(); from imsvd_core.system import signals\n"
+        "import os, signal, time; print('here', flush=True); input()\n"
+        "from imsvd_core.system import signals\n"
         "with signals.handle_stop_signals(override=True): print(signals.stop_requested() == "
         + f"{int(number)})"
     )
@@ -131,7 +134,8 @@ def test_a_notice_that_comes_while_python_still_imports_waits_until_it_is_heeded
     ) as process:
         assert process.stdout.readline() == "here\n"
         process.send_signal(number)
-        assert process.communicate("\n")[0] == "True\n" and process.returncode == 0
+        assert process.communicate("\n")[0] == "True\n"
+        assert process.returncode == 0
 
 
 def test_without_slurm_a_launch_says_what_to_do(tmp_path, monkeypatch):
@@ -144,10 +148,8 @@ def test_a_dry_run_prints_script_and_plan_and_writes_nothing(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     main(["launch", *OPTIONS, "--dry-run", "--nodes", "2", "--partition", "main"])
     told = capsys.readouterr().out
-    assert (
-        "#SBATCH --partition=main" in told
-        and "cifar10: 2 processes without GPU (2 × 1), 8 images on each" in told
-    )
+    assert "#SBATCH --partition=main" in told
+    assert "cifar10: 2 processes without GPU (2 × 1), 8 images on each" in told
     assert not list(tmp_path.iterdir())
 
 
@@ -155,10 +157,8 @@ def test_what_the_plan_refuses_is_not_sent(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         main(["launch", *OPTIONS, "--executor", "local", "--tasks-per-node", "3"])
-    assert (
-        stop.value.code == 2
-        and "not sent:\n  batch_size=16 cannot be cut" in capsys.readouterr().err
-    )
+    assert stop.value.code == 2
+    assert "not sent:\n  batch_size=16 cannot be cut" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -178,7 +178,8 @@ def test_a_job_told_by_usr2_saves_starts_again_and_ends_as_if_nothing_was(tmp_pa
     for name in sent:
         wait_for((tmp_path / name / "result.json").exists)
     log = (tmp_path / "told" / "jobs" / f"{sent['told'].job_id}_0_log.err").read_text()
-    assert log.count("run the same command to go on") == 1 and log.count("resumed ") == 1
+    assert log.count("run the same command to go on") == 1
+    assert log.count("resumed ") == 1
     ends = [
         torch.load(tmp_path / name / "checkpoints" / "step-000000050.pt", weights_only=True)[
             "state"
@@ -209,7 +210,8 @@ def test_debug_trains_in_this_process(tmp_path, monkeypatch):
             str(tmp_path / "run"),
         ]
     )
-    assert (tmp_path / "run" / "result.json").exists() and dict(os.environ) == before
+    assert (tmp_path / "run" / "result.json").exists()
+    assert dict(os.environ) == before
 
 
 @pytest.mark.slow  # a process that imports torch
@@ -237,7 +239,8 @@ def test_an_evaluation_is_launched_like_a_training(tmp_path, monkeypatch, capsys
     assert read_result("here/knn-attributes.json")["figures"]["gallery"] == 400
     capsys.readouterr()
     main(["status", "here"])
-    assert "here/knn-attributes" in (said := capsys.readouterr().out) and "1 done" in said
+    assert "here/knn-attributes" in (said := capsys.readouterr().out)
+    assert "1 done" in said
     with pytest.raises(SystemExit):
         main(["launch", "evaluate", "kNN", "theirs.safetensors", "--executor", "debug"])
     assert "evaluation='kNN' must be one of knn" in capsys.readouterr().err
@@ -261,7 +264,8 @@ def test_a_local_job_outlives_our_pipes_and_ends_when_it_is_told(tmp_path):
         text=True,
         timeout=120,
     )  # reads to the end
-    assert done.returncode == 0 and "sent; its logs are in" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "sent; its logs are in" in done.stdout, done.stderr
     sent = Submission.read(tmp_path / "jobs")
     assert queue.alive(sent)
     os.kill(int(sent.job_id), signal.SIGTERM)
@@ -301,7 +305,8 @@ def test_only_the_attempt_that_slurm_counts_as_running_asks_to_be_queued_again(
 ):
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(
-        f"#!/bin/sh\necho 'JobId=5 JobName=run\n   JobState={state} Reason=None\n   Requeue=1 Restarts={restarts} BatchFlag=1'\n"
+        f"#!/bin/sh\necho 'JobId=5 JobName=run\n   JobState={state} Reason=None\n"
+        f"   Requeue=1 Restarts={restarts} BatchFlag=1'\n"
     )
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
@@ -340,4 +345,5 @@ def test_a_job_s_name_is_one_name_to_squeue(tmp_path):
         config=LaunchConfig(executor="local"),
         code=tmp_path,
     )
-    assert sent.name == "k_1_of_mine" and Submission.read(tmp_path / "k,1").name == sent.name
+    assert sent.name == "k_1_of_mine"
+    assert Submission.read(tmp_path / "k,1").name == sent.name

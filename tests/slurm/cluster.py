@@ -1,9 +1,11 @@
-"""A real Slurm of two nodes on this machine: munge, MariaDB, slurmdbd, slurmctld, and a slurmd on each of n1 and n2.
+"""A real Slurm of two nodes on this machine: munge, MariaDB, slurmdbd, slurmctld, and a slurmd on
+each of n1 and n2.
 
-A node is a PID, UTS and mount namespace: it has its own host name and its own processes, and when its first process is
-killed the kernel kills all others, as when a machine loses power. Everything listens on loopback, on ports that were free,
-and keeps its files in one scratch folder, so that several clusters may run side by side. All of it ends with the process
-that started it, however that ends.
+A node is a PID, UTS and mount namespace: it has its own host name and its own processes, and when
+its first process is killed the kernel kills all others, as when a machine loses power. Everything
+listens on loopback, on ports that were free, and keeps its files in one scratch folder, so that
+several clusters may run side by side. All of it ends with the process that started it, however that
+ends.
 """
 
 import os
@@ -65,10 +67,11 @@ def missing() -> str:
 
 
 class Cluster:
-    """Two nodes under Slurm; use it as a context. `env` is what a process needs in order to speak to it.
+    """Two nodes under Slurm; use it as a context. `env` is what a process needs in order to speak
+    to it.
 
-    Partition `main` is the default and gives way: a job in `high` preempts it, after 20 s of grace; it is requeued.
-    A requeue takes about 6 s, to give up a dead node about 15.
+    Partition `main` is the default and gives way: a job in `high` preempts it, after 20 s of grace;
+    it is requeued. A requeue takes about 6 s, to give up a dead node about 15.
 
     Args:
         folder: scratch folder, new or empty; its logs stay when the cluster is gone.
@@ -203,7 +206,8 @@ class Cluster:
     # nodes
 
     def start_node(self, node: str) -> None:
-        """Start a node that was killed, or the slurmd of one that lives without; wait until Slurm can use it."""
+        """Start a node that was killed, or the slurmd of one that lives without; wait until Slurm
+        can use it."""
         if node not in self._machines:
             up = self.folder / f"{node}.up"
             up.unlink(missing_ok=True)
@@ -276,13 +280,15 @@ class Cluster:
     # jobs
 
     def run(self, *command: str, check: bool = True, **options: object) -> str:
-        """What a command says on its standard output. Raises RuntimeError with its complaint if it fails."""
+        """What a command says on its standard output. Raises RuntimeError with its complaint if it
+        fails."""
         done = subprocess.run(
             command, env=self.env, capture_output=True, text=True, timeout=60, **options
         )
         if check and done.returncode:
             raise RuntimeError(
-                f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip() or done.stdout.strip()}"
+                f"{' '.join(command)} ended with {done.returncode}: "
+                f"{done.stderr.strip() or done.stdout.strip()}"
             )
         return done.stdout
 
@@ -321,7 +327,8 @@ class Cluster:
         return self.job(job)["JobState"]
 
     def wait_for(self, job: str, states: str | tuple[str, ...] = ENDS, timeout: float = 60) -> str:
-        """Wait until a job is in one of `states`; returns that. Raises TimeoutError telling all about the job."""
+        """Wait until a job is in one of `states`; returns that. Raises TimeoutError telling all
+        about the job."""
         wanted = (states,) if isinstance(states, str) else states
         self._until(
             f"job {job} is {' or '.join(wanted)}",
@@ -362,7 +369,8 @@ class Cluster:
         while not happened():
             if time.monotonic() > end:
                 raise TimeoutError(
-                    f"not within {timeout:g} s: {what}; {about() if about else 'the logs'} in {self.folder}"
+                    f"not within {timeout:g} s: {what}; "
+                    f"{about() if about else 'the logs'} in {self.folder}"
                 )
             time.sleep(0.1)
 
@@ -377,7 +385,8 @@ class Process:
 
 
 def _processes() -> Iterator[Process]:
-    """All processes of this machine, as it counts them; the dead that nobody has asked after yet are left out."""
+    """All processes of this machine, as it counts them; the dead that nobody has asked after yet
+    are left out."""
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has just ended
             status = dict(

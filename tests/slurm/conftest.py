@@ -21,8 +21,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def figures(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
-    """What tests observe: the "setting", a row for each of the "faults", times of the "start_up", ... --record says where it is
-    kept; what this session did not look at stays there as it was."""
+    """What tests observe: the "setting", a row for each of the "faults", times of the "start_up",
+    ... --record says where it is kept; what this session did not look at stays there as it was."""
     seen: dict[str, Any] = {"setting": {}, "faults": [], "start_up": {}}
     start = time.monotonic()
     yield seen

@@ -1,4 +1,5 @@
-"""A training sent to the cluster, looked at from outside: its states, its steps, what it saved, and when."""
+"""A training sent to the cluster, looked at from outside: its states, its steps, what it saved, and
+when."""
 
 import json
 import re
@@ -19,8 +20,8 @@ PATIENCE = 150.0  #: seconds that a job may need for anything
 
 @dataclass
 class Run:
-    """One job. `step` is the last that its record names, `reached` the highest that it was seen to name before the job was
-    first resumed; times are `time.time()`'s."""
+    """One job. `step` is the last that its record names, `reached` the highest that it was seen to
+    name before the job was first resumed; times are `time.time()`'s."""
 
     cluster: Cluster
     job: str
@@ -84,7 +85,8 @@ class Run:
         return int(self.cluster.job(self.job)["Restarts"]) + 1
 
     def until(self, what: str, happened: Callable[[], Any], timeout: float = PATIENCE) -> float:
-        """Wait until `happened()`; returns when that was. Raises TimeoutError with all that is known about the job."""
+        """Wait until `happened()`; returns when that was. Raises TimeoutError with all that is
+        known about the job."""
         end = time.time() + timeout
         while not happened():
             if time.time() > end:
@@ -118,12 +120,15 @@ class Run:
     def about(self) -> str:
         processes = {node: self.cluster.processes(node) for node in NODES}
         return (
-            f"job {self.cluster.job(self.job)}\nattempts {self.cluster.sacct(self.job)}\nprocesses {processes}\n"
-            f"step {self.step}, reached {self.reached}, checkpoints {self.checkpoints}\n{self.log[-6000:]}"
+            f"job {self.cluster.job(self.job)}\nattempts {self.cluster.sacct(self.job)}\n"
+            f"processes {processes}\n"
+            f"step {self.step}, reached {self.reached}, checkpoints {self.checkpoints}\n"
+            f"{self.log[-6000:]}"
         )
 
     def assert_ended_like(self, other: "Run") -> None:
-        """Every weight, every statistic of the optimizer and every record but the speed are those of `other`."""
+        """Every weight, every statistic of the optimizer and every record but the speed are those
+        of `other`."""
         ends = [
             torch.load(max(run.run_dir.glob("checkpoints/step-*.pt")), weights_only=True)["state"]
             for run in (self, other)
@@ -131,7 +136,8 @@ class Run:
         assert ends[0]["step"] == ends[1]["step"]
         for part in ("modules", "optimizer"):
             mine, others = (dict(_leaves(end[part])) for end in ends)
-            assert mine.keys() == others.keys() and len(mine) > 10
+            assert mine.keys() == others.keys()
+            assert len(mine) > 10
             for name, value in mine.items():
                 assert (
                     torch.equal(value, others[name])
@@ -149,7 +155,8 @@ class Run:
 
 
 def few_pictures(folder: Path, train: int, test: int) -> str:
-    """So many images of each class of CIFAR-10, copied to `folder`, where there is a tree of it; else drawn ones: a data set's name."""
+    """So many images of each class of CIFAR-10, copied to `folder`, where there is a tree of it;
+    else drawn ones: a data set's name."""
     source = data_root() / "cifar10"
     if not (source / "train").is_dir():
         return "attributes"

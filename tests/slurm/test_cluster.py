@@ -27,10 +27,15 @@ def running(folder: Path) -> list[str]:
 
 
 def test_nothing_is_left_of_a_cluster_whose_test_fails_while_a_job_will_not_end(tmp_path):
-    with pytest.raises(ZeroDivisionError), Cluster(tmp_path) as cluster:
-        cluster.wait_for(cluster.sbatch(STUBBORN, "--nodes=2", "--ntasks-per-node=1"), "RUNNING")
-        assert len(running(tmp_path)) > 10
-        raise ZeroDivisionError
+    def failing_test():
+        with Cluster(tmp_path) as cluster:
+            job = cluster.sbatch(STUBBORN, "--nodes=2", "--ntasks-per-node=1")
+            cluster.wait_for(job, "RUNNING")
+            assert len(running(tmp_path)) > 10
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        failing_test()
     assert not running(tmp_path)
 
 
@@ -52,7 +57,8 @@ def test_nothing_is_left_of_a_cluster_that_could_not_start(tmp_path, monkeypatch
 def test_nothing_is_left_of_a_cluster_whose_owner_was_killed(tmp_path):
     script = (
         "import os, sys; from pathlib import Path; from cluster import Cluster\n"
-        f"with Cluster(Path(sys.argv[1])) as cluster:\n    cluster.wait_for(cluster.sbatch({STUBBORN!r}), 'RUNNING'); os.abort()"
+        "with Cluster(Path(sys.argv[1])) as cluster:\n"
+        f"    cluster.wait_for(cluster.sbatch({STUBBORN!r}), 'RUNNING'); os.abort()"
     )
     owner = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)],
@@ -61,19 +67,19 @@ def test_nothing_is_left_of_a_cluster_whose_owner_was_killed(tmp_path):
     )
     assert owner.returncode < 0, owner.stderr
     time.sleep(1)
-    assert (tmp_path / "slurmctld.log").exists() and not running(tmp_path)
+    assert (tmp_path / "slurmctld.log").exists()
+    assert not running(tmp_path)
 
 
 def test_a_job_outlives_a_slurmd_and_not_its_node(cluster):
     job = cluster.sbatch("exec sleep 300", "--nodelist=n1")
     cluster.wait_for(job, "RUNNING")
     cluster.kill_slurmd("n1")
-    assert any(
-        "sleep 300" in command for command in cluster.processes("n1")
-    ) and not cluster.processes("n2")
+    assert any("sleep 300" in command for command in cluster.processes("n1"))
+    assert not cluster.processes("n2")
     cluster.kill_node("n1")
     assert not cluster.processes("n1")
     cluster.wait_for(job, "PENDING")  # given up, and requeued
     cluster.scancel(job)
     cluster.start_node("n1")
-    assert [attempt["State"] for attempt in cluster.sacct(job)][0] == "NODE_FAIL"
+    assert next(attempt["State"] for attempt in cluster.sacct(job)) == "NODE_FAIL"

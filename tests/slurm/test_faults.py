@@ -1,4 +1,4 @@
-"""What a cluster does to a training, and what becomes of it: real jobs, two ranks, on a real Slurm."""
+"""What a cluster does to a training: real jobs, two ranks, on a real Slurm."""
 
 import json
 import subprocess
@@ -79,7 +79,8 @@ Launch = Callable[..., Run]
 
 @pytest.fixture(scope="module")
 def launch(speaking_to: Cluster, data: str, tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """Send a training, with `added` at the end of its loop's source if given; other words are further arguments of `submit`."""
+    """Send a training, with `added` at the end of its loop's source if given; other words are
+    further arguments of `submit`."""
 
     def send(
         config: LaunchConfig = TWO_NODES, added: str = "", argv: tuple[str, ...] = (), **more: Any
@@ -115,7 +116,8 @@ def undisturbed(launch: Launch, data: str, figures: dict[str, Any]) -> Run:
     running = run.until_state("RUNNING")
     first = run.until_step(1)
     assert finish(run) == "COMPLETED", run.about()
-    assert run.attempts == 1 and max(run.checkpoints) == STEPS == run.step
+    assert run.attempts == 1
+    assert max(run.checkpoints) == STEPS == run.step
     assert [line["step"] for line in run.records if "loss" in line] == list(range(1, STEPS + 1))
     slurm = {
         "version": run.cluster.run("sinfo", "-V").strip(),
@@ -160,8 +162,8 @@ def row(run: Run, fault: str, lost: int = 0, **times: float) -> dict[str, Any]:
 
 
 def follow(run: Run, since: float) -> dict[str, float]:
-    """Seconds from an event until the job is in the queue again, from there until it runs, from there to its first new step;
-    and the steps that were lost, as `steps_lost`."""
+    """Seconds from an event until the job is in the queue again, from there until it runs, from
+    there to its first new step; and the steps that were lost, as `steps_lost`."""
     requeued = run.until("requeued", lambda: run.step and run.attempts > 1)
     saved = max(run.checkpoints.values())
     running = run.until_state("RUNNING")
@@ -196,7 +198,8 @@ def test_usr2_in_the_middle_of_an_epoch(launch, undisturbed, figures):
     told = time.time()
     run.cluster.scancel("--signal=USR2", run.job)
     seen = follow(run, told)
-    assert seen["lost"] == 0 and run.resumed[0] % EPOCH
+    assert seen["lost"] == 0
+    assert run.resumed[0] % EPOCH
     assert_unmarked(run, undisturbed)
     figures["faults"].append(row(run, "USR2 in mid-epoch", **seen))
 
@@ -218,7 +221,8 @@ def test_usr2_while_workers_decode(launch, data, figures):
     told = time.time()
     run.cluster.scancel("--signal=USR2", run.job)
     seen = follow(run, told)
-    assert seen["lost"] == 0 and "DataLoader worker" not in run.log
+    assert seen["lost"] == 0
+    assert "DataLoader worker" not in run.log
     assert finish(whole) == "COMPLETED"
     assert_unmarked(run, whole)
     figures["faults"].append(row(run, "USR2 while workers decode", **seen))
@@ -242,7 +246,8 @@ def test_a_job_in_a_higher_partition(launch, undisturbed, figures):
     told = time.time()
     higher = run.cluster.sbatch("sleep 3", "--partition=high", "--nodes=2", "--exclusive")
     seen = follow(run, told)
-    assert run.cluster.state(higher) == "COMPLETED" and seen["lost"] == 0
+    assert run.cluster.state(higher) == "COMPLETED"
+    assert seen["lost"] == 0
     assert_unmarked(run, undisturbed)
     figures["faults"].append(row(run, "preempted", **seen))
 
@@ -306,10 +311,8 @@ def test_slurmd_alone_is_killed(launch, undisturbed, figures):
             lambda: not any("_submit" in one for one in run.cluster.processes(node)),
             20,
         )
-        assert (
-            run.cluster.job(run.job)["NodeList"] != node
-            and "this process writes no more" in run.log
-        )
+        assert run.cluster.job(run.job)["NodeList"] != node
+        assert "this process writes no more" in run.log
     finally:
         run.cluster.start_node(node)
     assert_unmarked(run, undisturbed)
@@ -324,9 +327,12 @@ def test_a_cancelled_job(launch, figures):
     assert finish(run) == "CANCELLED"
     ended = time.time()
     step, saved = max(run.checkpoints.items())
-    assert run.step == step and saved > told and run.attempts == 1
+    assert run.step == step
+    assert saved > told
+    assert run.attempts == 1
     time.sleep(8)  # as long as a requeue takes
-    assert run.job not in run.cluster.squeue() and run.cluster.state(run.job) == "CANCELLED"
+    assert run.job not in run.cluster.squeue()
+    assert run.cluster.state(run.job) == "CANCELLED"
     figures["faults"].append(
         row(run, "cancelled", signal_to_saved_s=saved - told, signal_to_ended_s=ended - told)
     )
@@ -335,12 +341,11 @@ def test_a_cancelled_job(launch, figures):
 def test_a_failing_parent(launch, figures):
     parent = launch(argv=("--loop.epochs", "0"))
     child = launch(after=(parent.job,))
-    assert finish(parent) == "FAILED" and "epochs=0 must be at least 1" in parent.log
-    assert (
-        finish(child) == "CANCELLED"
-        and not child.run_dir.exists()
-        and child.job not in child.cluster.squeue()
-    )
+    assert finish(parent) == "FAILED"
+    assert "epochs=0 must be at least 1" in parent.log
+    assert finish(child) == "CANCELLED"
+    assert not child.run_dir.exists()
+    assert child.job not in child.cluster.squeue()
     figures["faults"].append(
         {
             "fault": "its parent fails",
@@ -356,12 +361,15 @@ def test_one_rank_fails(launch, figures):
     run = launch(added=FAILING)
     run.until_step(5)
     failed = time.time()
-    assert finish(run) == "FAILED" and run.attempts == 1 and "rank 1 alone failed" in run.log
+    assert finish(run) == "FAILED"
+    assert run.attempts == 1
+    assert "rank 1 alone failed" in run.log
     figures["faults"].append(row(run, "one rank fails", failed_to_ended_s=time.time() - failed))
 
 
 def test_starting_up(launch, data, figures, tmp_path, request):
-    """From the command to the first step: launched, started with srun alone; and srun with the imports alone."""
+    """From the command to the first step: launched, started with srun alone; and srun with the
+    imports alone."""
     seconds: dict[str, list[float]] = {"launched": [], "srun": [], "srun_imports": []}
     for number in range(3 if request.config.getoption("--record") else 1):
         run = launch()
@@ -383,7 +391,7 @@ def test_starting_up(launch, data, figures, tmp_path, request):
             open(tmp_path / "srun.err", "w") as log,
             subprocess.Popen(command, stderr=log) as process,
         ):
-            first = plain.until("the first step", lambda: plain.step or process.poll())
+            first = plain.until("the first step", lambda plain=plain: plain.step or process.poll())
             run.cluster.empty()
         assert plain.step, (tmp_path / "srun.err").read_text()
         seconds["srun"].append(first - plain.sent)

@@ -1,4 +1,5 @@
-"""All tables and figures as a graph of jobs on a real Slurm: one parent fails, its cause is mended, the graph goes on."""
+"""All tables and figures as a graph of jobs on a real Slurm: one parent fails, its cause is mended,
+the graph goes on."""
 
 import os
 import subprocess
@@ -43,7 +44,8 @@ def environment(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[d
 
 
 def until_quiet(cluster: Cluster, out: Path, timeout: float = 600) -> dict[str, Standing]:
-    """How the tasks stand when none is on its way any more, and the queue is empty: a job ends after its result is there."""
+    """How the tasks stand when none is on its way any more, and the queue is empty: a job ends
+    after its result is there."""
     end = time.monotonic() + timeout
     while True:
         standings = standings_of(Graph.load(out))
@@ -106,7 +108,8 @@ def test_a_graph_with_a_failing_parent_runs_as_designed_and_a_second_call_runs_w
     lost = {f"{LOST}/{kind}" for kind in ("pretrain", "linear", "knn")}
     assert {name for name, one in first.items() if one.state == "done"} == first.keys() - lost
     failed = first[f"{LOST}/pretrain"]
-    assert failed.state == "failed" and failed.words.startswith("exit code ")
+    assert failed.state == "failed"
+    assert failed.words.startswith("exit code ")
     assert any("none of the 1 checkpoints" in line for line in failed.log), failed
     for name in lost - {failed.task.name}:
         assert (first[name].state, first[name].words) == ("not run", f"{LOST}/pretrain failed")
@@ -124,10 +127,8 @@ def test_a_graph_with_a_failing_parent_runs_as_designed_and_a_second_call_runs_w
     }
     start = time.monotonic()
     said = reproduce()
-    assert (
-        "3 submitted, 0 on their way already, 12 done" in said
-        and "none of the 1 checkpoints" in said.replace("\n", " ")
-    )
+    assert "3 submitted, 0 on their way already, 12 done" in said
+    assert "none of the 1 checkpoints" in said.replace("\n", " ")
     second = until_quiet(cluster, out)
     observed.append(
         {

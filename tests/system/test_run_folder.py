@@ -1,4 +1,5 @@
-"""Whole files, and folders that one process at a time may write to: of two attempts at the same work, the later."""
+"""Whole files, and folders that one process at a time may write to: of two attempts at the same
+work, the later."""
 
 import json
 import os
@@ -32,7 +33,7 @@ for line in sys.stdin:
 
 
 class Writer:
-    """Another process that holds `folder` as `attempt`; it lets go when it finds itself superseded."""
+    """Another process that holds `folder` as `attempt`, and lets go when it is superseded."""
 
     def __init__(self, folder, attempt):
         environment = {key: value for key, value in os.environ.items() if key != ATTEMPT}
