@@ -106,6 +106,7 @@ def test_bf16_ends_within_the_seeds_range_and_a_quarter_of_the_rows_clearly_wors
 
 def test_two_ranks_share_time_and_memory_and_send_what_the_formula_says() -> None:
     shared = figures("benchmark-ranks")
+    assert (shared["setting"]["samples"], shared["setting"]["dim"]) == (2048, 8160)
     two = shared["two_ranks"]
     assert two["slower_rank_over_one_process"] < 0.65
     assert two["peak_over_one_process"] <= 1
@@ -252,7 +253,8 @@ def faults() -> dict[str, dict[str, Any]]:
 
 
 def test_an_announced_end_cost_no_step(faults: dict[str, dict[str, Any]]) -> None:
-    for name in (*TOLD, "time limit"):
+    decoding = {"USR2 while workers decode"} & faults.keys()  # not every recording has it
+    for name in (*TOLD, "time limit", *decoding):
         assert faults[name]["outcome"] == "COMPLETED", name
         assert faults[name]["seconds_lost"] == 0, name
 
