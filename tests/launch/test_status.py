@@ -328,5 +328,4 @@ def test_watching_ends_when_nothing_is_on_its_way_any_more(tmp_path, monkeypatch
     (last,) = watch(lambda: [Standing(task("a/pretrain"), next(states))], console)
     assert last.state == "done"
     assert next(states) == "never looked at"
-    console.file.close()
-    assert "1 task: 1 running" in (tmp_path / "shown").read_text()
+    assert "1 task: 1 running" in console.file.getvalue()
