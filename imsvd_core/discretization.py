@@ -1,7 +1,8 @@
-"""Soft variable discretization: from logits to probabilities, from probabilities to joint matrices.
+"""Soft variable discretization: from logits to probabilities, and on to joint matrices.
 
-An embedding of D logits is read as V variables; each owns a run of consecutive columns, its *units*.
-`units` is everywhere an int (every variable has that many) or a sequence with one count per variable.
+An embedding of D logits is read as V variables; each owns a run of consecutive columns, its
+*units*. `units` is everywhere an int (every variable has that many) or a sequence with one count
+per variable.
 """
 
 from collections.abc import Sequence
@@ -36,22 +37,21 @@ def unit_counts(units: Units, dim: int) -> tuple[int, ...]:
 
 def check_units(units: Units) -> None:
     """Raise ValueError unless `units` is an int ≥ 1 or a non-empty sequence of them."""
-    counts = (
-        tuple(units) if isinstance(units, Sequence) and not isinstance(units, str) else (units,)
-    )
-    if not counts or not all(
-        isinstance(count, int) and not isinstance(count, bool) and count >= 1 for count in counts
-    ):
+    counts = units if isinstance(units, Sequence) else [units]
+    if not counts or not all(type(count) is int and count >= 1 for count in counts):
         raise ValueError(
-            f"units={units!r}: need an integer ≥ 1, or a non-empty sequence with one such count per variable"
+            f"units={units!r}: need an integer ≥ 1, or a non-empty sequence of them, one a variable"
         )
 
 
 def split_variables(x: Tensor, units: Units, fill: float = 0.0) -> Tensor:
-    """(…, D) → (…, V, B): one row per variable; where unit counts differ, B is the largest and `fill` pads."""
+    """(…, D) → (…, V, B): one row per variable.
+
+    Where the numbers of units differ, B is the largest, and `fill` pads the other rows.
+    """
     counts = unit_counts(units, x.shape[-1])
     if len(set(counts)) == 1:
-        return x.unflatten(-1, (len(counts), counts[0]))
+        return x.reshape(*x.shape[:-1], len(counts), counts[0])
     columns, present = _padding(counts, x.device)
     return x[..., columns].masked_fill(~present, fill)
 
@@ -66,7 +66,8 @@ def merge_variables(x: Tensor, units: Units) -> Tensor:
 @lru_cache(maxsize=32)
 def _padding(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Column of each (variable, unit), and whether that unit exists; both (V, B)."""
-    with torch.inference_mode(False):  # they are kept, and training must be able to use them
+    # The tables are kept: training must be able to use those that inference made.
+    with torch.inference_mode(False):
         count = torch.tensor(counts, device=device)
         unit = torch.arange(max(counts), device=device)
         present = unit < count[:, None]
@@ -82,13 +83,13 @@ def soft_discretize(logits: Tensor, units: Units, temperature: float = 1.0) -> T
     """
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be positive (1.0 is the paper's)")
-    scaled = split_variables(_wide(logits) / temperature, units, fill=-torch.inf)
+    scaled = split_variables(widen(logits) / temperature, units, fill=-torch.inf)
     return merge_variables(scaled.softmax(-1), units).to(logits.dtype)
 
 
 def marginals(p: Tensor) -> Tensor:
     """Distribution of every variable, side by side: soft codes (N, D) → (D,) (Eq. 2)."""
-    return _wide(_table(p, "p")).mean(0)
+    return widen(_table(p, "p")).mean(0)
 
 
 def joint(p_a: Tensor, p_b: Tensor | None = None) -> Tensor:
@@ -105,7 +106,7 @@ def joint(p_a: Tensor, p_b: Tensor | None = None) -> Tensor:
             f"p_a has {len(p_a)} samples, p_b has {len(p_b)}: both must describe the same batch"
         )
     with torch.autocast(p_a.device.type, enabled=False):
-        return _wide(p_a).T @ (_wide(p_b) / len(p_b))
+        return widen(p_a).T @ (widen(p_b) / len(p_b))
 
 
 def _table(p: Tensor, name: str) -> Tensor:
@@ -116,7 +117,8 @@ def _table(p: Tensor, name: str) -> Tensor:
     return p
 
 
-def _wide(x: Tensor) -> Tensor:
+def widen(x: Tensor) -> Tensor:
+    """Half precision as float32, other types as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -136,6 +138,6 @@ class Hardness:
 
 def hardness(p: Tensor, units: Units) -> Hardness:
     """Hardness statistics of soft codes p (N, D)."""
-    top = _wide(split_variables(_table(p, "p"), units)).amax(-1)
-    above = [(top > threshold).float().mean().item() for threshold in (0.9, 0.99)]
-    return Hardness(*above, mean_top=top.mean().item())
+    top = widen(split_variables(_table(p, "p"), units)).amax(-1)
+    above_90, above_99 = ((top > least).float().mean().item() for least in (0.9, 0.99))
+    return Hardness(above_90, above_99, mean_top=top.mean().item())

@@ -1,8 +1,9 @@
 """Entropy, total correlation and mutual information of soft codes, exactly and by brute force.
 
-Soft codes p (N, D) hold V variables; given a sample its variables are independent (Eq. 3). Everything here
-enumerates every cell of every joint table, so it is for small tables and for checking faster code, in any
-floating-point type (float64 for the checks) and through autograd. Natural logarithms: entropies are in nats.
+Soft codes p (N, D) hold V variables; given a sample its variables are independent (Eq. 3).
+Everything here enumerates every cell of every joint table, so it is for small tables and for
+checking faster code, in any floating-point type (float64 for the checks) and through autograd.
+Natural logarithms: entropies are in nats.
 """
 
 import math
@@ -13,12 +14,12 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from imsvd_core.discretization import Units, joint, marginals, split_variables, unit_counts
+from imsvd_core.discretization import Units, joint, marginals, split_variables, unit_counts, widen
 
 MAX_CELLS = 10_000_000  #: largest joint table that is built: 80 MB in float64
 
 
-def entropy(probabilities: Tensor, dim: int | Sequence[int] | None = None) -> Tensor:
+def entropy(probabilities: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
     """−Σ P log P in nats over `dim` (None: over every cell), with 0 log 0 = 0.
 
     At an empty cell the slope is infinite; autograd gets 0 there, to keep gradients finite.
@@ -28,15 +29,15 @@ def entropy(probabilities: Tensor, dim: int | Sequence[int] | None = None) -> Te
 
 def _surprise(probabilities: Tensor) -> Tensor:
     """−P log P cell by cell, in float32 at least."""
-    occupied = _wide(probabilities).masked_fill(probabilities == 0, 1.0)
+    occupied = widen(probabilities).masked_fill(probabilities == 0, 1.0)
     return -occupied * occupied.log()
 
 
 def joint_distribution(p: Tensor, units: Units, subset: Sequence[int]) -> Tensor:
-    """P(X_v1, …, X_vK) for the variables v1 … vK in `subset`: codes (N, D) → (B_v1, …, B_vK) (Eq. 3).
+    """P(X_v1, …, X_vK) of the variables in `subset`: codes (N, D) → (B_v1, …, B_vK) (Eq. 3).
 
-    Raises ValueError if p is no table of soft codes, if `subset` is empty, repeats a variable or names one
-    that is not there, or if the table would have more than `MAX_CELLS` cells.
+    Raises ValueError if p is no table of soft codes, if `subset` is empty, repeats a variable or
+    names one that is not there, or if the table would have more than `MAX_CELLS` cells.
     """
     return _joint_distribution(_variables(p, units), subset)
 
@@ -61,11 +62,8 @@ def mean_subset_entropy(p: Tensor, units: Units, k: int) -> Tensor:
             f"k={k} is out of range: these codes have {len(variables)} variables, "
             f"so take 1 ≤ k ≤ {len(variables)}"
         )
-    entropies = [
-        entropy(_joint_distribution(variables, subset))
-        for subset in combinations(range(len(variables)), k)
-    ]
-    return torch.stack(entropies).mean()
+    subsets = combinations(range(len(variables)), k)
+    return torch.stack([entropy(_joint_distribution(variables, s)) for s in subsets]).mean()
 
 
 def total_correlation(p: Tensor, units: Units, k: int | None = None) -> Tensor:
@@ -81,48 +79,37 @@ def total_correlation(p: Tensor, units: Units, k: int | None = None) -> Tensor:
 def mutual_information(p: Tensor, units: Units) -> Tensor:
     """I(X_i; X_j) = H(X_i) + H(X_j) − H(X_i, X_j) in nats for every pair: codes (N, D) → (V, V).
 
-    The diagonal holds H(X_v), which is what a variable tells about itself. (The self-joint's own diagonal
-    blocks would say less of soft codes: there two draws from one sample may disagree.)
+    The diagonal holds H(X_v), which is what a variable tells about itself. (The self-joint's own
+    diagonal blocks would say less of soft codes: there two draws from one sample may disagree.)
     Raises ValueError if p is no table of soft codes.
     """
     variables = _variables(p, units)
     table = torch.cat(variables, dim=1)
     single = entropy(split_variables(marginals(table), units), dim=-1)
-    pair = torch.stack(
-        [
-            split_variables(_surprise(joint(variable, table)), units).sum((0, 2))
-            for variable in variables
-        ]
-    )
-    information = single[:, None] + single - pair
-    return torch.where(
-        torch.eye(len(single), dtype=torch.bool, device=p.device), single, information
-    )
+    rows = (split_variables(_surprise(joint(v, table)), units).sum((0, 2)) for v in variables)
+    information = single[:, None] + single - torch.stack(list(rows))
+    diagonal = torch.eye(len(single), dtype=torch.bool, device=p.device)
+    return torch.where(diagonal, single, information)
 
 
 def _joint_distribution(variables: Sequence[Tensor], subset: Sequence[int]) -> Tensor:
     """Eq. 3: products within two halves of the subset, then one matrix product."""
     shape = _table_shape(variables, subset)
     ones, middle = variables[0].new_ones(len(variables[0]), 1), len(subset) // 2
-    left, right = (
-        reduce(_row_products, (variables[v] for v in half), ones)
-        for half in (subset[:middle], subset[middle:])
-    )
+    left = reduce(_row_products, (variables[v] for v in subset[:middle]), ones)
+    right = reduce(_row_products, (variables[v] for v in subset[middle:]), ones)
     return joint(left, right).reshape(shape)
 
 
 def _row_products(a: Tensor, b: Tensor) -> Tensor:
-    """All products of an entry of a and one of b, sample by sample: (N, A), (N, B) → (N, AB)."""
+    """All products of an entry of a and an entry of b, by sample: (N, A), (N, B) → (N, AB)."""
     return (a[:, :, None] * b[:, None, :]).flatten(1)
 
 
 def _table_shape(variables: Sequence[Tensor], subset: Sequence[int]) -> tuple[int, ...]:
     """(B_v1, …, B_vK); raises ValueError if `subset` is wrong or the table too large."""
-    if (
-        not subset
-        or len(set(subset)) < len(subset)
-        or not set(subset) <= set(range(len(variables)))
-    ):
+    different = len(set(subset)) == len(subset)
+    if not subset or not different or not set(subset) <= set(range(len(variables))):
         raise ValueError(
             f"subset={tuple(subset)}: need one or more different variables, "
             f"each from 0 to {len(variables) - 1}"
@@ -137,23 +124,20 @@ def _table_shape(variables: Sequence[Tensor], subset: Sequence[int]) -> tuple[in
 
 
 def _variables(p: Tensor, units: Units) -> tuple[Tensor, ...]:
-    """Codes (N, D) → one table (N, B_v) per variable, checked to hold probabilities, in float32 at least."""
+    """Codes (N, D) → one table (N, B_v) per variable, in float32 at least.
+
+    Raises ValueError unless they hold probabilities.
+    """
     if p.ndim != 2 or len(p) == 0:
         raise ValueError(
             f"p has shape {tuple(p.shape)}: need a non-empty table (samples, dimensions)"
         )
     counts = unit_counts(units, p.shape[1])
-    variables = _wide(p).split(counts, dim=1)
-    if not (
-        p.min() >= -0.01
-        and all((variable.sum(1) - 1).abs().max() <= 0.01 for variable in variables)
-    ):
+    variables = torch.split_with_sizes(widen(p), counts, dim=1)
+    errors = ((variable.sum(1) - 1).abs().max() for variable in variables)
+    if not (p.min() >= -0.01 and all(error <= 0.01 for error in errors)):
         raise ValueError(
             f"p holds no soft codes of units={units}: every variable of every sample needs "
             "probabilities that sum to 1; pass logits through soft_discretize first"
         )
     return variables
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -1,11 +1,12 @@
-"""The cross-joint entropy loss (Eq. 11), twice: as a page of mathematics, and as a stream that trains.
+"""The cross-joint entropy loss (Eq. 11), twice: as mathematics, and as a stream that trains.
 
 `cross_joint_entropy` builds the D×D matrix and lets autograd do the rest: read it, test against it.
-`CrossJointEntropyLoss` never holds more than a slab of that matrix and writes its gradient by hand: train with it.
+`CrossJointEntropyLoss` never holds more than a slab of that matrix and writes its gradient by hand:
+train with it.
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -50,11 +51,11 @@ def cross_joint_entropy(
     check_settings(
         units,
         temperature,
+        invariance,
         diagonal_weight=diagonal_weight,
         off_diagonal_weight=off_diagonal_weight,
         invariance_weight=invariance_weight,
     )
-    _check_invariance(invariance)
     counts = check_logits(z1, z2, units)
     p1, p2 = soft_discretize(z1, units, temperature), soft_discretize(z2, units, temperature)
     cells = joint(p1, p2)
@@ -78,29 +79,36 @@ def cross_joint_entropy(
 
 
 class CrossJointEntropyLoss(nn.Module):
-    """Eq. 11 without its matrix: DE + OE + λ·TI by block rows, with the gradient computed on the way.
+    """Eq. 11 without its matrix: DE + OE + λ·TI by block rows, and the gradient on the way.
 
     Args:
         units: units of every variable, an int or one count per variable (B, or B_v).
-        diagonal_weight, off_diagonal_weight, invariance_weight: weights of DE, OE and TI (all 1 in the paper), ≥ 0.
+        diagonal_weight, off_diagonal_weight, invariance_weight: weights of DE, OE and TI, ≥ 0
+            (all 1 in the paper).
         invariance: "inner_product" (TI, the paper's default) or "cross_entropy" (TIC).
         temperature: τ of Eq. 1, > 0.
-        gather_distributed: take the batch to be that of all ranks together, N = W·n. Value and terms are those of
-            the joined batch, on every rank; each rank owns D/W rows of the matrix. The gradient is W times its share,
-            so that the average over ranks that DDP takes is the gradient of the joined batch.
-        sampled_variables: draw so many of the V block rows of OE anew at every call, from torch's generator: an unbiased
-            estimate of OE and of its gradient, at that share of the cost. None for all.
-        products: "fp32", or "bf16" for the three products of OE (its sums stay fp32; DE and TI are as exact as ever).
+        gather_distributed: take the batch to be that of all ranks together, N = W·n. Value and
+            terms are those of the joined batch, on every rank; each rank owns D/W rows of the
+            matrix. The gradient is W times its share, so that the average over ranks that DDP
+            takes is the gradient of the joined batch.
+        sampled_variables: draw so many of the V block rows of OE anew at every call, from torch's
+            generator: an unbiased estimate of OE and of its gradient, at that share of the cost.
+            None for all.
+        products: "fp32"; or "bf16" for the three products of OE (its sums stay fp32; DE and TI are
+            as exact as ever); or "auto" for bf16 where the processor or GPU has units for it, else
+            fp32. AUTO_EFFECT
         fused: compile the elementwise work into few kernels; None for that on CUDA alone.
 
-    Calling it with logits z1, z2 of shape (N, D) returns `LossTerms`. Only `total` carries a gradient (once
-    differentiable); the terms are for reading. Arithmetic is float32 under any autocast and for half-precision
-    logits (float64 for float64 logits); value and gradient are finite for any finite logits. Memory beyond the
-    inputs is about four N×D tables and two slabs of the matrix (an eighth of it at most), W ranks need less each;
-    time is that of three products of 2ND² operations, shared by the ranks.
+    Calling it with logits z1, z2 of shape (N, D) returns `LossTerms`. Only `total` carries a
+    gradient (once differentiable); the terms are for reading. Arithmetic is float32 under any
+    autocast and for half-precision logits (float64 for float64 logits); value and gradient are
+    finite for any finite logits. Memory beyond the inputs is about four N×D tables and two slabs
+    of the matrix (an eighth of it at most), W ranks need less each; time is that of three products
+    of 2ND² operations, shared by the ranks.
 
-    Raises ValueError for impossible settings at construction, for shapes that do not fit at the call; on every rank,
-    if shapes, types or the wish for a gradient differ among ranks. An infinite logit gives NaN, as it should.
+    Raises ValueError for impossible settings at construction, for shapes that do not fit at the
+    call; on every rank, if shapes, types or the wish for a gradient differ among ranks. An infinite
+    logit gives NaN, as it should.
     """
 
     def __init__(
@@ -121,19 +129,14 @@ class CrossJointEntropyLoss(nn.Module):
         check_settings(
             units,
             temperature,
+            invariance,
             diagonal_weight=diagonal_weight,
             off_diagonal_weight=off_diagonal_weight,
             invariance_weight=invariance_weight,
         )
-        _check_invariance(invariance)
-        if sampled_variables is not None and (
-            type(sampled_variables) is not int or sampled_variables < 1
-        ):
-            raise ValueError(
-                f"sampled_variables={sampled_variables!r} must be a whole number ≥ 1, or None for all"
-            )
-        if products not in ("fp32", "bf16"):
-            raise ValueError(f"products={products!r} must be 'fp32' or 'bf16'")
+        check_number_drawn("sampled_variables", sampled_variables)
+        if products not in get_args(Products):
+            raise ValueError(f"products={products!r} must be 'fp32', 'bf16' or 'auto'")
         self.settings = Settings(
             units if isinstance(units, int) else tuple(units),
             float(diagonal_weight),
@@ -149,11 +152,8 @@ class CrossJointEntropyLoss(nn.Module):
 
     def forward(self, z1: Tensor, z2: Tensor) -> LossTerms:
         if self.settings.gather_distributed:
-            facts = {
-                "gradient wanted": int(
-                    torch.is_grad_enabled() and (z1.requires_grad or z2.requires_grad)
-                )
-            }
+            tracked = torch.is_grad_enabled() and (z1.requires_grad or z2.requires_grad)
+            facts = {"gradient wanted": int(tracked)}
             for name, z in (("z1", z1), ("z2", z2)):
                 facts |= {
                     f"samples of {name}": len(z),
@@ -161,14 +161,10 @@ class CrossJointEntropyLoss(nn.Module):
                     f"bytes an entry of {name}": z.element_size(),
                 }
             refuse_unlike(z1.device, facts)
-        variables, drawn = (
-            len(check_logits(z1, z2, self.settings.units)),
-            self.settings.sampled_variables,
-        )
+        variables = len(check_logits(z1, z2, self.settings.units))
+        drawn = self.settings.sampled_variables
         if drawn is not None and drawn > variables:
-            raise ValueError(
-                f"sampled_variables={drawn} exceeds the {variables} variables that there are"
-            )
+            raise ValueError(f"sampled_variables={drawn}: the codes have {variables} variables")
         with torch.autocast(z1.device.type, enabled=False):
             return LossTerms(*StreamedLoss.apply(z1, z2, self.settings))
 
@@ -177,19 +173,29 @@ class CrossJointEntropyLoss(nn.Module):
 
 
 def check_logits(z1: Tensor, z2: Tensor, units: Units) -> tuple[int, ...]:
-    """Units of every variable of two tables alike. Raises ValueError where the tables or the units do not fit."""
-    if z1.ndim != 2 or z1.shape != z2.shape or not z1.numel():
+    """Units of every variable of two tables of one shape and type.
+
+    Raises ValueError where the tables or the units do not fit.
+    """
+    shape1, shape2 = tuple(z1.shape), tuple(z2.shape)
+    if z1.ndim != 2 or shape1 != shape2 or not z1.numel():
         raise ValueError(
-            f"z1 has shape {tuple(z1.shape)}, z2 {tuple(z2.shape)}: need two non-empty (N, D) tables alike"
+            f"z1 has shape {shape1}, z2 {shape2}: need two non-empty (N, D) tables alike"
         )
     if z1.dtype != z2.dtype or not z1.is_floating_point():
         raise ValueError(f"z1 is {z1.dtype}, z2 {z2.dtype}: need one floating-point type for both")
     return unit_counts(units, z1.shape[1])
 
 
-def check_settings(units: Units, temperature: float, **weights: float) -> None:
-    """Raise ValueError unless units and temperature are possible, and the weights finite numbers ≥ 0."""
+def check_settings(
+    units: Units, temperature: float, invariance: str = "inner_product", **weights: float
+) -> None:
+    """Raise ValueError unless all are possible, and the weights finite numbers ≥ 0."""
     check_units(units)
+    if invariance not in get_args(Invariance):
+        raise ValueError(
+            f"invariance={invariance!r} must be 'inner_product' (TI) or 'cross_entropy' (TIC)"
+        )
     for name, weight in weights.items():
         if not (weight >= 0 and math.isfinite(weight)):
             raise ValueError(f"{name}={weight} must be a finite number ≥ 0 (the paper's is 1)")
@@ -197,8 +203,7 @@ def check_settings(units: Units, temperature: float, **weights: float) -> None:
         raise ValueError(f"temperature={temperature} must be a positive number (the paper's is 1)")
 
 
-def _check_invariance(invariance: str) -> None:
-    if invariance not in ("inner_product", "cross_entropy"):
-        raise ValueError(
-            f"invariance={invariance!r} must be 'inner_product' (TI) or 'cross_entropy' (TIC)"
-        )
+def check_number_drawn(name: str, number: int | None) -> None:
+    """Raise ValueError unless it is None (for all) or a whole number ≥ 1."""
+    if number is not None and (type(number) is not int or number < 1):
+        raise ValueError(f"{name}={number!r} must be a whole number ≥ 1, or None for all")

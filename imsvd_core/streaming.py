@@ -1,14 +1,14 @@
 """The loss as a stream: Eq. 11 and its gradient without the matrix, on one process or many.
 
-`StreamedLoss` is the autograd function behind `CrossJointEntropyLoss`. It sweeps over the matrix slab by slab,
-and over the samples chunk by chunk.
+`StreamedLoss` is the autograd function behind `CrossJointEntropyLoss`. It sweeps over the matrix
+slab by slab, and over the samples chunk by chunk.
 """
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +16,23 @@ from torch.autograd.function import once_differentiable
 
 from imsvd_core.discretization import Units, merge_variables, split_variables, unit_counts
 from imsvd_core.distributed import Exchange, of_first_rank
+from imsvd_core.system.devices import bf16_is_fast
 
 Invariance = Literal["inner_product", "cross_entropy"]
-Products = Literal["fp32", "bf16"]
+Products = Literal["fp32", "bf16", "auto"]
+
+LARGEST_LOGIT = 1e30
+# A CPU is fast on what its caches hold; a GPU on much at once.
+#: Cells of the matrix held at once, at most: 16 and 128 MB in float32
+SLAB_CELLS, GPU_SLAB_CELLS = 4_000_000, 32_000_000
+#: Cells of a slab whose logarithms a CPU takes at once: 2 MB in float32
+BLOCK_CELLS = 500_000
+#: Entries of an N×D table worked on at once
+CHUNK_ENTRIES, GPU_CHUNK_ENTRIES = 250_000, 16_000_000
+
+
+#: Rows and columns of the matrix
+Block = tuple[slice, slice]
 
 
 class Settings(NamedTuple):
@@ -37,82 +51,64 @@ class Settings(NamedTuple):
 class StreamedLoss(torch.autograd.Function):
     """Value and both gradients in one sweep; backward only scales what forward has found.
 
-    Everything per sample runs over chunks of rows, everything per pair over slabs of the matrix. What is held whole are
-    four tables: codes and gradients of both views. On W ranks the first view's two hold the rank's columns alone, of all
-    samples, and are W times smaller; the second view's two hold all columns of all samples.
+    Everything per sample runs over chunks of rows, everything per pair over slabs of the matrix.
+    Four tables are held whole: codes and gradients of both views. On W ranks the first view's two
+    hold a W-th of the columns, of all samples; the second view's hold all columns of all samples.
     """
 
     @staticmethod
-    def forward(ctx, z1, z2, s: Settings):
+    def forward(ctx: Any, z1: Tensor, z2: Tensor, s: Settings) -> tuple[Tensor, ...]:
         counts = unit_counts(s.units, z1.shape[1])
-        wide = _wide(z1)
-        rounded = s.products == "bf16" and wide is torch.float32
-        product = torch.bfloat16 if rounded else wide
-        chunks = _row_chunks(z1, len(counts) * max(counts))
-        fused = z1.is_cuda if s.fused is None else s.fused
-        codes, gradient, information = kernels(fused)
         drawn, columns = _draw(counts, s, z1.device)
-        shared = z1.shape[1] if columns is None else len(columns)
-        ranks = Exchange(z1, columns=shared, active=s.gather_distributed)
+        owned = z1.shape[1] if columns is None else len(columns)
+        ranks = Exchange(z1, owned, s.gather_distributed)
 
-        p1, p2 = (z.new_empty(z.shape, dtype=product) for z in (z1, z2))
-        disagreement = z1.new_zeros((), dtype=wide)
-        occupancy = _start(z1, z2)
-        for chunk in chunks:
-            p1[chunk], p2[chunk], value, both = codes(z1[chunk], z2[chunk], s)
-            disagreement += value / (len(counts) * ranks.samples)
-            occupancy += both / ranks.samples
-        ranks.sum(occupancy)
-        ranks.sum(disagreement)
-        log_occupancy = occupancy.clamp_min(torch.finfo(wide).tiny).log()
+        p1, p2, occupancy, values, disagreement = _codes_of_batch(z1, z2, s, ranks)
+        log_occupancy = occupancy.clamp_min(torch.finfo(occupancy.dtype).tiny).log()
         diagonal = occupancy.dot(log_occupancy) / len(counts)
 
-        wants_gradient = any(ctx.needs_input_grad)
-        p1 = ranks.to_columns(p1 if columns is None else p1[:, columns])
-        p2 = ranks.gather(p2)
-        off_diagonal, g1, g2 = _off_diagonal_sweep(
-            p1,
-            p2,
-            counts,
-            ranks.own,
-            drawn,
-            wants_gradient and s.off_diagonal_weight != 0,
-            information,
-        )
+        p1, p2 = ranks.to_columns(p1 if columns is None else p1[:, columns]), ranks.gather(p2)
+        wanted = any(ctx.needs_input_grad)
+        sloped = wanted and s.off_diagonal_weight != 0
+        value, g1, g2 = _off_diagonal_sweep(p1, p2, counts, ranks.own, drawn, sloped, s.fused)
         del p1, p2
-        ranks.sum(off_diagonal)
-
-        if wants_gradient:
-            g1 = ranks.to_samples(g1)
-            g2 = ranks.scatter_sum(g2)
+        off_diagonal = ranks.sum(value)
+        if wanted:
+            g1, g2 = ranks.to_samples(g1), ranks.scatter_sum(g2)
             g1 = g1 if columns is None else _among_all(g1, columns, g2)
-            slope = s.diagonal_weight * (1 + log_occupancy)
-            pairs = max(len(counts) - 1, 1) * (len(drawn) / len(counts) if drawn else 1)
-            scales = (
-                s.off_diagonal_weight / pairs,
-                ranks.size / (len(counts) * ranks.samples * s.temperature),
-            )
-            for chunk in chunks:
-                g1[chunk], g2[chunk] = gradient(
-                    z1[chunk], z2[chunk], g1[chunk], g2[chunk], slope, scales, s
-                )
+            _to_logits_(g1, g2, z1, z2, values, log_occupancy, drawn, ranks, s)
             ctx.save_for_backward(_within(g1, z1.dtype), _within(g2, z1.dtype))
-            ctx.dtype = z1.dtype
-
-        total = (
-            s.diagonal_weight * diagonal
-            + s.off_diagonal_weight * off_diagonal
-            + s.invariance_weight * disagreement
-        )
+        ctx.dtype = z1.dtype
         ctx.mark_non_differentiable(diagonal, off_diagonal, disagreement)
-        return total, diagonal, off_diagonal, disagreement
+        return _total(s, diagonal, off_diagonal, disagreement)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_total, *_):
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         # The saved tables stay wide until the upstream factor (a GradScaler's, say)
         # has lifted them out of fp16's dust.
         return *((g * grad_total).to(ctx.dtype) for g in ctx.saved_tensors), None
+
+
+def _codes_of_batch(
+    z1: Tensor, z2: Tensor, s: Settings, ranks: Exchange
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Codes of both views (n, D), the mean of p¹p² (D,), disagreements (n, V), and their mean.
+
+    Means are those of all ranks; the codes have the type that the products take.
+    """
+    wide, counts = _compute_dtype(z1), unit_counts(s.units, z1.shape[1])
+    bf16 = s.products == "bf16" or (s.products == "auto" and bf16_is_fast(z1.device))
+    product = torch.bfloat16 if bf16 and wide is torch.float32 else wide
+    p1, p2 = (z.new_empty(z.shape, dtype=product) for z in (z1, z2))
+    values = z1.new_empty(len(z1), len(counts), dtype=wide)
+    occupancy, disagreement = _start(z1, z2), values.new_zeros(())
+    codes = kernels(s.fused, z1.is_cuda).codes
+    for chunk in _row_chunks(z1, counts):
+        p1[chunk], p2[chunk], values[chunk], both = codes(z1[chunk], z2[chunk], s)
+        disagreement += values[chunk].sum() / (len(counts) * ranks.samples)
+        occupancy += both / ranks.samples
+    return p1, p2, ranks.sum(occupancy), values, ranks.sum(disagreement)
 
 
 def _off_diagonal_sweep(
@@ -120,73 +116,124 @@ def _off_diagonal_sweep(
     p2: Tensor,
     counts: tuple[int, ...],
     own: range,
-    drawn: list[int] | None = None,
-    wants_gradient: bool = True,
-    information: "Information | None" = None,
+    drawn: Sequence[int] | None = None,
+    sloped: bool = True,
+    fused: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The `own` rows of the matrix: their part of OE, and N·∂(V(V−1)·OE)/∂p for both
-    views, zeros where not wanted.
+    """The `own` rows' part of OE, and N·∂(V(V−1)·OE)/∂p of both views, zeros unless `sloped`.
 
-    p1 holds the own rows' columns alone, p2 all columns; the rows are those of the
-    `drawn` variables (None: of all). Gradients are up to constants that the softmax
-    cannot feel: ∂(P log P)/∂P = 1 + log P; the 1 adds the same to every unit of a
-    variable, so log P alone is carried. For bf16 it is carried from its value at uniform
-    codes on, which is such a constant too: what is rounded is then near zero.
+    p1 holds the own rows' columns, of the `drawn` variables (None: all); p2 all columns.
     """
-    (samples, dim), wide = p2.shape, _wide(p2)
-    information = information or _information_in_place
-    value, g2 = p1.new_zeros((), dtype=wide), None
-    g1 = p1.new_zeros(p1.shape, dtype=wide)
     variables = range(len(counts)) if drawn is None else drawn
-    if len(counts) > 1:
-        uniform = 2 * math.log(len(counts) / dim) if p1.dtype is torch.bfloat16 else 0.0
-        edges = [0, *itertools.accumulate(counts)]
-        tops = itertools.accumulate((counts[v] for v in variables), initial=0)
-        blocks = [(top, edges[v], edges[v + 1]) for top, v in zip(tops, variables)]
-        most = GPU_SLAB_CELLS if p1.is_cuda else SLAB_CELLS
-        step = max(1, min(most // dim, dim // 8))
-        room, spare = _slabs(p2, step)  # used again for every slab
-        for first in range(own.start, own.stop, step):
-            last = min(first + step, own.stop)
-            mine = slice(first - own.start, last - own.start)
-            codes = p1[:, mine]
-            rows = last - first
-            cells = _product(codes.T, p2, out=room.narrow(0, 0, rows)).div_(samples)
-            diagonal = [
-                (slice(max(top - first, 0), top + right - left - first), slice(left, right))
-                for top, left, right in blocks
-                if top < last and first < top + right - left
-            ]
-            for block in diagonal:  # what the slab has of these counts for nothing
-                cells[block] = 0
-            logs, part = information(cells, uniform, p1.dtype, spare.narrow(0, 0, rows))
-            value += part
-            if wants_gradient:
-                for block in diagonal:
-                    logs[block] = 0
-                _product(p2, logs.T, out=g1[:, mine])
-                g2 = _product(codes, logs) if g2 is None else _add_product(g2, codes, logs)
-    g2 = p2.new_zeros(p2.shape, dtype=wide) if g2 is None else g2
+    information, shift = kernels(fused, p2.is_cuda).information, _shift(p2, counts)
+    value = p2.new_zeros((), dtype=_compute_dtype(p2))
+    g1, g2 = (p.new_zeros(p.shape, dtype=_compute_dtype(p)) for p in (p1, p2))
+    for rows, cells, logs, diagonal in _slabs(p2, counts, own, variables):
+        _product(p1[:, rows].T, p2, out=cells)
+        _clear(cells, diagonal)
+        part, slopes = information(cells, logs, len(p2), shift, p2.dtype)
+        value += part
+        if sloped:
+            _clear(slopes, diagonal)
+            _product(p2, slopes.T, out=g1[:, rows])
+            _add_product(g2, p1[:, rows], slopes)
     return value / (len(variables) * max(len(counts) - 1, 1)), g1, g2
+
+
+def _slabs(
+    table: Tensor, counts: tuple[int, ...], own: range, variables: Sequence[int]
+) -> Iterator[tuple[slice, Tensor, Tensor, list[Block]]]:
+    """The `own` rows slab by slab: their place, memory for cells and logarithms, diagonal blocks.
+
+    The memory is used again for every slab. `table` holds all D columns.
+    """
+    dim = table.shape[1]
+    step = max(1, min((GPU_SLAB_CELLS if table.is_cuda else SLAB_CELLS) // dim, dim // 8))
+    cells, logs = (table.new_empty(step, dim, dtype=_compute_dtype(table)) for _ in range(2))
+    for first in range(own.start, own.stop, step):
+        last = min(first + step, own.stop)
+        rows, height = slice(first - own.start, last - own.start), last - first
+        blocks = _diagonal_blocks(counts, variables, first, last)
+        yield rows, cells[:height], logs[:height], blocks
+
+
+def _diagonal_blocks(
+    counts: tuple[int, ...], variables: Sequence[int], first: int, last: int
+) -> list[Block]:
+    """Where a slab of the block rows of `variables`, [first, last), meets their own columns."""
+    edges = [0, *itertools.accumulate(counts)]
+    blocks, top = [], 0
+    for v in variables:
+        bottom = top + counts[v]
+        if top < last and first < bottom:
+            rows = slice(max(top, first) - first, min(bottom, last) - first)
+            blocks.append((rows, slice(edges[v], edges[v + 1])))
+        top = bottom
+    return blocks
+
+
+def _clear(slab: Tensor, blocks: list[Block]) -> None:
+    for block in blocks:
+        slab[block] = 0
+
+
+def _shift(p: Tensor, counts: tuple[int, ...]) -> float:
+    """log P at uniform codes, which bf16 slopes are carried from: what is rounded is then near 0.
+
+    The softmax feels no constant: the reason, too, why slopes are log P and not 1 + log P.
+    """
+    return 2 * math.log(len(counts) / p.shape[1]) if p.dtype is torch.bfloat16 else 0.0
+
+
+def _to_logits_(
+    g1: Tensor,
+    g2: Tensor,
+    z1: Tensor,
+    z2: Tensor,
+    values: Tensor,
+    log_occupancy: Tensor,
+    drawn: Sequence[int] | None,
+    ranks: Exchange,
+    s: Settings,
+) -> None:
+    """Turn OE's slopes in the codes into W times the total's gradients in the logits, in place."""
+    variables = values.shape[1]
+    share = len(drawn) / variables if drawn else 1
+    of_pairs = s.off_diagonal_weight / (max(variables - 1, 1) * share)
+    of_all = ranks.size / (variables * ranks.samples * s.temperature)
+    slope = s.diagonal_weight * (1 + log_occupancy)
+    gradient_ = kernels(s.fused, z1.is_cuda).gradient_
+    for chunk in _row_chunks(z1, unit_counts(s.units, z1.shape[1])):
+        tables = (table[chunk] for table in (g1, g2, z1, z2, values))
+        gradient_(*tables, slope, of_pairs, of_all, s)
+
+
+def _total(
+    s: Settings, diagonal: Tensor, off_diagonal: Tensor, disagreement: Tensor
+) -> tuple[Tensor, ...]:
+    """The weighted sum, and its three terms."""
+    total = (
+        s.diagonal_weight * diagonal
+        + s.off_diagonal_weight * off_diagonal
+        + s.invariance_weight * disagreement
+    )
+    return total, diagonal, off_diagonal, disagreement
 
 
 def _draw(
     counts: tuple[int, ...], s: Settings, device: torch.device
 ) -> tuple[list[int] | None, Tensor | None]:
-    """The variables whose block rows are swept, the same on all ranks, and their columns; None for all."""
+    """The variables whose block rows are swept, the same on all ranks, and their columns.
+
+    None, None for all.
+    """
     if s.sampled_variables is None:
         return None, None
     order = torch.randperm(len(counts)).to(device)
-    drawn = sorted(
-        (of_first_rank(order) if s.gather_distributed else order)[: s.sampled_variables].tolist()
-    )
+    order = of_first_rank(order) if s.gather_distributed else order
+    drawn = sorted(order[: s.sampled_variables].tolist())
     variable = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     return drawn, torch.isin(variable, torch.tensor(drawn)).nonzero()[:, 0].to(device)
-
-
-def _slabs(table: Tensor, rows: int) -> list[Tensor]:
-    """Memory for `rows` rows of the matrix, of cells and of their logarithms."""
-    return [table.new_empty(rows, table.shape[1], dtype=_wide(table)) for _ in range(2)]
 
 
 def _among_all(part: Tensor, columns: Tensor, like: Tensor) -> Tensor:
@@ -195,7 +242,7 @@ def _among_all(part: Tensor, columns: Tensor, like: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b, wide. For bf16 tables the sums inside the product are fp32; a CPU rounds them to bf16 once, at the end."""
+    """a @ b, wide. Of bf16 tables the sums inside are fp32; a CPU rounds them to bf16."""
     if a.dtype is not torch.bfloat16:
         return torch.mm(a, b, out=out)
     result = torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a, b)
@@ -208,135 +255,148 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 # Elementwise work: three functions, plain or, for a GPU, each compiled into few kernels
 
-Information = Callable[[Tensor, float, torch.dtype, Tensor], tuple[Tensor, Tensor]]
+
+class Kernels(NamedTuple):
+    codes: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    gradient_: Callable[..., None]
+    information: Callable[..., tuple[Tensor, Tensor]]
 
 
-@lru_cache(maxsize=2)
-def kernels(fused: bool) -> tuple[Callable, Callable, Information]:
-    """(`_codes`, `_gradient`, `_information`), the same numbers either way but for the order of sums."""
-    if not fused:
-        return _codes, _gradient, _information_in_place
-    return tuple(torch.compile(function) for function in (_codes, _gradient, _information))
+@lru_cache(maxsize=6)
+def kernels(fused: bool | None, is_cuda: bool) -> Kernels:
+    """`_codes`, `_gradient_` and `_information`: the same numbers but for the order of sums."""
+    if not (is_cuda if fused is None else fused):
+        return Kernels(_codes, _gradient_, _information_in_place)
+    compiled = torch.compile
+    return Kernels(compiled(_codes), compiled(_gradient_), compiled(_information))
 
 
 def _codes(z1: Tensor, z2: Tensor, s: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes of some samples, the sum of their disagreements, and the sum of p1·p2 (D,)."""
+    """Of some samples: codes of both views, disagreements (n, V), and the sum of p¹p² (D,)."""
     log_p1, log_p2 = (_log_codes(z, s.units, s.temperature) for z in (z1, z2))
     p1, p2 = log_p1.exp(), log_p2.exp()
-    value, *_ = INVARIANCES[s.invariance](log_p1, log_p2, p1, p2, s.units, gradient=False)
-    return p1, p2, value.sum(), (p1 * p2).sum(0)
+    value = INVARIANCES[s.invariance].value(log_p1, log_p2, p1, s.units)
+    return p1, p2, value, (p1 * p2).sum(0)
 
 
-def _gradient(
-    z1: Tensor,
-    z2: Tensor,
+def _gradient_(
     g1: Tensor,
     g2: Tensor,
+    z1: Tensor,
+    z2: Tensor,
+    value: Tensor,
     slope: Tensor,
-    scales: tuple[float, float],
+    of_pairs: float,
+    of_all: float,
     s: Settings,
-) -> tuple[Tensor, Tensor]:
-    """∂(total)/∂z of some samples, from what the sweep found (g1, g2) and the slope of DE in its cells (D,)."""
+) -> None:
+    """∂(total)/∂z of some samples, written over the sweep's slopes g.
+
+    value: their disagreements (n, V); slope: of DE in its cells (D,).
+    """
     log_p1, log_p2 = (_log_codes(z, s.units, s.temperature) for z in (z1, z2))
     p1, p2 = log_p1.exp(), log_p2.exp()
-    _, d1, d2 = INVARIANCES[s.invariance](log_p1, log_p2, p1, p2, s.units)
-    of_pairs, of_all = scales
-    return tuple(
-        (
-            _through_softmax(p, (g * of_pairs).addcmul_(other, slope), s.units)
-            + s.invariance_weight * d
-        ).mul_(of_all)
-        for p, other, g, d in ((p1, p2, g1, d1), (p2, p1, g2, d2))
-    )
+    d1, d2 = INVARIANCES[s.invariance].slopes(log_p1, log_p2, p1, p2, value, s.units)
+    for g, d, p, other in ((g1, d1, p1, p2), (g2, d2, p2, p1)):
+        g.mul_(of_pairs).addcmul_(other, slope)
+        torch.add(_through_softmax(p, g, s.units), d.mul_(s.invariance_weight), out=g).mul_(of_all)
 
 
 def _information(
-    cells: Tensor, uniform: float, dtype: torch.dtype, spare: Tensor
+    cells: Tensor, logs: Tensor, samples: int, shift: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """log P less `uniform`, in `dtype`, and Σ P log P, with 0 log 0 = 0."""
+    """Σ P log P with 0 log 0 = 0, and log P less `shift`, in `dtype`; P = cells / samples."""
+    cells = cells / samples
     logs = cells.clamp_min(torch.finfo(cells.dtype).tiny).log()
-    return (logs - uniform).to(dtype), (cells * logs).sum()
+    return (cells * logs).sum(), (logs - shift).to(dtype)
 
 
 def _information_in_place(
-    cells: Tensor, uniform: float, dtype: torch.dtype, spare: Tensor
+    cells: Tensor, logs: Tensor, samples: int, shift: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """`_information`, which spoils `cells` and writes into `spare`: no slab is made."""
-    logs = torch.clamp(cells, min=torch.finfo(cells.dtype).tiny, out=spare).log_()
-    value = cells.mul_(logs).sum()
-    return logs if dtype is logs.dtype else logs.sub_(uniform).to(dtype), value
+    """`_information` block by block, which spoils `cells` and writes into `logs`: no new slab."""
+    rows = len(cells) if cells.is_cuda else max(1, BLOCK_CELLS // cells.shape[1])
+    value = cells.new_zeros(())
+    for first in range(0, len(cells), rows):
+        part, log = cells[first : first + rows], logs[first : first + rows]
+        torch.clamp(part.div_(samples), min=torch.finfo(part.dtype).tiny, out=log).log_()
+        value += part.mul_(log).sum()
+    return value, logs if dtype is logs.dtype else logs.sub_(shift).to(dtype)
 
 
-Agreement = tuple[
-    Tensor, Tensor | None, Tensor | None
-]  # per sample and variable (N, V); gradients in both logits (N, D)
+class Agreement(NamedTuple):
+    """A form of TI: its values (n, V), and its slopes in the logits of both views (n, D)."""
+
+    value: Callable[[Tensor, Tensor, Tensor, Units], Tensor]
+    slopes: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Units], tuple[Tensor, Tensor]]
 
 
-def _inner_product(
-    log_p1: Tensor, log_p2: Tensor, p1: Tensor, p2: Tensor, units: Units, gradient: bool = True
-) -> Agreement:
+def _inner_product(log_p1: Tensor, log_p2: Tensor, p1: Tensor, units: Units) -> Tensor:
     """−log⟨p¹, p²⟩, in logarithms throughout."""
+    return -split_variables(log_p1 + log_p2, units, fill=-torch.inf).logsumexp(-1)
+
+
+def _inner_product_slopes(
+    log_p1: Tensor, log_p2: Tensor, p1: Tensor, p2: Tensor, value: Tensor, units: Units
+) -> tuple[Tensor, Tensor]:
     both = split_variables(log_p1 + log_p2, units, fill=-torch.inf)
-    log_inner = both.logsumexp(-1, keepdim=True)
-    value = -log_inner.squeeze(-1)
-    if not gradient:
-        return value, None, None
-    shared = merge_variables((both - log_inner).exp_(), units)
-    return value, p1 - shared, p2 - shared
+    shared = merge_variables(both.add_(value[..., None]).exp_(), units)
+    return p1 - shared, p2 - shared
 
 
-def _cross_entropy(
-    log_p1: Tensor, log_p2: Tensor, p1: Tensor, p2: Tensor, units: Units, gradient: bool = True
-) -> Agreement:
+def _cross_entropy(log_p1: Tensor, log_p2: Tensor, p1: Tensor, units: Units) -> Tensor:
     """−Σ p¹ log p²."""
-    value = split_variables(-p1 * log_p2, units).sum(-1)
-    if not gradient:
-        return value, None, None
-    return value, _through_softmax(p1, -log_p2, units), p2 - p1
+    return split_variables(-p1 * log_p2, units).sum(-1)
 
 
-INVARIANCES = {"inner_product": _inner_product, "cross_entropy": _cross_entropy}
+def _cross_entropy_slopes(
+    log_p1: Tensor, log_p2: Tensor, p1: Tensor, p2: Tensor, value: Tensor, units: Units
+) -> tuple[Tensor, Tensor]:
+    return _through_softmax(p1, -log_p2, units), p2 - p1
+
+
+INVARIANCES = {
+    "inner_product": Agreement(_inner_product, _inner_product_slopes),
+    "cross_entropy": Agreement(_cross_entropy, _cross_entropy_slopes),
+}
 
 
 def _through_softmax(p: Tensor, g: Tensor, units: Units) -> Tensor:
     """∂/∂z from ∂/∂p, at temperature 1: p (g − ⟨p, g⟩) within every variable."""
     p, g = split_variables(p, units), split_variables(g, units)
-    return merge_variables(p * (g - (p * g).sum(-1, keepdim=True)), units)
+    return merge_variables((g - (p * g).sum(-1, keepdim=True)).mul_(p), units)
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def _compute_dtype(x: Tensor) -> torch.dtype:
     """What is computed with: float32, or float64 for float64."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def _log_codes(z: Tensor, units: Units, temperature: float) -> Tensor:
-    """log p of Eq. 1. Logits beyond ±1e30 are cut there, so that differences and sums of them stay finite."""
-    scaled = (z.to(_wide(z)) / temperature).clamp_(-LARGEST_LOGIT, LARGEST_LOGIT)
+    """log p of Eq. 1. Logits beyond ±1e30 are cut there: differences and sums stay finite."""
+    scaled = z.to(_compute_dtype(z))
+    scaled = scaled if temperature == 1 else scaled / temperature
+    scaled = scaled.clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
     return merge_variables(split_variables(scaled, units, fill=-torch.inf).log_softmax(-1), units)
 
 
 def _within(g: Tensor, dtype: torch.dtype) -> Tensor:
-    """g cut at what fp16 can hold, if that is what it goes to: TIC's gradient at extreme logits. (bf16 holds all.)"""
+    """g cut at what fp16 holds, where it goes to fp16: TIC's gradient at extreme logits."""
     largest = torch.finfo(dtype).max
     return g.clamp_(-largest, largest) if dtype is torch.float16 else g
 
 
 def _start(z1: Tensor, z2: Tensor) -> Tensor:
-    """(D,) zeros to sum up from; NaN if a logit is infinite or NaN: a network that overflowed
-    must be seen, by a scaler too."""
-    spoilt = sum(end - end for z in (z1, z2) for end in z.aminmax())
-    return z1.new_zeros(z1.shape[1], dtype=_wide(z1)) + spoilt
+    """(D,) zeros to sum up from, or NaN if a logit is infinite or NaN.
+
+    A network that overflowed must be seen, by a gradient scaler too.
+    """
+    overflow = sum(end - end for z in (z1, z2) for end in z.aminmax())
+    return z1.new_zeros(z1.shape[1], dtype=_compute_dtype(z1)) + overflow
 
 
-LARGEST_LOGIT = 1e30
-# A CPU is fast on what its caches hold; a GPU on much at once.
-SLAB_CELLS, GPU_SLAB_CELLS = (
-    4_000_000,
-    32_000_000,
-)  # cells of the matrix held at once, at most: 16 and 128 MB in float32
-CHUNK_ENTRIES, GPU_CHUNK_ENTRIES = 250_000, 16_000_000  # entries of an N×D table worked on at once
-
-
-def _row_chunks(z: Tensor, width: int) -> list[slice]:
-    step = max(1, (GPU_CHUNK_ENTRIES if z.is_cuda else CHUNK_ENTRIES) // width)
+def _row_chunks(z: Tensor, counts: tuple[int, ...]) -> list[slice]:
+    """Rows worked on at once; a row is as wide as variables of the largest number of units."""
+    entries = GPU_CHUNK_ENTRIES if z.is_cuda else CHUNK_ENTRIES
+    step = max(1, entries // (len(counts) * max(counts)))
     return [slice(start, start + step) for start in range(0, len(z), step)]

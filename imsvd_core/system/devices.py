@@ -41,14 +41,19 @@ def pick_device(name: str = "auto") -> torch.device:
 
 @lru_cache(maxsize=1)
 def fast_precision() -> Precision:
-    """bf16 where a GPU or this processor has units for it, else fp32.
+    """bf16 where the device that training picks has units for it, else fp32."""
+    return "bf16" if bf16_is_fast(pick_device()) else "fp32"
 
-    Without such units a processor emulates bf16, at a twelfth of fp32's speed or less.
-    """
-    if torch.cuda.is_available() or torch.backends.mps.is_available():
-        return "bf16"
-    capabilities = torch.cpu.get_capabilities()
-    return "bf16" if any("bf16" in name and has for name, has in capabilities.items()) else "fp32"
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether a device has units for bf16; without them a processor takes twelve times fp32's time."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Older versions of torch do not tell: they are taken to have none.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type != "cpu" or any(
+        "bf16" in name and present for name, present in capabilities.items()
+    )
 
 
 def device_name(device: torch.device | str) -> str:

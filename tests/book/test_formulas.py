@@ -433,9 +433,10 @@ def test_disagreement_and_its_slope_in_the_logits_are_those_of_its_formula(
 ) -> None:
     z = [codes(units, seed=seed).log().requires_grad_() for seed in (1, 2)]
     p1, p2 = (soft_discretize(x, units) for x in z)
-    found, *slopes = streaming.INVARIANCES[form](
-        p1.log(), p2.log(), p1.detach(), p2.detach(), units
-    )
+    agreement = streaming.INVARIANCES[form]
+    logs, tables = (p1.detach().log(), p2.detach().log()), (p1.detach(), p2.detach())
+    found = agreement.value(*logs, tables[0], units)
+    slopes = agreement.slopes(*logs, *tables, found, units)
     rows1, rows2 = variables(p1, units), variables(p2, units)
     assert found.shape == (len(p1), len(units))
     for n, v in product(range(len(p1)), range(len(units))):
