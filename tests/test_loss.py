@@ -307,6 +307,20 @@ def test_bf16_products_change_the_gradient_by_less_than_a_percent(drawn):
         assert 0 < (gradient - truth).norm() < 0.01 * truth.norm()
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_auto_takes_bf16_where_it_is_fast_within_a_thousandth_of_the_gradient(monkeypatch, fast):
+    z = logits(256, [16] * 32, torch.float32)
+    monkeypatch.setattr("imsvd_core.streaming.bf16_is_fast", lambda device: fast)
+    (exact, of_exact), (bf16, _), (auto, of_auto) = (
+        gradients(z, [16] * 32, products=products) for products in ("fp32", "bf16", "auto")
+    )
+    assert exact.total != bf16.total
+    assert auto.total == (bf16 if fast else exact).total
+    assert abs(auto.total - exact.total) < 1e-4
+    for truth, gradient in zip(of_exact, of_auto, strict=True):
+        assert (gradient - truth).norm() < 1e-3 * truth.norm()
+
+
 def test_bf16_slopes_of_nearly_uniform_codes_are_rounded_near_zero():
     """Only log P less its value at uniform codes, −2 log B, is small there: bf16 rounds in proportion."""
     z = logits(256, [16] * 20, torch.float32, scale=0.3)
