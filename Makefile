@@ -10,6 +10,7 @@ help:  ## List these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 book: $(READY)  ## Execute every chapter and render _build/html/index.html
+	-@$(BIN)/imsvd data get cifar10
 	$(BIN)/jupyter-book build book --config _config.yml --toc $(CURDIR)/_toc.yml --path-output . -W -n --keep-going
 	@echo _build/html/index.html
 

@@ -29,7 +29,7 @@ from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from imsvd_core.data import memory as datasets
+from imsvd_core.data import sources
 from imsvd_core.data import tree as folders
 from imsvd_core.data.tree import FolderImages
 from imsvd_core.results import provenance, write_result
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument(
         "--root",
         type=Path,
-        default=datasets.data_root() / "imagenet-samples",
+        default=sources.data_root() / "imagenet-samples",
         help="folder of JPEGs",
     )
     parser.add_argument(
@@ -139,7 +139,7 @@ def main() -> None:
     device, n, rounds = pick_device(arguments.device), arguments.images, arguments.rounds
 
     begin = time.perf_counter()
-    names = [file for file, _ in datasets.scan(arguments.root)] if arguments.root.is_dir() else []
+    names = [file for file, _ in sources.scan(arguments.root)] if arguments.root.is_dir() else []
     if not names:
         print(
             f"{arguments.root} holds no JPEG, so nothing was timed: "

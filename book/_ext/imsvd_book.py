@@ -33,6 +33,7 @@ from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 from imsvd_core.data import memory as datasets
+from imsvd_core.data import sources
 
 logger = logging.getLogger(__name__)
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -46,13 +47,13 @@ def prepare(app: Sphinx, config: Config) -> None:
     """Choose scale and data set, hand both to the kernels, and point the execution cache at their key."""
     os.environ.setdefault("IMSVD_SCALE", "laptop")
     scale = os.environ["IMSVD_SCALE"]
-    name = datasets.resolve(os.environ.get("IMSVD_DATASET", "auto"))
+    name = sources.resolve(os.environ.get("IMSVD_DATASET", "auto"))
     os.environ["IMSVD_DATASET"] = name
     kit = str(Path(__file__).parent)  # the cells import kit.py
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [kit, *filter(None, [os.environ.get("PYTHONPATH")])]
     )
-    config.imsvd_run = {"scale": scale, "dataset": name, "title": datasets.title(name)}
+    config.imsvd_run = {"scale": scale, "dataset": name, "title": sources.title(name)}
     logger.info(
         "The chapters run at scale %r on the data set %s.", scale, config.imsvd_run["title"]
     )

@@ -84,11 +84,11 @@ def lay_out(folder: Path) -> list[Path]:
 
 def execute(folder: Path) -> int:
     """Run all notebooks at scale smoke, two at a time, on one data set; returns pytest's exit status."""
-    from imsvd_core.data import memory as datasets
+    from imsvd_core.data import sources
 
     notebooks = lay_out(folder)
     scale = os.environ.get("IMSVD_SCALE", "smoke")
-    dataset = datasets.resolve(os.environ.get("IMSVD_DATASET", "auto"))
+    dataset = sources.resolve(os.environ.get("IMSVD_DATASET", "auto"))
     chosen = {"IMSVD_SCALE": scale, "IMSVD_DATASET": dataset}
     (folder / "environment.json").write_text(json.dumps(chosen) + "\n", encoding="utf-8")
     print(f"The chapters run at scale {scale!r} on the data set {dataset!r}.", flush=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import jupytext
 from nbclient import NotebookClient
 
-from imsvd_core.data import memory as datasets
+from imsvd_core.data import sources
 from imsvd_core.recipes import current_scale
 from imsvd_core.results import provenance, write_result
 from imsvd_core.system.devices import pick_device
@@ -38,7 +38,7 @@ def main(result: Path, names: list[str]) -> None:
         config={"scale": current_scale()},
         seed=0,
         device=device,
-        dataset=datasets.title(),
+        dataset=sources.title(),
         seconds=sum(figures.values()),
     )
     write_result(result, f"chapters-{device.type}", {"seconds": figures}, origin, overwrite=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from imsvd_core.data.memory import data_root, find_images, find_split
+from imsvd_core.data.sources import data_root, find_images, find_split
 from imsvd_core.results import provenance, write_result
 from imsvd_core.system.config import plain
 

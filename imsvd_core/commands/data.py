@@ -4,11 +4,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
 from imsvd_core.commands.common import usage
-from imsvd_core.data import check
+from imsvd_core.data import check, download
 from imsvd_core.system.files import atomic_write
 
 
@@ -38,11 +39,26 @@ class DataCheckCommand:
     progress: bool = True
 
 
+@dataclass(frozen=True)
+class DataGetCommand:
+    """Download a data set to the data root (IMSVD_DATA), verified by its checksum.
+
+    Gives up within ten seconds where there is no network."""
+
+    name: tyro.conf.Positional[Literal["cifar10", "cifar100", "fashion-mnist"]]
+    """cifar10, cifar100 or fashion-mnist."""
+
+
 def data(argv: Sequence[str]) -> None:
-    """Verify a data root."""
+    """Download a data set, or verify a data root."""
+    if argv[:1] == ["get"]:
+        name = tyro.cli(DataGetCommand, prog="imsvd data get", args=argv[1:]).name
+        print(f"{name} is in {download.get(name)}")
+        return
     if argv[:1] != ["check"]:
         raise usage(
-            f"usage: imsvd data check {'|'.join(check.SPECS)} ROOT\n\n"
+            "usage: imsvd data get cifar10|cifar100|fashion-mnist\n"
+            f"       imsvd data check {'|'.join(check.SPECS)} ROOT\n\n"
             "`imsvd data check --help` lists its settings.",
             argv,
         )

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from imsvd_core import export as exporting
 from imsvd_core.commands.common import peek, ranks, show_result, usage
-from imsvd_core.data.memory import OnCorrupt
+from imsvd_core.data.sources import OnCorrupt
 from imsvd_core.distributed import world
 from imsvd_core.recipes import (
     EVALUATIONS,

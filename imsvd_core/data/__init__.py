@@ -8,16 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from imsvd_core.data.memory import (
-    ImageData,
-    OnCorrupt,
-    Split,
-    data_root,
-    load,
-    manifest,
-    resolve,
-    title,
-)
+from imsvd_core.data.memory import ImageData, load, manifest
+from imsvd_core.data.sources import OnCorrupt, Split, data_root, resolve, title
 from imsvd_core.data.tree import FolderImages, open_folder
 
 if TYPE_CHECKING:

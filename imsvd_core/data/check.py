@@ -21,6 +21,7 @@ from xml.etree import ElementTree
 from rich.progress import Progress
 
 from imsvd_core.data import memory as datasets
+from imsvd_core.data import sources
 from imsvd_core.data import tree as folders
 from imsvd_core.system.files import atomic_write
 
@@ -146,7 +147,7 @@ def _inspect_tree(root: Path, spec: Spec, report: Report, track: Track) -> list[
         if loose := [
             entry.name
             for entry in os.scandir(home)
-            if entry.name.lower().endswith(datasets.SUFFIXES)
+            if entry.name.lower().endswith(sources.SUFFIXES)
         ]:
             report.add(
                 "images outside class folders",
@@ -154,7 +155,7 @@ def _inspect_tree(root: Path, spec: Spec, report: Report, track: Track) -> list[
                 f"move each into {home}/<class>/, as told below",
             )
         classes[split] = []
-        for name in datasets.class_names(home):
+        for name in sources.class_names(home):
             good = re.fullmatch(spec.class_name, name)
             classes[split] += [name] if good else []
             if not good:
@@ -162,7 +163,7 @@ def _inspect_tree(root: Path, spec: Spec, report: Report, track: Track) -> list[
                     "folder that is no class", str(home / name), "move it out of the data root"
                 )
         members = {
-            name: [f"{home}/{name}/{file}" for file, _ in datasets.scan(home / name)]
+            name: [f"{home}/{name}/{file}" for file, _ in sources.scan(home / name)]
             for name in track(classes[split], description=f"listing {split}")
         }
         report.expect(f"{split} classes", len(members), spec.classes)
@@ -277,7 +278,7 @@ def _inspect_coco(root: Path, spec: Spec, report: Report, track: Track) -> list[
             for place in missing:
                 report.add("missing folder or file", place, PREPARE)
             continue
-        names = {file for file, _ in datasets.scan(home)}
+        names = {file for file, _ in sources.scan(home)}
         files += [f"{home}/{name}" for name in sorted(names)]
         report.expect(f"{split} images", len(names), expected)
         try:

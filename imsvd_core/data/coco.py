@@ -27,7 +27,8 @@ from rich.progress import Progress
 from torch import Tensor
 
 from imsvd_core.data import memory as datasets
-from imsvd_core.data.memory import OnCorrupt, Split
+from imsvd_core.data import sources
+from imsvd_core.data.sources import OnCorrupt, Split
 from imsvd_core.data.tree import Plan, decode, stream
 
 PREFIX = "coco:"
@@ -215,9 +216,9 @@ def open_coco(
     """
     if not name.startswith(PREFIX):
         raise ValueError(f"data set {name!r} is not COCO: give {PREFIX}PATH")
-    datasets.check_choices(split, on_corrupt)
-    folder = datasets.find_folder(
-        name, datasets.data_root() if root is None else Path(root).expanduser()
+    sources.check_choices(split, on_corrupt)
+    folder = sources.find_folder(
+        name, sources.data_root() if root is None else Path(root).expanduser()
     )
     home, listing = folder / SPLITS[split], folder / f"annotations/instances_{SPLITS[split]}.json"
     for place in (home, listing):

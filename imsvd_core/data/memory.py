@@ -10,55 +10,44 @@ import hashlib
 import io
 import logging
 import os
-import queue
-import socket
-import tempfile
-import threading
-import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image
 from rich.progress import Progress
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
-from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.v2 import functional as TF
 
 from imsvd_core.data import attributes
 from imsvd_core.data.batch import Batch, OrderLike, members
+from imsvd_core.data.download import get
+from imsvd_core.data.sources import (
+    PUBLISHED,
+    TITLES,
+    OnCorrupt,
+    Split,
+    check_choices,
+    find,
+    find_folder,
+    find_images,
+    find_split,
+    known_name,
+    layout,
+    resolve,
+    root_of,
+    scan,
+    title_of,
+)
 from imsvd_core.views import EvalView, TwoViews, View
 
-Split = Literal["train", "test"]
-OnCorrupt = Literal["error", "skip"]
-
-TITLES = {
-    "cifar10": "CIFAR-10",
-    "cifar100": "CIFAR-100",
-    "fashion-mnist": "Fashion-MNIST",
-    "attributes": "attributes (drawn)",
-}
-PUBLISHED = {"cifar10": CIFAR10, "cifar100": CIFAR100, "fashion-mnist": FashionMNIST}
-SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
-SUFFIXES = (".png", ".jpg", ".jpeg")
 ATTRIBUTES_SIZES = {"train": 20_000, "test": 4_000}
-PROBE_SECONDS = (
-    5.0  # for the first byte of a download; silent for longer, a host counts as out of reach
-)
-STALL_SECONDS = 10.0  # of silence end a download that had begun
-REMEMBERED_SECONDS = 600.0  # a failed download is not tried again for `auto` before that
 
 log = logging.getLogger(__name__)
-_told = False  # whether this process has said that `auto` fell back
-_failed: dict[Path, str] = {}  # why CIFAR-10 could not be downloaded to a root, in this process
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,11 +161,6 @@ def balanced(labels: Tensor, n: int, seed: int, whose: str) -> Tensor:
     return order[turn.argsort(stable=True)[:n]].sort().values
 
 
-def data_root() -> Path:
-    """Where data sets are looked for and downloaded to: `IMSVD_DATA`, or ~/.cache/imsvd."""
-    return Path(os.environ.get("IMSVD_DATA") or "~/.cache/imsvd").expanduser()
-
-
 def load(
     name: str = "auto",
     split: Split = "train",
@@ -208,71 +192,23 @@ def load(
         raise ValueError(
             f"size is {size}: give a number of pixels, or None to keep the images' own"
         )
-    root = _root(root)
+    root = root_of(root)
     name = resolve(name, root)
     if name == "attributes":
         return _draw(split, seed, 32 if size is None else size)
     if name.startswith("folder:"):
         folder = find_folder(name, root)
         return _read_tree(folder, name, folder.name, split, on_corrupt, size, progress)
-    place = _find(name, root)
+    place = find(name, root)
     if place is None:
-        reason = _download(name, root)
-        place = _find(name, root)
-        if place is None:
-            raise FileNotFoundError(
-                f"{TITLES[name]} is not under {root} and could not be downloaded ({reason}). Put "
-                f"torchvision's {_layout(name)[0].parent} there, or images as "
-                f"{root / name}/{{train,test}}/<class>/*.png or *.jpg; IMSVD_DATA names another data root, "
-                "and the data set 'attributes' needs no files"
-            )
+        get(name, root)
+        place = find(name, root)
+    assert place is not None
     if place.tree:
         return _read_tree(
-            place.folder, name, _title(name, place), split, on_corrupt, size, progress
+            place.folder, name, title_of(name, place), split, on_corrupt, size, progress
         )
     return _read_published(place.folder, name, split, size)
-
-
-def resolve(name: str = "auto", root: Path | str | None = None) -> str:
-    """The data set that `name` stands for here and now.
-
-    `auto` is `IMSVD_DATASET` if that is set; else `cifar10` if it is under the root or can be downloaded;
-    else `attributes`, which one printed line says, once a process. An attempt to download gives up within ten
-    seconds where there is no network, and is not repeated within ten minutes. Raises ValueError for an
-    unknown name.
-    """
-    if name == "auto":
-        name = os.environ.get("IMSVD_DATASET") or "auto"
-    if name in TITLES or name.startswith("folder:"):
-        return name
-    if name != "auto":
-        raise ValueError(
-            f"data set {name!r} is unknown: choose auto, {', '.join(TITLES)}, folder:PATH or, streamed, tree:PATH"
-        )
-    root = _root(root)
-    if _find("cifar10", root):
-        return "cifar10"
-    reason = _failed_before(root) or _download("cifar10", root)
-    if reason is None:
-        return "cifar10"
-    global _told
-    if not _told:
-        print(
-            f"Data set: {TITLES['attributes']}. CIFAR-10 is not under {root} and could not be downloaded "
-            f"({reason}).",
-            flush=True,
-        )
-        _told = True
-    return "attributes"
-
-
-def title(name: str = "auto", root: Path | str | None = None) -> str:
-    """What a page prints for the data found now, such as "CIFAR-10 (JPEG)"; downloads and prints nothing."""
-    root = _root(root)
-    name = _known(name, root)
-    if name.startswith("folder:"):
-        return find_folder(name, root).name
-    return _title(name, _find(name, root, check=False))
 
 
 def manifest(name: str = "auto", root: Path | str | None = None) -> str:
@@ -280,195 +216,18 @@ def manifest(name: str = "auto", root: Path | str | None = None) -> str:
 
     It is quick (it opens no file), stable from machine to machine, and downloads and prints nothing.
     """
-    root = _root(root)
-    name = _known(name, root)
+    root = root_of(root)
+    name = known_name(name, root)
     if name == "attributes":
         return f"attributes {ATTRIBUTES_SIZES['train']}+{ATTRIBUTES_SIZES['test']}"
-    place = _find(name, root, check=False)
+    place = find(name, root, check=False)
     if place is None:
         return f"{name} absent"
     if place.tree:
         files = [(file, entry.stat().st_size) for file, entry in scan(place.folder)]
     else:
-        files = [(file.as_posix(), (place.folder / file).stat().st_size) for file in _layout(name)]
+        files = [(file.as_posix(), (place.folder / file).stat().st_size) for file in layout(name)]
     return f"{name} {len(files)} files {hashlib.sha256(repr(files).encode()).hexdigest()[:16]}"
-
-
-# --- finding ------------------------------------------------------------------------------------------------
-
-
-class _Place(NamedTuple):
-    folder: Path
-    tree: bool  # of images, {train,test}/<class>/; else what torchvision calls its root
-
-
-def _root(root: Path | str | None) -> Path:
-    return data_root() if root is None else Path(root).expanduser()
-
-
-def _known(name: str, root: Path) -> str:
-    """`resolve` without network and without a word."""
-    if name == "auto" and os.environ.get("IMSVD_DATASET", "auto") in ("", "auto"):
-        return "cifar10" if _find("cifar10", root, check=False) else "attributes"
-    return resolve(name, root)
-
-
-def check_choices(split: str, on_corrupt: str) -> None:
-    """Raise ValueError for a split or a way with unreadable files that does not exist."""
-    if split not in SPLIT_FOLDERS:
-        raise ValueError(f"split is {split!r}: choose 'train' or 'test'")
-    if on_corrupt not in ("error", "skip"):
-        raise ValueError(f"on_corrupt is {on_corrupt!r}: choose 'error' or 'skip'")
-
-
-def find_folder(name: str, root: Path) -> Path:
-    """The folder that `folder:PATH` or `tree:PATH` names, absolute or below `root`; FileNotFoundError if it is none."""
-    path = root / Path(name.partition(":")[2]).expanduser()
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"{path} is not a folder: {name!r} is an absolute path, or one under {root}; give another --data, "
-            "or put it there (`imsvd data check` tells how)"
-        )
-    return path
-
-
-def _layout(name: str) -> list[Path]:
-    """The files of torchvision's layout, relative to the folder that it calls its root."""
-    published = PUBLISHED[name]
-    if published is FashionMNIST:
-        return [
-            Path("FashionMNIST/raw", file.removesuffix(".gz")) for file, _ in published.resources
-        ]
-    files = [*published.train_list, *published.test_list, [published.meta["filename"]]]
-    return [Path(published.base_folder, file[0]) for file in files]
-
-
-def _find(name: str, root: Path, check: bool = True) -> _Place | None:
-    """Where `name` can be read, torchvision's layout first; with `check`, its checksums must be right."""
-    if name.startswith("folder:"):
-        return _Place(find_folder(name, root), tree=True)
-    if name not in PUBLISHED:
-        return None
-    for folder in (root, root / name):
-        with suppress(FileNotFoundError, NotADirectoryError):
-            found = [(str(folder / file), (folder / file).stat()) for file in _layout(name)]
-            if not check or all(
-                _intact(name, path, now.st_size, now.st_mtime_ns) for path, now in found
-            ):
-                return _Place(folder, tree=False)
-    splits = [root / name / folder for folders in SPLIT_FOLDERS.values() for folder in folders]
-    return _Place(root / name, tree=True) if any(map(Path.is_dir, splits)) else None
-
-
-def _title(name: str, place: _Place | None) -> str:
-    first = next(scan(place.folder), ("", None))[0] if place and place.tree else ""
-    return TITLES[name] + (" (JPEG)" if first.lower().endswith((".jpg", ".jpeg")) else "")
-
-
-@lru_cache(maxsize=64)
-def _intact(name: str, path: str, size: int, modified: int) -> bool:
-    """Whether a file of torchvision's layout has its published checksum: half a download is no data set."""
-    published = PUBLISHED[name]
-    if (
-        published is FashionMNIST
-    ):  # its checksums are of the compressed files; its reader counts bytes
-        return size > 0
-    sums = dict(
-        [
-            *published.train_list,
-            *published.test_list,
-            (published.meta["filename"], published.meta["md5"]),
-        ]
-    )
-    return check_integrity(path, sums[os.path.basename(path)])
-
-
-def scan(folder: Path | str, prefix: str = "") -> Iterator[tuple[str, os.DirEntry]]:
-    """The image files below `folder`, sorted: name relative to it, and what the folder says of it."""
-    with os.scandir(folder) as entries:
-        ordered = sorted(entries, key=lambda entry: entry.name)
-    for entry in ordered:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from scan(entry.path, f"{prefix}{entry.name}/")
-        elif entry.name.lower().endswith(SUFFIXES):
-            yield prefix + entry.name, entry
-
-
-# --- downloading --------------------------------------------------------------------------------------------
-
-
-def _download(name: str, root: Path) -> str | None:
-    """Download `name` to `root` through torchvision, which verifies the checksum; None, or why it failed.
-
-    The files go to `root` only when all are whole: a download cut short leaves nothing to be found.
-    """
-    published = PUBLISHED[name]
-    url = (
-        published.mirrors[0] + published.resources[0][0]
-        if published is FashionMNIST
-        else published.url
-    )
-    stamp = root / f".{name}-not-downloaded"
-    timeout = socket.getdefaulttimeout()
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as folder:
-            _probe(url)
-            print(f"Downloading {TITLES[name]} to {root}", flush=True)
-            socket.setdefaulttimeout(STALL_SECONDS)  # torchvision sets none of its own
-            published(folder, download=True)
-            for file in _layout(name):
-                (root / file).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(Path(folder, file), root / file)
-    except Exception as error:  # urllib, http, ssl, tarfile and torchvision each have their own
-        reason = " ".join(f"{type(error).__name__}: {getattr(error, 'reason', error)}".split())
-        with suppress(OSError):
-            stamp.write_text(reason, encoding="utf-8")
-        if name == "cifar10":
-            _failed[root] = reason
-        return reason
-    finally:
-        socket.setdefaulttimeout(timeout)
-    stamp.unlink(missing_ok=True)
-    _failed.pop(root, None)
-    return None
-
-
-def _failed_before(root: Path) -> str | None:
-    """Why CIFAR-10 could not be downloaded to `root`, if this process or another has just found that out."""
-    stamp = root / ".cifar10-not-downloaded"
-    with suppress(OSError):
-        if abs(time.time() - stamp.stat().st_mtime) < REMEMBERED_SECONDS:
-            return stamp.read_text(encoding="utf-8")
-    return _failed.get(root)
-
-
-def _probe(url: str) -> None:
-    """Ask for the first byte of `url`, through whatever proxy is set; raise what is wrong, in PROBE_SECONDS.
-
-    The name server's patience cannot be set, and a host has several addresses that each time out in turn: so
-    one deadline stands over all, and a thread that misses it is left behind.
-    """
-    answers: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
-
-    def ask() -> None:
-        try:
-            with urllib.request.urlopen(url, timeout=PROBE_SECONDS) as response:
-                response.read(1)
-        except Exception as error:
-            answers.put(error)
-        else:
-            answers.put(None)
-
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        error = answers.get(timeout=PROBE_SECONDS)
-    except queue.Empty:
-        error = TimeoutError(f"no answer from {url} within {PROBE_SECONDS:g} seconds")
-    if error is not None:
-        raise error
 
 
 # --- reading ------------------------------------------------------------------------------------------------
@@ -494,7 +253,7 @@ def _read_published(folder: Path, name: str, split: Split, size: int | None) -> 
     try:
         data = PUBLISHED[name](folder, train=split == "train")
     except Exception as error:
-        damaged = folder / _layout(name)[0].parent
+        damaged = folder / layout(name)[0].parent
         raise ValueError(
             f"{damaged} cannot be read ({error}): remove it to download it again"
         ) from error
@@ -511,49 +270,6 @@ def _read_published(folder: Path, name: str, split: Split, size: int | None) -> 
         torch.as_tensor(data.targets),
         tuple(data.classes),
     )
-
-
-def find_split(folder: Path, split: Split) -> tuple[Path, tuple[str, ...]]:
-    """Where one split of a tree is, and its classes, which every split of the tree must have.
-
-    Raises FileNotFoundError or ValueError, saying what a tree looks like, for a folder that is none.
-    """
-    homes = {}
-    for key, options in SPLIT_FOLDERS.items():
-        there = [folder / option for option in options if (folder / option).is_dir()]
-        homes[key] = next(filter(class_names, there), there[0] if there else None)
-    home = homes[split]
-    if home is None:
-        wanted = " or ".join(str(folder / option) for option in SPLIT_FOLDERS[split])
-        raise FileNotFoundError(
-            f"split {split!r} is not there: make {wanted}, one folder a class in it"
-        )
-    classes = class_names(home)
-    if not classes:
-        raise ValueError(f"{home} holds no class folder: put the images in {home}/<class>/")
-    for other in homes.values():
-        if other and class_names(other) != classes:
-            odd = sorted(set(classes) ^ set(class_names(other)))
-            raise ValueError(
-                f"{home} and {other} differ in classes ({', '.join(odd[:5])}): give both all"
-            )
-    return home, classes
-
-
-def find_images(home: Path, name_of_class: str) -> list[str]:
-    """The image files of one class, sorted, relative to its folder; ValueError where there is none."""
-    files = [file for file, _ in scan(home / name_of_class)]
-    if not files:
-        raise ValueError(
-            f"{home / name_of_class} holds no {', '.join(SUFFIXES)} file: fill or remove it"
-        )
-    return files
-
-
-def class_names(home: Path) -> tuple[str, ...]:
-    """The class folders in `home`, sorted."""
-    folders = (path.name for path in home.iterdir() if path.is_dir())
-    return tuple(sorted(name for name in folders if not name.startswith(".")))
 
 
 def _read_tree(

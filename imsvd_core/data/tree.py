@@ -30,8 +30,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
 from imsvd_core.data import memory as datasets
+from imsvd_core.data import sources
 from imsvd_core.data.batch import Batch, OrderLike, members
-from imsvd_core.data.memory import OnCorrupt, Split
+from imsvd_core.data.sources import OnCorrupt, Split
 from imsvd_core.views import CROP_DRAWS, EvalView, TwoViews, View
 
 SCHEMES = ("folder:", "tree:")
@@ -348,12 +349,12 @@ def open_folder(
     """
     if not name.startswith(SCHEMES):
         raise ValueError(f"data set {name!r} is not streamed: give tree:PATH or folder:PATH")
-    datasets.check_choices(split, on_corrupt)
-    root = datasets.data_root() if root is None else Path(root).expanduser()
-    folder = datasets.find_folder(name, root)
-    home, classes = datasets.find_split(folder, split)
+    sources.check_choices(split, on_corrupt)
+    root = sources.data_root() if root is None else Path(root).expanduser()
+    folder = sources.find_folder(name, root)
+    home, classes = sources.find_split(folder, split)
     names = [
-        np.array([os.fsencode(file) for file in datasets.find_images(home, label)])
+        np.array([os.fsencode(file) for file in sources.find_images(home, label)])
         for label in classes
     ]
     labels = torch.arange(len(classes)).repeat_interleave(

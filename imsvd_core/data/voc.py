@@ -14,8 +14,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from imsvd_core.data import memory as datasets
+from imsvd_core.data import sources
 from imsvd_core.data import tree as folders
-from imsvd_core.data.memory import OnCorrupt, Split
+from imsvd_core.data.sources import OnCorrupt, Split
 
 PREFIX = "voc:"
 LISTS = {
@@ -139,9 +140,9 @@ def open_voc(
     """
     if not name.startswith(PREFIX):
         raise ValueError(f"data set {name!r} is not in VOC's layout: give {PREFIX}PATH")
-    datasets.check_choices(split, on_corrupt)
-    root = datasets.data_root() if root is None else Path(root).expanduser()
-    folder = datasets.find_folder(name, root)
+    sources.check_choices(split, on_corrupt)
+    root = sources.data_root() if root is None else Path(root).expanduser()
+    folder = sources.find_folder(name, root)
     base = next(
         (folder / place for place in ("VOCdevkit/VOC2007", "VOC2007") if (folder / place).is_dir()),
         folder,

@@ -9,7 +9,7 @@ from typing import Any
 
 import tyro
 
-from imsvd_core.data import memory as datasets
+from imsvd_core.data import sources
 from imsvd_core.recipes import Recipe, Scale, recipe
 from imsvd_core.results import read_result, write_json
 from imsvd_core.system.config import (
@@ -173,7 +173,7 @@ def build(
                 if part.evaluation and part.evaluation not in kinds:
                     kinds.append(part.evaluation)
         if evaluations and whole.data not in data:
-            data[whole.data] = datasets.resolve(whole.data) if whole.data == "auto" else whole.data
+            data[whole.data] = sources.resolve(whole.data) if whole.data == "auto" else whole.data
         for epochs, kinds in sorted(evaluations.items()):
             trained = replace(whole, loop=replace(whole.loop, epochs=epochs), data=data[whole.data])
             options = [*settings, "--loop.epochs", str(epochs)]

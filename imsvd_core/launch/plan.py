@@ -11,7 +11,8 @@ import torch
 
 from imsvd_core.data import check as prepared
 from imsvd_core.data import memory as datasets
-from imsvd_core.data.memory import data_root
+from imsvd_core.data import sources
+from imsvd_core.data.sources import data_root
 from imsvd_core.launch.config import LaunchConfig
 from imsvd_core.launch.submit import Submission
 from imsvd_core.methods import IMSVD, BarlowTwins, VICReg
@@ -201,9 +202,9 @@ def _data(recipe: Recipe) -> tuple[int | None, list[str]]:
 
 def _count(data: str) -> int:
     if data.partition(":")[0] in ("tree", "folder"):
-        home, classes = datasets.find_split(datasets.find_folder(data, data_root()), "train")
-        return sum(len(datasets.find_images(home, label)) for label in classes)
-    name = datasets.resolve(data)  # downloads it, rather now than on a node without network
+        home, classes = sources.find_split(sources.find_folder(data, data_root()), "train")
+        return sum(len(sources.find_images(home, label)) for label in classes)
+    name = sources.resolve(data)  # downloads it, rather now than on a node without network
     return datasets.ATTRIBUTES_SIZES["train"] if name == "attributes" else PUBLISHED[name]
 
 

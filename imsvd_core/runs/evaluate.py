@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from imsvd_core.data import open_data, resolve
-from imsvd_core.data.memory import OnCorrupt
+from imsvd_core.data.sources import OnCorrupt
 from imsvd_core.distributed import on_rank_0, rank_0_first, world
 from imsvd_core.evaluation.base import Setup
 from imsvd_core.evaluation.features import fingerprint

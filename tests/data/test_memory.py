@@ -2,7 +2,6 @@
 
 import hashlib
 import http.server
-import os
 import pickle
 import socket
 import tarfile
@@ -18,6 +17,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, FashionMNIST
 
+from imsvd_core.data import download, sources
 from imsvd_core.data import memory as datasets
 from imsvd_core.data.memory import ImageData
 
@@ -28,8 +28,7 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """No data set chosen from outside, and a process that has neither tried to download nor said a word."""
     monkeypatch.delenv("IMSVD_DATASET", raising=False)
-    monkeypatch.setattr(datasets, "_told", False)
-    monkeypatch.setattr(datasets, "_failed", {})
+    sources.say_once.cache_clear()
     for variable in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(variable, raising=False)
         monkeypatch.delenv(variable.upper(), raising=False)
@@ -137,7 +136,7 @@ def test_a_tree_and_torchvisions_layout_give_the_same_tensors(tmp_path, monkeypa
 def test_a_jpeg_tree_is_called_one_and_has_the_pixels_of_pillow(tmp_path):
     tree(tmp_path, "jpg")
     data = datasets.load("auto", "test", root=tmp_path)
-    assert data.name == "cifar10" and data.title == "CIFAR-10 (JPEG)" == datasets.title(
+    assert data.name == "cifar10" and data.title == "CIFAR-10 (JPEG)" == sources.title(
         root=tmp_path
     )
     with Image.open(tmp_path / "cifar10/test/bird/0001.jpg") as picture:
@@ -249,15 +248,15 @@ def test_a_tree_that_cannot_be_used_is_refused_with_its_path(tmp_path):
 
 def test_the_root_and_the_meaning_of_auto_come_from_the_environment(tmp_path, monkeypatch, offline):
     monkeypatch.setenv("IMSVD_DATA", str(tree(tmp_path)))
-    assert datasets.data_root() == tmp_path and datasets.resolve() == "cifar10"
+    assert sources.data_root() == tmp_path and sources.resolve() == "cifar10"
     monkeypatch.setenv("IMSVD_DATASET", "attributes")
-    assert datasets.resolve() == "attributes" and datasets.manifest().startswith("attributes")
-    assert datasets.resolve("cifar10") == "cifar10"
+    assert sources.resolve() == "attributes" and datasets.manifest().startswith("attributes")
+    assert sources.resolve("cifar10") == "cifar10"
     monkeypatch.setenv("IMSVD_DATASET", "imagenet")
     with pytest.raises(ValueError, match="'imagenet' is unknown"):
-        datasets.resolve()
+        sources.resolve()
     monkeypatch.delenv("IMSVD_DATA")
-    assert datasets.data_root() == Path("~/.cache/imsvd").expanduser()
+    assert sources.data_root() == Path("~/.cache/imsvd").expanduser()
 
 
 # --- the drawn data set and subsets -------------------------------------------------------------------------
@@ -325,67 +324,59 @@ def test_image_data_refuses_tensors_that_do_not_fit():
 # --- no network ---------------------------------------------------------------------------------------------
 
 
-def test_auto_falls_back_with_one_line_and_asks_the_network_once(tmp_path, offline, capfd):
-    assert [datasets.resolve("auto", tmp_path) for _ in range(3)] == ["attributes"] * 3
-    out, err = capfd.readouterr()
-    assert out.count("\n") == 1 and not err
-    assert (
-        "attributes (drawn)" in out and str(tmp_path) in out and "Name or service not known" in out
-    )
-    assert len(offline) == 1
-
-
-def test_another_process_does_not_try_again_until_ten_minutes_have_passed(
-    tmp_path, offline, monkeypatch
+def test_auto_falls_back_with_one_line_that_names_the_download_and_asks_no_network(
+    tmp_path, offline, capfd
 ):
-    datasets.resolve("auto", tmp_path)
-    monkeypatch.setattr(datasets, "_failed", {})  # as a new process has it
-    assert datasets.resolve("auto", tmp_path) == "attributes" and len(offline) == 1
-    (stamp,) = tmp_path.iterdir()
-    os.utime(stamp, (time.time() - 601,) * 2)
-    assert datasets.resolve("auto", tmp_path) == "attributes" and len(offline) == 2
+    assert [sources.resolve("auto", tmp_path) for _ in range(3)] == ["attributes"] * 3
+    out, err = capfd.readouterr()
+    assert out.count("\n") == 1
+    assert not err
+    assert "attributes (drawn)" in out
+    assert str(tmp_path) in out
+    assert "imsvd data get cifar10" in out
+    assert not offline
     tree(tmp_path)  # data that have come in the meantime are taken at once
-    assert datasets.resolve("auto", tmp_path) == "cifar10"
+    assert sources.resolve("auto", tmp_path) == "cifar10"
 
 
 def test_an_explicit_cifar10_that_cannot_be_had_says_what_to_put_where(tmp_path, offline):
-    datasets.resolve("auto", tmp_path)
-    with pytest.raises(
-        FileNotFoundError, match=r"Put .*cifar-10-batches-py.*cifar10/\{train,test\}/<class>"
-    ):
+    remedy = r"Name or service not known.*Put .*cifar-10-batches-py.*cifar10/\{train,test\}/<class>"
+    with pytest.raises(FileNotFoundError, match=remedy):
         datasets.load("cifar10", root=tmp_path)
-    assert len(offline) == 2  # who asks by name is tried for at once
+    assert len(offline) == 1
 
 
-def test_a_root_that_cannot_be_written_is_a_reason_and_not_a_crash(tmp_path, offline, capfd):
+def test_a_root_that_cannot_be_written_is_a_reason_and_not_a_crash(tmp_path, offline):
     (tmp_path / "file").write_text("in the way")
-    assert datasets.resolve("auto", tmp_path / "file" / "root") == "attributes"
-    assert not offline and "Not a directory" in capfd.readouterr().out
+    with pytest.raises(download.DownloadError, match="Not a directory"):
+        download.get("cifar10", tmp_path / "file" / "root")
+    assert not offline
 
 
 @pytest.mark.slow  # waits for a host that stays silent
 def test_a_silent_host_is_given_up_within_ten_seconds(tmp_path, silent_host):
     start = time.monotonic()  # the real limits: the one test here that must wait for them
-    assert datasets.resolve("auto", tmp_path) == "attributes"
+    with pytest.raises(download.DownloadError):
+        download.get("cifar10", tmp_path)
     assert time.monotonic() - start < 8
 
 
-def test_a_name_server_that_never_answers_is_given_up(tmp_path, monkeypatch, capfd):
+def test_a_name_server_that_never_answers_is_given_up(tmp_path, monkeypatch):
     released = threading.Event()
-    monkeypatch.setattr(datasets, "PROBE_SECONDS", 0.5)
+    monkeypatch.setattr(download, "PROBE_SECONDS", 0.5)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: released.wait(60) and [])
     start = time.monotonic()
-    assert datasets.resolve("auto", tmp_path) == "attributes"
+    with pytest.raises(download.DownloadError, match=r"no answer from https://www\.cs\.toronto"):
+        download.get("cifar10", tmp_path)
     assert time.monotonic() - start < 3
     released.set()
-    assert "no answer from https://www.cs.toronto.edu" in capfd.readouterr().out
 
 
 def test_a_download_that_stalls_or_is_cut_short_is_given_up_and_leaves_nothing(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(datasets, "STALL_SECONDS", 0.5)
-    held: list[socket.socket] = []
+    monkeypatch.setattr(download, "STALL_SECONDS", 0.5)
+    stalled: list[socket.socket] = []
 
     def serve(server: socket.socket, cut: bool) -> None:
         while True:
@@ -395,7 +386,7 @@ def test_a_download_that_stalls_or_is_cut_short_is_given_up_and_leaves_nothing(
                 return
             connection.recv(65536)
             connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 100000\r\n\r\n" + bytes(9000))
-            connection.close() if cut else held.append(connection)
+            connection.close() if cut else stalled.append(connection)
 
     for cut in (False, True):
         root = tmp_path / f"cut-{cut}"
@@ -404,12 +395,13 @@ def test_a_download_that_stalls_or_is_cut_short_is_given_up_and_leaves_nothing(
             monkeypatch.setattr(CIFAR10, "url", url)
             threading.Thread(target=serve, args=(server, cut), daemon=True).start()
             start = time.monotonic()
-            assert datasets.resolve("auto", root) == "attributes"
+            with pytest.raises(download.DownloadError):
+                download.get("cifar10", root)
             assert time.monotonic() - start < 4
             server.shutdown(socket.SHUT_RDWR)
-        assert [path.name for path in root.iterdir()] == [".cifar10-not-downloaded"]
+        assert not list(root.iterdir())
         assert socket.getdefaulttimeout() is None
-    for connection in held:
+    for connection in stalled:
         connection.close()
 
 
@@ -419,31 +411,37 @@ def test_a_whole_download_is_taken_and_a_wrong_one_is_not(tmp_path, monkeypatch)
     with tarfile.open(archive, "w:gz") as file:
         file.add(source / CIFAR10.base_folder, CIFAR10.base_folder)
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    root = tmp_path / "root"
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/{archive.name}")
         monkeypatch.setattr(CIFAR10, "tgz_md5", "0" * 32)
-        assert datasets.resolve("auto", tmp_path / "root") == "attributes"
+        with pytest.raises(download.DownloadError):
+            download.get("cifar10", root)
         monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
-        assert len(datasets.load("cifar10", root=tmp_path / "root")) == 20
+        assert len(datasets.load("cifar10", root=root)) == 20
         server.shutdown()
-    assert datasets.resolve("auto", tmp_path / "root") == "cifar10"
-    assert [path.name for path in (tmp_path / "root").iterdir()] == [
-        CIFAR10.base_folder
-    ]  # and no archive
+    assert sources.resolve("auto", root) == "cifar10"
+    assert download.get("cifar10", root) == root  # there already: nothing is asked for
+    assert [path.name for path in root.iterdir()] == [CIFAR10.base_folder]  # and no archive
+
+
+def test_what_is_not_published_cannot_be_downloaded(tmp_path):
+    with pytest.raises(ValueError, match="data set 'attributes' cannot be downloaded"):
+        download.get("attributes", tmp_path)
 
 
 def test_half_a_torchvision_layout_is_never_taken_for_the_data_set(tmp_path, monkeypatch, offline):
     root = published(tmp_path, monkeypatch)
-    assert datasets.resolve("auto", root) == "cifar10"
+    assert sources.resolve("auto", root) == "cifar10"
     batch = root / CIFAR10.base_folder / "data_batch_2"
     whole = batch.read_bytes()
     batch.write_bytes(whole[:-100])
-    assert datasets.resolve("auto", root) == "attributes"
+    assert sources.resolve("auto", root) == "attributes"
     batch.unlink()
-    assert datasets.resolve("auto", root) == "attributes"
+    assert sources.resolve("auto", root) == "attributes"
     batch.write_bytes(whole)
-    assert datasets.resolve("auto", root) == "cifar10"
+    assert sources.resolve("auto", root) == "cifar10"
 
 
 # --- the manifest -------------------------------------------------------------------------------------------
@@ -464,6 +462,6 @@ def test_the_manifest_follows_names_and_sizes_and_needs_no_network(tmp_path, off
     seen.append(datasets.manifest("auto", tmp_path))
     seen.append(datasets.manifest(f"folder:{tmp_path / 'cifar10'}", tmp_path))
     assert len(set(seen)) == 4
-    assert datasets.title("folder:cifar10", tmp_path) == "cifar10"
-    assert datasets.title("auto", tmp_path) == "CIFAR-10"
+    assert sources.title("folder:cifar10", tmp_path) == "cifar10"
+    assert sources.title("auto", tmp_path) == "CIFAR-10"
     assert not offline and capfd.readouterr() == ("", "")

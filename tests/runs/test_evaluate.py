@@ -14,6 +14,7 @@ from torchvision.io import write_jpeg
 
 from imsvd_core.cli import main
 from imsvd_core.data import memory as datasets
+from imsvd_core.data import sources
 from imsvd_core.engine import checkpoints
 from imsvd_core.engine.trainer import Trainer
 from imsvd_core.evaluation import knn
@@ -25,7 +26,7 @@ from imsvd_core.runs.backbones import open_backbone, save_backbone
 from imsvd_core.runs.pretrain import build_network
 from imsvd_core.system import signals
 
-REAL = datasets.data_root()  # before it is set aside
+REAL = sources.data_root()  # before it is set aside
 
 
 @pytest.fixture(autouse=True)

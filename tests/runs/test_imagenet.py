@@ -8,6 +8,7 @@ import torch
 from torchvision.io import write_jpeg
 
 from imsvd_core.data import memory as datasets
+from imsvd_core.data import sources
 from imsvd_core.networks import represent
 from imsvd_core.recipes import recipe
 from imsvd_core.runs.backbones import load_run
@@ -18,7 +19,7 @@ from imsvd_core.runs.pretrain import Pretraining
 def photographs(tmp_path) -> Path:
     """A tree of JPEGs: Tiny-ImageNet's if it is under the data root, else drawn ones of as many
     pixels."""
-    real = datasets.data_root() / "tiny-imagenet-40"
+    real = sources.data_root() / "tiny-imagenet-40"
     if real.is_dir():
         return real
     data = datasets.load("attributes", "test", size=64)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from cluster import NODES, Cluster
 
-from imsvd_core.data.memory import data_root
+from imsvd_core.data.sources import data_root
 
 PATIENCE = 150.0  #: seconds that a job may need for anything
 
