@@ -1,6 +1,8 @@
-"""Ranks of one training: how they find each other, who holds which samples, and how tables change hands.
+"""Ranks of one training: how they find each other, who holds which samples, and how tables change
+hands.
 
-Without a process group everything here is the identity, so that the code that uses it is the same on one process.
+Without a process group everything here is the identity, so that the code that uses it is the same
+on one process.
 """
 
 import functools
@@ -26,7 +28,8 @@ P, T = ParamSpec("P"), TypeVar("T")
 
 
 def on_rank_0(work: Callable[P, T]) -> Callable[P, T]:
-    """Let rank 0 do `work` while the others wait; what it returns or raises there, it returns or raises on all."""
+    """Let rank 0 do `work` while the others wait; what it returns or raises there, it returns or
+    raises on all."""
 
     @functools.wraps(work)
     def told(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -73,7 +76,8 @@ def of_first_rank(value: Tensor) -> Tensor:
 
 
 def refuse_unlike(device: torch.device, facts: dict[str, int]) -> None:
-    """Raise ValueError, on every rank, unless all ranks bring the same `facts`. Costs one small exchange."""
+    """Raise ValueError, on every rank, unless all ranks bring the same `facts`. Costs one small
+    exchange."""
     size = world()[1]
     if size == 1:
         return
@@ -89,7 +93,8 @@ def refuse_unlike(device: torch.device, facts: dict[str, int]) -> None:
 
 
 class Exchange:
-    """Tables (N, D) whose samples are spread over ranks, n to each, and whose columns each rank may own a share of.
+    """Tables (N, D) whose samples are spread over ranks, n to each, and whose columns each rank may
+    own a share of.
 
     Args:
         table: this rank's rows of such a table, (n, D).

@@ -32,7 +32,8 @@ WRAPPERS = (
     "backbone",
     "encoder",
 )
-FIRST = "layer1.0.conv1.weight"  # what every ResNet has, after a prefix that says where in a larger network it stood
+# what every ResNet has, after a prefix that says where in a larger network it stood
+FIRST = "layer1.0.conv1.weight"
 FOLLOWERS = ("momentum", "encoder_k", "target")  # copies that trail behind what is trained
 
 log = logging.getLogger(__name__)
@@ -43,24 +44,29 @@ def export(
 ) -> Path:
     """Write the backbone `name` as another toolkit reads it; it gives identical features there.
 
-    * torchvision (.pth): a state dict. `torchvision.models.resnet50().load_state_dict(torch.load(path), strict=False)`
-      lacks `fc` alone. With the CIFAR stem that model's `conv1` must be `nn.Conv2d(3, 64, 3, padding=1, bias=False)` and
-      its `maxpool` `nn.Identity()` first. `narrow` fits `imsvd_core.networks.build_backbone("narrow", ...)` alone.
-    * timm (.pth or .safetensors): `timm.create_model("resnet50", num_classes=0, checkpoint_path=path)`.
-    * detectron2 (.pkl): for MODEL.WEIGHTS, with MODEL.RESNETS.DEPTH 50 (or 18, and then RES2_OUT_CHANNELS 64), STRIDE_IN_1X1
-      False, INPUT.FORMAT "RGB", MODEL.PIXEL_MEAN [123.675, 116.28, 103.53], PIXEL_STD [58.395, 57.12, 57.375], and a norm that
-      is trained, since these statistics are no supervised network's. Its arrays are numpy 2's, which numpy reads from 1.26 on.
+    * torchvision (.pth): a state dict.
+      `torchvision.models.resnet50().load_state_dict(torch.load(path), strict=False)` lacks `fc`
+      alone. With the CIFAR stem that model's `conv1` must be `nn.Conv2d(3, 64, 3, padding=1,
+      bias=False)` and its `maxpool` `nn.Identity()` first. `narrow` fits
+      `imsvd_core.networks.build_backbone("narrow", ...)` alone.
+    * timm (.pth or .safetensors): `timm.create_model("resnet50", num_classes=0,
+      checkpoint_path=path)`. * detectron2 (.pkl): for MODEL.WEIGHTS, with MODEL.RESNETS.DEPTH 50
+      (or 18, and then RES2_OUT_CHANNELS 64), STRIDE_IN_1X1 False, INPUT.FORMAT "RGB",
+      MODEL.PIXEL_MEAN [123.675, 116.28, 103.53], PIXEL_STD [58.395, 57.12, 57.375], and a norm that
+      is trained, since these statistics are no supervised network's. Its arrays are numpy 2's,
+      which numpy reads from 1.26 on.
     * safetensors (.safetensors): torchvision's names, with what the network is as metadata.
 
-    Returns the path. Raises ValueError for a format that cannot hold this network, for another suffix, and for a
-    backbone that is not what `name` and `cifar_stem` say.
+    Returns the path. Raises ValueError for a format that cannot hold this network, for another
+    suffix, and for a backbone that is not what `name` and `cifar_stem` say.
     """
     path = Path(path)
     if to not in get_args(Format):
         raise ValueError(f"to={to!r} must be one of {', '.join(get_args(Format))}")
     if path.suffix not in SUFFIXES[to]:
         raise ValueError(
-            f"path={str(path)!r} must end in {' or '.join(SUFFIXES[to])}, by which readers know {to}'s files"
+            f"path={str(path)!r} must end in {' or '.join(SUFFIXES[to])}, by which readers know "
+            f"{to}'s files"
         )
     if to in ("timm", "detectron2") and (cifar_stem or name == "narrow"):
         what = (
@@ -69,7 +75,8 @@ def export(
             else "a first convolution of 32 channels"
         )
         raise ValueError(
-            f"to={to!r} cannot hold backbone={name!r} with cifar_stem={cifar_stem}: its ResNets do not come with {what}; "
+            f"to={to!r} cannot hold backbone={name!r} with cifar_stem={cifar_stem}: its ResNets "
+            f"do not come with {what}; "
             "export to safetensors or torchvision"
         )
     state = {
@@ -101,7 +108,8 @@ def export(
 
 
 def detectron2_name(name: str) -> str:
-    """What detectron2 calls a tensor of torchvision's ResNets: layer1.0.bn2.weight → res2.0.conv2.norm.weight."""
+    """What detectron2 calls a tensor of torchvision's ResNets: layer1.0.bn2.weight →
+    res2.0.conv2.norm.weight."""
     name = re.sub(r"^layer(\d)", lambda stage: f"res{int(stage[1]) + 1}", name)
     name = (
         re.sub(r"\bbn(\d)", r"conv\1.norm", name)
@@ -112,14 +120,17 @@ def detectron2_name(name: str) -> str:
 
 
 def read_state_dict(path: Path | str) -> tuple[BackboneName, bool, dict[str, Tensor]]:
-    """(name, cifar_stem, state dict) of a ResNet with torchvision's names in anybody's file, for `build_backbone`.
+    """(name, cifar_stem, state dict) of a ResNet with torchvision's names in anybody's file, for
+    `build_backbone`.
 
-    The file is .safetensors, or what torch.save wrote: tensors alone, or in dicts of tensors and plain values, the ResNet
-    under any prefix ("module.", "backbone.", "module.encoder_q." …), its classifier or projector, which are dropped,
-    beside it. Where a network and a copy that trails behind it are there, it is the network that is taken. A 3×3 first
-    convolution is taken for our CIFAR stem, which has no max-pooling: weights cannot tell. Runs no code from the file.
+    The file is .safetensors, or what torch.save wrote: tensors alone, or in dicts of tensors and
+    plain values, the ResNet under any prefix ("module.", "backbone.", "module.encoder_q." …), its
+    classifier or projector, which are dropped, beside it. Where a network and a copy that trails
+    behind it are there, it is the network that is taken. A 3×3 first convolution is taken for our
+    CIFAR stem, which has no max-pooling: weights cannot tell. Runs no code from the file.
 
-    Raises FileNotFoundError; ValueError, saying what was found, for what cannot be read or is none of our backbones.
+    Raises FileNotFoundError; ValueError, saying what was found, for what cannot be read or is none
+    of our backbones.
     """
     path = Path(path)
     if not path.is_file():
@@ -163,7 +174,8 @@ def read_state_dict(path: Path | str) -> tuple[BackboneName, bool, dict[str, Ten
             odd.append(
                 (
                     len(differ),
-                    f"of {name}'s{' with the 3×3 one' if cifar_stem else ''}, the nearest, {len(differ)} tensors are missing, "
+                    f"of {name}'s{' with the 3×3 one' if cifar_stem else ''}, the nearest, "
+                    f"{len(differ)} tensors are missing, "
                     f"too many or of another shape: {', '.join(differ[:3])}",
                 )
             )
@@ -180,14 +192,17 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a torn or foreign file makes them raise nearly anything
         raise ValueError(
-            f"{path} cannot be read as tensors ({type(error).__name__}: the file is torn, or holds more than "
-            "tensors and plain values); if you trust it, load it with weights_only=False and save its "
+            f"{path} cannot be read as tensors ({type(error).__name__}: the file is torn, or "
+            f"holds more than "
+            "tensors and plain values); if you trust it, load it with weights_only=False and "
+            "save its "
             "state dict alone"
         ) from error
 
 
 def _find(content: Any, path: Path) -> dict[str, Tensor]:
-    """The tensors of the ResNet in a file's content, without its prefix, with whatever has the same."""
+    """The tensors of the ResNet in a file's content, without its prefix, with whatever has the
+    same."""
     where = []
     while isinstance(content, Mapping) and not any(str(key).endswith(FIRST) for key in content):
         inner = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
@@ -206,12 +221,13 @@ def _find(content: Any, path: Path) -> dict[str, Tensor]:
             prefix for prefix in prefixes if not any(word in prefix for word in FOLLOWERS)
         ] or prefixes
     if len(prefixes) != 1:
-        shown = ", ".join(repr(prefix) for prefix in prefixes) or (
-            f"{type(content).__name__} of {', '.join(map(str, list(content)[:6])) if isinstance(content, Mapping) else 'no names'}"
-        )
+        names = list(map(str, content))[:6] if isinstance(content, Mapping) else ["no names"]
+        shown = ", ".join(map(repr, prefixes))
+        shown = shown or f"{type(content).__name__} of {', '.join(names)}"
         raise ValueError(
             f"{path} holds {len(prefixes)} ResNets with torchvision's names ({shown}"
-            f"{' in ' + '/'.join(where) if where else ''}), and one is needed: save the state dict of one alone"
+            f"{' in ' + '/'.join(where) if where else ''}), and one is needed: save the state "
+            f"dict of one alone"
         )
     return {
         key.removeprefix(prefixes[0]): value
@@ -236,6 +252,8 @@ def _describe(state: Mapping[str, Tensor]) -> str:
     first, depth = state.get("conv1.weight"), "three" if "layer1.0.conv3.weight" in state else "two"
     width = state["layer4.0.conv1.weight"].shape[0] if "layer4.0.conv1.weight" in state else "?"
     return (
-        f"a ResNet whose first convolution is {tuple(first.shape) if first is not None else 'missing'}, with "
-        f"{'-'.join(map(str, blocks))} blocks of {depth} convolutions, {width} channels inside the last stage's"
+        f"a ResNet whose first convolution is "
+        f"{tuple(first.shape) if first is not None else 'missing'}, with "
+        f"{'-'.join(map(str, blocks))} blocks of {depth} convolutions, {width} channels inside "
+        f"the last stage's"
     )

@@ -1,8 +1,10 @@
-"""The house style: every figure of the book in light and dark, as vectors, with a text that says what is seen.
+"""The house style: every figure of the book in light and dark, as vectors, with a text that says
+what is seen.
 
-A figure is a function of a theme. `show` draws it once in the light theme and once in the dark one, and returns
-a `Picture`, which a notebook or the rendered book displays: both drawings are there, and the page shows the one
-that fits. Nothing here needs pyplot, keeps global state or fetches anything.
+A figure is a function of a theme. `show` draws it once in the light theme and once in the dark one,
+and returns a `Picture`, which a notebook or the rendered book displays: both drawings are there,
+and the page shows the one that fits. Nothing here needs pyplot, keeps global state or fetches
+anything.
 """
 
 from __future__ import annotations
@@ -32,9 +34,9 @@ SHORTEST_ALT = 30  # characters; below that a text names a figure and does not s
 class Theme:
     """Colours of one page background. `paper` is the background, which figures leave transparent.
 
-    `colors` are Okabe and Ito's colour-blind-safe hues, each moved in lightness until it stands out from the
-    paper (contrast of at least 3 to 1). `sequential` runs from the paper's tone (nothing) to the ink's (most),
-    in perceptually even steps.
+    `colors` are Okabe and Ito's colour-blind-safe hues, each moved in lightness until it stands out
+    from the paper (contrast of at least 3 to 1). `sequential` runs from the paper's tone (nothing)
+    to the ink's (most), in perceptually even steps.
     """
 
     name: str
@@ -125,16 +127,19 @@ DARK = Theme(
 )
 THEMES = (LIGHT, DARK)
 
-# The rendered book switches on its own attribute (book/_static/custom.css); notebooks carry their switch along.
+# The rendered book switches on its own attribute (book/_static/custom.css); notebooks carry their
+# switch along.
 _NOTEBOOK_SWITCH = (
-    "<style>[data-jp-theme-light=false] .imsvd-light,.vscode-dark .imsvd-light{display:none!important}"
-    "[data-jp-theme-light=false] .imsvd-dark,.vscode-dark .imsvd-dark{display:inline-block!important}</style>"
+    "<style>[data-jp-theme-light=false] .imsvd-light,.vscode-dark "
+    ".imsvd-light{display:none!important}"
+    "[data-jp-theme-light=false] .imsvd-dark,.vscode-dark "
+    ".imsvd-dark{display:inline-block!important}</style>"
 )
 
 
 @dataclass(frozen=True)
 class Picture:
-    """Something to look at: HTML for notebooks and pages, its alternative text for everybody else."""
+    """Something to look at: HTML for notebooks and pages, alternative text for all others."""
 
     html: str
     alt: str
@@ -155,12 +160,13 @@ def figure(
 ) -> tuple[Figure, Any]:
     """Return a figure of `width` by `height` inches (the text column is 7.2 wide) and its axes.
 
-    The axes are one `Axes` if there is one panel, else an array, as in `plt.subplots`, whose other arguments
-    (`sharex`, `width_ratios`, `subplot_kw`, ...) are taken too.
+    The axes are one `Axes` if there is one panel, else an array, as in `plt.subplots`, whose other
+    arguments (`sharex`, `width_ratios`, `subplot_kw`, ...) are taken too.
     """
     if min(width, height) <= 0 or min(rows, cols) < 1:
         raise ValueError(
-            f"a figure needs a positive size and at least one panel; got width={width}, height={height}, "
+            f"a figure needs a positive size and at least one panel; got width={width}, "
+            f"height={height}, "
             f"rows={rows}, cols={cols}"
         )
     drawing = Figure(figsize=(width, height), layout="constrained")
@@ -170,8 +176,9 @@ def figure(
 def show(draw: Callable[[Theme], Figure], alt: str) -> Picture:
     """Draw in the light and in the dark theme and return what a notebook displays.
 
-    `draw` gets a `Theme` and returns the figure it drew; it is called twice and must draw the same both times.
-    `alt` says in a sentence what is seen, for those who do not see it. Raises `ValueError` if it is too short.
+    `draw` gets a `Theme` and returns the figure it drew; it is called twice and must draw the same
+    both times. `alt` says in a sentence what is seen, for those who do not see it. Raises
+    `ValueError` if it is too short.
     """
     _check_alt(alt)
     images = "".join(_img(theme, alt, *_render(draw, theme, "svg")) for theme in THEMES)
@@ -187,10 +194,11 @@ def animate(
 ) -> Picture:
     """Return a slider with a play button over frames that all travel inside the page.
 
-    `draw_frame(frame, theme)` returns the figure of one frame, where `frame` runs through `frames` (a number
-    counts from 0). `labels` name the frames for the reader ("step 40"); `interval` is the time of a frame in
-    milliseconds. Without scripts the last frame is shown. All figures must have the same size.
-    Raises `ValueError` for a short `alt`, no frames, or labels that do not match them.
+    `draw_frame(frame, theme)` returns the figure of one frame, where `frame` runs through `frames`
+    (a number counts from 0). `labels` name the frames for the reader ("step 40"); `interval` is the
+    time of a frame in milliseconds. Without scripts the last frame is shown. All figures must have
+    the same size. Raises `ValueError` for a short `alt`, no frames, or labels that do not match
+    them.
     """
     _check_alt(alt)
     items = list(range(frames)) if isinstance(frames, int) else list(frames)
@@ -221,7 +229,8 @@ def animate(
         f'aria-label="{html.escape(alt)}">{last}<div class="imsvd-controls" '
         'style="display:none;gap:.75em;align-items:center">'
         '<button type="button" aria-label="Play">&#9654;&#xFE0E;</button>'
-        f'<input type="range" min="0" max="{len(items) - 1}" value="{len(items) - 1}" aria-label="Frame" '
+        f'<input type="range" min="0" max="{len(items) - 1}" value="{len(items) - 1}" '
+        f'aria-label="Frame" '
         f'style="flex:1"><output aria-live="off">{html.escape(names[-1])}</output></div></div>'
         f"<script>{player.strip()}({json.dumps(name)},{_script_json(uris)},{_script_json(names)},{interval});</script>"
     )
@@ -238,11 +247,13 @@ def draw_joint(
     colorbar: bool = True,
     label: str = r"$\hat P$",
 ) -> AxesImage:
-    """Draw a (cross-)joint matrix (D, D) of Eq. 10 as an image, with lines between the variables' blocks.
+    """Draw a (cross-)joint matrix (D, D) of Eq. 10 as an image, with lines between the variables'
+    blocks.
 
-    `units` is the number of units of every variable, or one number for each. The shades go with the square root
-    of the probability, unless `norm` says otherwise: the diagonal blocks of a hard code hold 1/B, the others
-    1/B², and both should be seen. Returns the image. Raises `ValueError` where shape and units do not agree.
+    `units` is the number of units of every variable, or one number for each. The shades go with the
+    square root of the probability, unless `norm` says otherwise: the diagonal blocks of a hard code
+    hold 1/B, the others 1/B², and both should be seen. Returns the image. Raises `ValueError` where
+    shape and units do not agree.
     """
     table = _array(joint).astype(float)
     if table.ndim != 2 or table.shape[0] != table.shape[1]:
@@ -275,35 +286,41 @@ def draw_joint(
 
 
 def gallery(images: Any, alt: str, *, columns: int = 8, scale: int = 2, gap: int = 2) -> Picture:
-    """Return a contact sheet of uint8 images (N, 3, H, W), each pixel enlarged to `scale` by `scale`.
+    """Return a contact sheet of uint8 images (N, 3, H, W), each pixel enlarged to `scale` by
+    `scale`.
 
-    The gaps are transparent, so one sheet serves both themes. Raises `ValueError` for other shapes or types.
+    The gaps are transparent, so one sheet serves both themes. Raises `ValueError` for other shapes
+    or types.
     """
     _check_alt(alt)
     sheet = contact_sheet(images, columns=columns, gap=gap, scale=scale)
     uri = _array_uri(sheet)
     img = (
-        f'<img class="dark-light imsvd-pixels" src="{uri}" alt="{html.escape(alt)}" width="{sheet.shape[1]}" '
+        f'<img class="dark-light imsvd-pixels" src="{uri}" alt="{html.escape(alt)}" '
+        f'width="{sheet.shape[1]}" '
         'style="max-width:100%;height:auto;image-rendering:pixelated">'
     )
     return Picture(f'<div class="imsvd-figure">{img}</div>', alt)
 
 
 def draw_gallery(ax: Axes, images: Any, *, columns: int = 8, gap: int = 2) -> AxesImage:
-    """Draw a contact sheet of uint8 images (N, 3, H, W) into `ax`, without axes: for galleries inside figures."""
+    """Draw a contact sheet of uint8 images (N, 3, H, W) into `ax`, without axes: for galleries
+    inside figures."""
     ax.set_axis_off()
     return ax.imshow(contact_sheet(images, columns=columns, gap=gap), interpolation="none")
 
 
 def contact_sheet(images: Any, *, columns: int = 8, gap: int = 2, scale: int = 1) -> np.ndarray:
-    """Return images (N, 3, H, W) of uint8 as one RGBA array, row by row, transparent where there is no image.
+    """Return images (N, 3, H, W) of uint8 as one RGBA array, row by row, transparent where there is
+    no image.
 
     Every pixel becomes `scale` by `scale` pixels; `gap` pixels of the sheet lie between images.
     """
     stack = _array(images)
     if stack.ndim != 4 or stack.shape[1] != 3 or stack.dtype != np.uint8 or not len(stack):
         raise ValueError(
-            f"images has shape {stack.shape} and type {stack.dtype}; uint8 of shape (N, 3, H, W), N >= 1, is needed"
+            f"images has shape {stack.shape} and type {stack.dtype}; uint8 of shape (N, 3, H, "
+            f"W), N >= 1, is needed"
         )
     if columns < 1 or scale < 1 or gap < 0:
         raise ValueError(
@@ -325,7 +342,8 @@ def contact_sheet(images: Any, *, columns: int = 8, gap: int = 2, scale: int = 1
 def _check_alt(alt: str) -> None:
     if len(alt.strip()) < SHORTEST_ALT:
         raise ValueError(
-            f"alt={alt!r} is too short: say in a sentence of at least {SHORTEST_ALT} characters what the picture "
+            f"alt={alt!r} is too short: say in a sentence of at least {SHORTEST_ALT} characters "
+            f"what the picture "
             "shows, for a reader who cannot see it"
         )
 
@@ -335,10 +353,12 @@ def _array(values: Any) -> np.ndarray:
 
 
 def _img(theme: Theme, alt: str, uri: str, width: float) -> str:
-    # A notebook with no style of ours shows the light one. "dark-light" tells the book's theme to leave it as it is.
+    # A notebook with no style of ours shows the light one. "dark-light" tells the book's theme to
+    # leave it as it is.
     display = "none" if theme.name == "dark" else "inline-block"
     return (
-        f'<img class="imsvd-{theme.name} dark-light" src="{uri}" alt="{html.escape(alt)}" width="{width:.0f}" '
+        f'<img class="imsvd-{theme.name} dark-light" src="{uri}" alt="{html.escape(alt)}" '
+        f'width="{width:.0f}" '
         f'style="display:{display};max-width:100%;height:auto">'
     )
 

@@ -1,6 +1,7 @@
 """Two other objectives of the same codes: one that needs no D×D matrix, and one that sees triples.
 
-Both are plain autograd on one process's batch, for studies; `loss.CrossJointEntropyLoss` is what trains.
+Both are plain autograd on one process's batch, for studies; `loss.CrossJointEntropyLoss` is what
+trains.
 """
 
 import torch
@@ -12,7 +13,8 @@ from imsvd_core.loss import LossTerms, check_logits, check_settings
 
 
 class _Objective(nn.Module):
-    """Weights and terms: codes are made in float32 under any autocast, a subclass says what its `terms` are."""
+    """Weights and terms: codes are made in float32 under any autocast, a subclass says what its
+    `terms` are."""
 
     def __init__(self, units: Units, temperature: float, **weights: float):
         super().__init__()
@@ -27,19 +29,23 @@ class _Objective(nn.Module):
                 *(soft_discretize(z.to(wide), self.units, self.temperature) for z in (z1, z2))
             )
             return LossTerms(
-                sum(weight * term for weight, term in zip(self.weights, terms)), *terms
+                sum(weight * term for weight, term in zip(self.weights, terms, strict=False)),
+                *terms,
             )
 
 
 class CollisionLoss(_Objective):
-    """Eq. 11 with OE replaced by a bound from above that needs N×N Gram matrices only (Rényi's entropy of order 2).
+    """Eq. 11 with OE replaced by a bound from above that needs N×N Gram matrices only (Rényi's
+    entropy of order 2).
 
-    Σ P log P ≤ log Σ P², the logarithm of the chance that two samples collide in both variables. Its mean over pairs
-    is at most the logarithm of the mean, and that mean is Σ_nm K¹_nm K²_nm / N² less the diagonal blocks' part, with
-    K = P Pᵀ of each view: 4N²D operations in place of 2ND², so less work where N < D/2.
+    Σ P log P ≤ log Σ P², the logarithm of the chance that two samples collide in both variables.
+    Its mean over pairs is at most the logarithm of the mean, and that mean is Σ_nm K¹_nm K²_nm / N²
+    less the diagonal blocks' part, with K = P Pᵀ of each view: 4N²D operations in place of 2ND², so
+    less work where N < D/2.
 
-    Args: as of `CrossJointEntropyLoss`. The term called off_diagonal_entropy is the bound, in nats; with one variable
-    it is 0. Needs logits whose softmax does not underflow. Raises ValueError for shapes or units that do not fit.
+    Args: as of `CrossJointEntropyLoss`. The term called off_diagonal_entropy is the bound, in nats;
+    with one variable it is 0. Needs logits whose softmax does not underflow. Raises ValueError for
+    shapes or units that do not fit.
     """
 
     def __init__(
@@ -77,21 +83,23 @@ def log_mean_collision(p1: Tensor, p2: Tensor, units: Units) -> Tensor:
 
 
 class SubsetEntropyLoss(_Objective):
-    """The general objective (Eq. 9) as a loss: λ·TI − (α − βK) H̄_1 − β H̄_K, with H̄ averaged over both views' own codes.
+    """The general objective (Eq. 9) as a loss: λ·TI − (α − βK) H̄_1 − β H̄_K, with H̄ averaged over
+    both views' own codes.
 
-    On hard codes its least value is −(1 + K) log B at the default weights α = 1 + K, β = 1, which only arrays of
-    strength K attain; for K = 2 it equals Eq. 11 there.
+    On hard codes its least value is −(1 + K) log B at the default weights α = 1 + K, β = 1, which
+    only arrays of strength K attain; for K = 2 it equals Eq. 11 there.
 
     Args:
-        units: units of every variable, B or B_v; the joint table of a subset has the product of K of them as cells.
+        units: units of every variable, B or B_v; the joint table of a subset has the product of K
+            of them as cells.
         order: K ≥ 2, variables to a subset.
-        subsets: how many subsets to draw anew at every call, from torch's generator: an unbiased estimate of H̄_K.
-            None for all V-choose-K.
+        subsets: how many subsets to draw anew at every call, from torch's generator: an unbiased
+            estimate of H̄_K. None for all V-choose-K.
         entropy_weight, subset_weight: α − βK and β.
 
-    Calling it with logits (N, D) of two views returns `LossTerms`, whose diagonal_entropy is −H̄_1 and whose
-    off_diagonal_entropy is −H̄_K. Raises ValueError for impossible settings, and for tables above
-    `information.MAX_CELLS` cells.
+    Calling it with logits (N, D) of two views returns `LossTerms`, whose diagonal_entropy is −H̄_1
+    and whose off_diagonal_entropy is −H̄_K. Raises ValueError for impossible settings, and for
+    tables above `information.MAX_CELLS` cells.
     """
 
     def __init__(

@@ -1,4 +1,5 @@
-"""Exports: other toolkits load them and give identical features; anybody's ResNet is recognised, and nothing else is."""
+"""Exports: other toolkits load them and give identical features; anybody's ResNet is recognised,
+and nothing else is."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def resnet50() -> ResNet:
 @torch.no_grad()
 def features(network: nn.Module) -> Tensor:
     found = network.eval()(IMAGES)
-    assert found.isfinite().all() and found.std(0).max() > 0.01
+    assert found.isfinite().all()
+    assert found.std(0).max() > 0.01
     return found
 
 
@@ -68,7 +70,8 @@ def test_torchvision_lacks_the_classifier_alone(resnet50, tmp_path):
     path = export(resnet50, "resnet50", False, "torchvision", tmp_path / "new/r50.pth")
     theirs = torchvision.models.resnet50()
     missing = theirs.load_state_dict(torch.load(path, weights_only=True), strict=False)
-    assert sorted(missing.missing_keys) == ["fc.bias", "fc.weight"] and not missing.unexpected_keys
+    assert sorted(missing.missing_keys) == ["fc.bias", "fc.weight"]
+    assert not missing.unexpected_keys
     theirs.fc = nn.Identity()
     assert torch.equal(features(theirs), features(resnet50))
 
@@ -87,7 +90,8 @@ def test_timm_gives_identical_features(resnet50, tmp_path, suffix):
 
 
 def detectron2_r50() -> dict[str, tuple[int, ...]]:
-    """The tensors of detectron2's R-50 backbone with a trained norm, from its BasicStem and BottleneckBlock."""
+    """The tensors of detectron2's R-50 backbone with a trained norm, from its BasicStem and
+    BottleneckBlock."""
     found: dict[str, tuple[int, ...]] = {}
 
     def convolution(name: str, out: int, into: int, size: int) -> None:
@@ -119,7 +123,8 @@ def detectron2_r50() -> dict[str, tuple[int, ...]]:
 
 
 def detectron2_features(model: Mapping[str, np.ndarray], x: Tensor) -> Tensor:
-    """What its ResNet computes with STRIDE_IN_1X1 False, then the mean over places; of basic or bottleneck blocks."""
+    """What its ResNet computes with STRIDE_IN_1X1 False, then the mean over places; of basic or
+    bottleneck blocks."""
     tensors = {name: torch.from_numpy(np.asarray(value)) for name, value in model.items()}
 
     def convolution(name: str, x: Tensor, stride: int = 1) -> Tensor:
@@ -158,7 +163,8 @@ def detectron2_features(model: Mapping[str, np.ndarray], x: Tensor) -> Tensor:
 def test_detectron2_finds_each_tensor_under_its_own_name(resnet50, tmp_path):
     path = export(resnet50, "resnet50", False, "detectron2", tmp_path / "r50.pkl")
     content = pickle.loads(path.read_bytes())
-    assert content["matching_heuristics"] is True and content["__author__"] == "imsvd_core"
+    assert content["matching_heuristics"] is True
+    assert content["__author__"] == "imsvd_core"
     assert {name: value.shape for name, value in content["model"].items()} == detectron2_r50()
     assert {
         "stem.conv1.norm.bias",
@@ -176,7 +182,8 @@ def test_detectron2_gets_a_resnet18_too(tmp_path):
     model = pickle.loads(
         export(backbone, "resnet18", False, "detectron2", tmp_path / "r18.pkl").read_bytes()
     )["model"]
-    assert len(model) == len(backbone.state_dict()) and model["res3.0.shortcut.weight"].shape == (
+    assert len(model) == len(backbone.state_dict())
+    assert model["res3.0.shortcut.weight"].shape == (
         128,
         64,
         1,
@@ -262,14 +269,16 @@ def test_a_backbone_is_found_in_the_files_of_others(tmp_path, kind):
     state = trained("resnet18").state_dict()
     torch.save(wrapped(kind, state), tmp_path / "theirs.pth")
     name, cifar_stem, found = read_state_dict(tmp_path / "theirs.pth")
-    assert (name, cifar_stem) == ("resnet18", False) and found.keys() == state.keys()
+    assert (name, cifar_stem) == ("resnet18", False)
+    assert found.keys() == state.keys()
     for key, value in state.items():
         if value.is_floating_point():
-            assert found[key].dtype == torch.float32 and torch.equal(
-                found[key], value.half().float() if kind == "half" else value
-            ), key
+            expected = value.half().float() if kind == "half" else value
+            assert found[key].dtype == torch.float32, key
+            assert torch.equal(found[key], expected), key
         else:
-            assert found[key].dtype == torch.int64 and found[key] == (0 if kind == "old" else 7)
+            assert found[key].dtype == torch.int64
+            assert found[key] == (0 if kind == "old" else 7)
     build_backbone(name, cifar_stem).load_state_dict(found)
 
 
@@ -282,9 +291,8 @@ def test_a_backbone_is_found_in_our_own_checkpoint(tmp_path):
         tmp_path, 3, {"step": 3, "modules": {"network": network}, "seconds": 1.0}
     )
     name, cifar_stem, found = read_state_dict(path)
-    assert (name, cifar_stem) == ("narrow", False) and all(
-        torch.equal(found[key], value) for key, value in state.items()
-    )
+    assert (name, cifar_stem) == ("narrow", False)
+    assert all(torch.equal(found[key], value) for key, value in state.items())
 
 
 @pytest.mark.slow  # builds several ResNets
@@ -307,11 +315,13 @@ def test_a_file_without_one_of_our_backbones_says_what_it_holds(tmp_path):
         key: value for key, value in zeros["resnet18"].items() if key != "layer2.0.conv1.weight"
     }
     attempt(
-        r"of resnet18's, the nearest, 1 tensors are missing, too many or of another shape: layer2\.0\.conv1\.weight",
+        r"of resnet18's, the nearest, 1 tensors are missing, too many or of another shape: "
+        r"layer2\.0\.conv1\.weight",
         lacking,
     )
     attempt(
-        r"\(64, 3, 7, 7\), with 3-4-6-3 blocks of two convolutions.*none of narrow, resnet18, resnet50",
+        r"\(64, 3, 7, 7\), with 3-4-6-3 blocks of two convolutions.*none of narrow, resnet18, "
+        r"resnet50",
         zeros["resnet34"],
     )
     attempt("3-4-23-3 blocks of three convolutions", zeros["resnet101"])
@@ -339,7 +349,7 @@ def test_a_file_without_one_of_our_backbones_says_what_it_holds(tmp_path):
         (tmp_path / name).write_bytes(b"torn")
         with pytest.raises(ValueError, match=f"{name} cannot be read as tensors"):
             read_state_dict(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="nowhere.pth is not a file"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.pth is not a file"):
         read_state_dict(tmp_path / "nowhere.pth")
 
 
@@ -351,7 +361,8 @@ def test_a_file_without_one_of_our_backbones_says_what_it_holds(tmp_path):
             True,
             "detectron2",
             "a.pkl",
-            "to='detectron2' cannot hold .*cifar_stem=True.*3×3 first convolution.*export to safetensors",
+            "to='detectron2' cannot hold .*cifar_stem=True.*3×3 first convolution.*export to "
+            "safetensors",
         ),
         ("resnet18", True, "timm", "a.pth", "to='timm' cannot hold"),
         ("narrow", False, "timm", "a.pth", "a first convolution of 32 channels"),
@@ -379,4 +390,5 @@ def test_a_failed_export_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", lambda state, file: file.write(b"half") and 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export(build_backbone("narrow"), "narrow", False, "torchvision", path)
-    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+    assert path.read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1

@@ -23,7 +23,8 @@ def test_a_step_towards_an_empty_cell_pays_with_the_slope_of_its_logarithm():
         rise = step(10 * small) / (10 * small) - step(small) / small
         assert rise == pytest.approx(slope * math.log(10), rel=3e-4)
         assert step(small) < 0
-    # the whole change, by counting: DE loses ε of one cell, OE moves ε from two cells to two others, TI pays −log(1 − ε)
+    # the whole change, by counting: DE loses ε of one cell, OE moves ε from two cells to two
+    # others, TI pays −log(1 − ε)
     epsilon = 1e-3
 
     def cell(mass):

@@ -1,4 +1,5 @@
-"""Chapter 01: its ten-line losses against lightly's and against sums written out, and what a loss of zero means."""
+"""Chapter 01: its ten-line losses against lightly's and against sums written out, and what a loss
+of zero means."""
 
 import itertools
 import math
@@ -63,7 +64,8 @@ def test_one_view_is_as_good_as_two_if_the_views_share_all_they_know():
     for t, s, c, d in itertools.product(range(2), range(3), range(2), range(2)):
         table[t, 2 * s + c, 2 * s + d] = shape[t, s] * first[s, c] * second[s, d]
     both, one = best_guess(table)
-    assert both.item() == close(0.2 + 0.2 + 0.3) and one.item() == close(0.2 + 0.2 + 0.3)
+    assert both.item() == close(0.2 + 0.2 + 0.3)
+    assert one.item() == close(0.2 + 0.2 + 0.3)
 
 
 def test_the_best_guess_is_right_as_often_as_the_best_of_all_rules():
@@ -78,13 +80,17 @@ def test_the_best_guess_is_right_as_often_as_the_best_of_all_rules():
         for rule in itertools.product(range(2), repeat=2)
     )
     both, one = best_guess(table)
-    assert both.item() == close(together) and one.item() == close(alone) and together > alone + 1e-3
+    assert both.item() == close(together)
+    assert one.item() == close(alone)
+    assert together > alone + 1e-3
 
 
 def test_the_invariance_term_is_the_mean_squared_difference():
     z1, z2 = pair()
     total = sum(
-        (a - b) ** 2 for row, other in zip(z1.tolist(), z2.tolist()) for a, b in zip(row, other)
+        (a - b) ** 2
+        for row, other in zip(z1.tolist(), z2.tolist(), strict=False)
+        for a, b in zip(row, other, strict=False)
     )
     assert invariance(z1, z2).item() == close(total / (20 * 6), abs=1e-10)
     assert invariance(torch.ones(4, 3), torch.ones(4, 3)) == 0
@@ -157,7 +163,7 @@ def test_equal_coordinates_satisfy_invariance_and_variance_and_are_seen_by_covar
     assert vicreg(z, -z, (1, 0, 0)).item() == close(4 * (samples - 1) / samples)
 
 
-def test_without_covariance_vicreg_is_the_mean_of_one_loss_per_coordinate_blind_to_signs_and_constants():
+def test_without_covariance_vicreg_is_a_mean_over_coordinates_blind_to_signs_and_constants():
     z1, z2 = pair(scale=0.4)  # where some coordinates vary enough and some do not
 
     def alone(g1: Tensor, g2: Tensor) -> float:
@@ -166,11 +172,10 @@ def test_without_covariance_vicreg_is_the_mean_of_one_loss_per_coordinate_blind_
         )
         return 25 * np.square((g1 - g2).numpy()).mean() + 25 * spread
 
-    each = [alone(*coordinates) for coordinates in zip(z1.T, z2.T)]
+    each = [alone(*coordinates) for coordinates in zip(z1.T, z2.T, strict=False)]
     whole = vicreg(z1, z2, (25, 25, 0)).item()
-    assert (
-        whole == close(sum(each) / 6, abs=1e-10) and z1.std(0).min() < 0.9 < 1.1 < z1.std(0).max()
-    )
+    assert whole == close(sum(each) / 6, abs=1e-10)
+    assert z1.std(0).min() < 0.9 < 1.1 < z1.std(0).max()
     signs, shift = torch.tensor([1.0, -1, 1, -1, -1, 1]), torch.arange(6)
     assert vicreg(signs * z1 + shift, signs * z2 + shift, (25, 25, 0)).item() == close(
         whole, abs=1e-10
@@ -232,7 +237,8 @@ def test_vicreg_is_zero_for_equal_views_of_uncorrelated_coordinates_of_enough_sp
     assert vicreg(mixed, mixed).item() == close(2 * 2 * 0.8**2 / 4)
 
 
-@pytest.mark.parametrize("samples, dim", [(9, 8), (10, 4)])  # as few samples as can be, and more
+# as few samples as can be, and more
+@pytest.mark.parametrize(("samples", "dim"), [(9, 8), (10, 4)])
 def test_both_losses_are_zero_for_functions_of_one_angle(samples, dim):
     z = circle(samples, dim)
     assert vicreg(z, z).item() == close(0)
@@ -245,7 +251,8 @@ def test_both_losses_are_zero_for_functions_of_one_angle(samples, dim):
             )
         )
         assert complex(*z[n, 2 * k - 2 : 2 * k].tolist()) == close(math.sqrt(2) * first**k)
-    assert z.shape == (samples, dim) and torch.linalg.matrix_rank(z - z.mean(0)) == dim
+    assert z.shape == (samples, dim)
+    assert torch.linalg.matrix_rank(z - z.mean(0)) == dim
 
 
 def test_no_batch_of_fewer_than_d_plus_1_attains_zero():
@@ -256,16 +263,18 @@ def test_no_batch_of_fewer_than_d_plus_1_attains_zero():
 
 
 def test_indicators_are_uncorrelated_if_and_only_if_the_variables_are_independent():
-    x, y = (torch.tensor(column) for column in zip(*itertools.product((0, 0, 1), (0, 1, 2, 2))))
+    x, y = (
+        torch.tensor(column)
+        for column in zip(*itertools.product((0, 0, 1), (0, 1, 2, 2)), strict=False)
+    )
     assert indicator_covariance(x, y, (2, 3)).abs().max().item() == close(0)
     y = (x + y) % 3
     found = indicator_covariance(x, y, (2, 3))
     assert found.shape == (2, 3)
-    pairs = list(zip(x.tolist(), y.tolist()))
+    pairs = list(zip(x.tolist(), y.tolist(), strict=False))
     for b, c in itertools.product(range(2), range(3)):
-        both, alone, other = (
-            sum(map(rule, pairs)) / 12
-            for rule in (lambda p: p == (b, c), lambda p: p[0] == b, lambda p: p[1] == c)
-        )
+        both = pairs.count((b, c)) / 12
+        alone = [x_value for x_value, _ in pairs].count(b) / 12
+        other = [y_value for _, y_value in pairs].count(c) / 12
         assert found[b, c].item() == close(both - alone * other)
     assert found.abs().max() > 0.05

@@ -1,12 +1,12 @@
 """What this book asks of Sphinx beyond its ready-made extensions.
 
-* One data set for all chapters, resolved before the first of them runs, and named on every page that computes.
-* An execution cache keyed on all that a cell can depend on: jupyter-cache alone knows a chapter's own code, and
-  would publish yesterday's numbers after a change in `imsvd_core`.
-* Every script on our own pages: MathJax is copied out of its wheel, and Thebe, which has no use here, is left out.
-* Chapter numbers that follow the file names, so that "Eq. (4.2)" stays true while chapters are added.
-* Chapters that are planned stand greyed in the sidebar.
-* The labels {here}, {stored} and {quoted}, which say where a number comes from, and the table of stored results.
+* One data set for all chapters, resolved before the first of them runs, and named on every page
+  that computes. * An execution cache keyed on all that a cell can depend on: jupyter-cache alone
+  knows a chapter's own code, and would publish yesterday's numbers after a change in `imsvd_core`.
+* Every script on our own pages: MathJax is copied out of its wheel, and Thebe, which has no use
+here, is left out. * Chapter numbers that follow the file names, so that "Eq. (4.2)" stays true
+while chapters are added. * Chapters that are planned stand greyed in the sidebar. * The labels
+{here}, {stored} and {quoted}, which say where a number comes from, and the table of stored results.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 KEPT_CACHES = 4  # two scales on two data sets; older ones are removed
 
 
-# --- one data set, one cache --------------------------------------------------------------------------------------
+# --- one data set, one cache
+# --------------------------------------------------------------------------------------
 
 
 def prepare(app: Sphinx, config: Config) -> None:
-    """Choose scale and data set, hand both to the kernels, and point the execution cache at their key."""
+    """Choose scale and data set, hand both to the kernels, and point the execution cache at their
+    key."""
     os.environ.setdefault("IMSVD_SCALE", "laptop")
     scale = os.environ["IMSVD_SCALE"]
     name = sources.resolve(os.environ.get("IMSVD_DATASET", "auto"))
     os.environ["IMSVD_DATASET"] = name
     kit = str(Path(__file__).parent)  # the cells import kit.py
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        [kit, *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
+    os.environ["PYTHONPATH"] = os.pathsep.join([kit, *filter(None, [os.environ.get("PYTHONPATH")])])
     config.imsvd_run = {"scale": scale, "dataset": name, "title": sources.title(name)}
     logger.info(
         "The chapters run at scale %r on the data set %s.", scale, config.imsvd_run["title"]
@@ -77,7 +77,8 @@ def what_cells_depend_on(book: Path) -> list[Path]:
 
 
 def cache_key(files: Iterable[Path], *values: Any) -> str:
-    """Hash files and values: all that can change what a cell prints, its own code aside, which jupyter-cache compares."""
+    """Hash files and values: all that can change what a cell prints, its own code aside, which
+    jupyter-cache compares."""
     digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
     for path in sorted(files):
         digest.update(f"{path.name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
@@ -101,7 +102,8 @@ def say_what_ran(
     if computes:
         run = app.config.imsvd_run
         context["body"] += (
-            f'<p class="imsvd-run">This page was executed at scale <code>{html.escape(run["scale"])}</code>'
+            f'<p class="imsvd-run">This page was executed at scale '
+            f"<code>{html.escape(run['scale'])}</code>"
             f" on the data set {html.escape(run['title'])}.</p>\n"
         )
 
@@ -112,7 +114,8 @@ def write_run(app: Sphinx, error: Exception | None) -> None:
         Path(app.outdir, "run.json").write_text(json.dumps(app.config.imsvd_run, indent=2) + "\n")
 
 
-# --- scripts of our own -------------------------------------------------------------------------------------------
+# --- scripts of our own
+# -------------------------------------------------------------------------------------------
 
 
 def copy_mathjax(app: Sphinx, error: Exception | None) -> None:
@@ -128,7 +131,8 @@ def copy_mathjax(app: Sphinx, error: Exception | None) -> None:
 
 
 def silence_thebe(app: Sphinx, config: Config) -> None:
-    """Take back what jupyter-book adds to every page, asked or not: Thebe's script, twice, which is an error in it."""
+    """Take back what jupyter-book adds to every page, asked or not: Thebe's script, twice, which is
+    an error in it."""
     for listeners in app.events.listeners.values():
         for listener in list(listeners):
             if getattr(listener.handler, "__name__", "") in (
@@ -138,11 +142,13 @@ def silence_thebe(app: Sphinx, config: Config) -> None:
                 app.disconnect(listener.id)
 
 
-# --- chapter numbers ----------------------------------------------------------------------------------------------
+# --- chapter numbers
+# ----------------------------------------------------------------------------------------------
 
 
 def number_by_file(app: Sphinx, env: BuildEnvironment) -> list[str]:
-    """Give a chapter the number that its file has (04-the-loss is chapter 4), and its figures and equations too."""
+    """Give a chapter the number that its file has (04-the-loss is chapter 4), and its figures and
+    equations too."""
     for docname, numbers in env.toc_secnumbers.items():
         match = re.match(r"(\d+)-", docname.rsplit("/", 1)[-1])
         if not match:
@@ -168,7 +174,8 @@ def grey_what_is_planned(app: Sphinx, env: BuildEnvironment) -> list[str]:
     return []
 
 
-# --- where a number comes from ------------------------------------------------------------------------------------
+# --- where a number comes from
+# ------------------------------------------------------------------------------------
 
 
 class Here(SphinxRole):
@@ -179,7 +186,8 @@ class Here(SphinxRole):
 
 
 class Stored(SphinxRole):
-    """{stored}`name`: from the run stored as results/name.json, which the label offers for download."""
+    """{stored}`name`: from the run stored as results/name.json, which the label offers for
+    download."""
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         target = addnodes.download_reference(
@@ -205,7 +213,8 @@ def _badge(kind: str, label: str, text: str) -> nodes.inline:
 
 
 class StoredResults(SphinxDirective):
-    """{stored-results}: every stored result with its figures and its provenance, from results/*.json."""
+    """{stored-results}: every stored result with its figures and its provenance, from
+    results/*.json."""
 
     HEAD = ("Result", "Figures", "Where it comes from")
 

@@ -1,8 +1,8 @@
 """What the chapters' cells share: `put` a measured number into the text.
 
 `make book` and the notebooks of `make test` put this folder on the kernels' path; `make notebooks`
-lays this file beside the notebooks that it writes. Beside a notebook that was downloaded alone, copy
-it from book/_ext/kit.py.
+lays this file beside the notebooks that it writes. Beside a notebook that was downloaded alone,
+copy it from book/_ext/kit.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""The chapters as Jupyter notebooks, and a copy of the book whose chapters are those notebooks, executed.
+"""The chapters as Jupyter notebooks, and a copy of the book whose chapters are those notebooks,
+executed.
 
     python book/_ext/notebooks.py FOLDER             # writes FOLDER/*.ipynb, and kit.py for them
-    python book/_ext/notebooks.py FOLDER --execute   # lays FOLDER out like this repository and runs every notebook
+    python book/_ext/notebooks.py FOLDER --execute   # lays FOLDER out like this repository and runs
+    every notebook
 
 (nbmake passes over folders named `_build`, so executed notebooks live elsewhere.)
 """
@@ -83,7 +85,8 @@ def lay_out(folder: Path) -> list[Path]:
 
 
 def execute(folder: Path) -> int:
-    """Run all notebooks at scale smoke, two at a time, on one data set; returns pytest's exit status."""
+    """Run all notebooks at scale smoke, two at a time, on one data set; returns pytest's exit
+    status."""
     from imsvd_core.data import sources
 
     notebooks = lay_out(folder)

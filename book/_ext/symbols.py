@@ -3,21 +3,25 @@
     python book/_ext/symbols.py                          # what is wrong, in the order of the book
     python book/_ext/symbols.py book/05-the-theorem.md   # in some pages
 
-A symbol is a Latin or Greek letter, a letter with an accent or in another alphabet (`\\hat P`, `\\mathcal L`), or a name in
-`\\mathrm` that begins with a capital (`\\mathrm{DE}`). Indices, primes and arguments are symbols of their own: `B_v` is B and v.
-Operators (`\\log`, `\\mathbb E`, `\\operatorname`, an order O(x)) and the constants e and π are none.
+A symbol is a Latin or Greek letter, a letter with an accent or in another alphabet (`\\hat P`,
+`\\mathcal L`), or a name in `\\mathrm` that begins with a capital (`\\mathrm{DE}`). Indices, primes
+and arguments are symbols of their own: `B_v` is B and v. Operators (`\\log`, `\\mathbb E`,
+`\\operatorname`, an order O(x)) and the constants e and π are none.
 
-A chapter says where it defines symbols by an invisible line, right above the paragraph or formula that does it in words:
+A chapter says where it defines symbols by an invisible line, right above the paragraph or formula
+that does it in words:
 
     <!-- defines: z, D, \\hat P -->
 
-* The symbols must occur in that paragraph or formula (what comes up to the next blank line).
-* They hold from there to the end of the chapter. Inside a theorem they hold for it and its proof, inside an exercise for
-  it and its solution.
-* A symbol of notation.md holds in all chapters after the one that its row names, and in that chapter from the place
-  that defines it, which must be there. What the notation page itself defines by such a line holds everywhere.
+* The symbols must occur in that paragraph or formula (what comes up to the next blank line). * They
+  hold from there to the end of the chapter. Inside a theorem they hold for it and its proof, inside
+  an exercise for it and its solution.
+* A symbol of notation.md holds in all chapters after the one that its row names, and in that
+  chapter from the place that defines it, which must be there. What the notation page itself defines
+  by such a line holds everywhere.
 
-The box at the head of a chapter, which says what is to come, is not read; nor are the glossary and the other appendices.
+The box at the head of a chapter, which says what is to come, is not read; nor are the glossary and
+the other appendices.
 """
 
 from __future__ import annotations
@@ -73,12 +77,16 @@ GREEK = set(
         "ell",
     ]
 )
-ACCENTS = "hat|widehat|bar|tilde|widetilde|dot|ddot|vec|check|boldsymbol|mathbf|mathcal|mathfrak|mathsf|mathscr"
+ACCENTS = (
+    "hat|widehat|bar|tilde|widetilde|dot|ddot|vec|check|"
+    "boldsymbol|mathbf|mathcal|mathfrak|mathsf|mathscr"
+)
 TOKEN = re.compile(
     rf"""
     \\(?:begin|end|label|tag|operatorname\*?|mathbb|phantom|hspace|vspace|ref|eqref)\s*(?:\{{[^{{}}]*\}}|[A-Za-z])
   | \\(?P<name>text|textbf|textit|mathrm|mathit)\s*\{{(?P<words>[^{{}}]*)\}}
-  | \\(?P<accent>{ACCENTS})(?![A-Za-z])(?:\s*\{{(?P<inside>[^{{}}]*)\}}|\s*\\(?P<greek>[A-Za-z]+)|\s*(?P<letter>[A-Za-z]))
+  | \\(?P<accent>{ACCENTS})(?![A-Za-z])
+    (?:\s*\{{(?P<inside>[^{{}}]*)\}}|\s*\\(?P<greek>[A-Za-z]+)|\s*(?P<letter>[A-Za-z]))
   | \\(?P<command>[A-Za-z]+)
   | \\.
   | (?P<plain>[A-Za-z])""",
@@ -227,7 +235,7 @@ def notation(page: str) -> dict[str, int]:
 
 
 def number_of(page: Path) -> int:
-    """The chapter number that a page's file name gives; pages without one come before all chapters."""
+    """The chapter number in a page's file name; pages without one come before all chapters."""
     match = re.match(r"(\d+)-", page.name)
     return int(match[1]) if match else EVERYWHERE
 
@@ -246,7 +254,8 @@ def check(root: Path = REPOSITORY, only: Sequence[Path] = ()) -> list[str]:
             symbol for symbol, chapter in known.items() if chapter == number_of(page) != EVERYWHERE
         ]
         faults += [
-            f"book/notation.md: {symbol} is said to come from chapter {number_of(page)}, which does not define it"
+            f"book/notation.md: {symbol} is said to come from chapter {number_of(page)}, which "
+            f"does not define it"
             for symbol in named
             if symbol not in defined
         ]

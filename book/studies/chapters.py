@@ -1,4 +1,5 @@
-"""How long each chapter runs on the device at hand (the boxes at the heads of the chapters quote it for a GPU).
+"""How long each chapter runs on the device at hand (the boxes at the heads of the chapters quote it
+for a GPU).
 
 python book/studies/chapters.py RESULT.json [CHAPTER ...]
 """

@@ -1,9 +1,10 @@
-"""What cheaper losses do to a short training (chapter 07): bf16 products, and a quarter of the block rows at a time.
+"""What cheaper losses do to a short training (chapter 07): bf16 products, and a quarter of the
+block rows at a time.
 
     python book/studies/cheaper.py RUN_DIR
 
-Every run is the recipe `cifar10-units` with one setting changed and another seed. Runs that RUN_DIR holds are not run
-again; the result goes to RUN_DIR/result.json.
+Every run is the recipe `cifar10-units` with one setting changed and another seed. Runs that RUN_DIR
+holds are not run again; the result goes to RUN_DIR/result.json.
 """
 
 import json

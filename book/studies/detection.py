@@ -2,11 +2,12 @@
 
     python book/studies/detection.py RUN_DIR
 
-First, a narrow backbone from its first weights overfits ten training images: losses, and average precision on those
-ten, as the training goes; then both through the whole evaluation, on the ten and on the hundred images of the test
-split, which it has never seen. Second, Mask R-CNN R50-C4 at full width takes a step on real images, saves, and goes on
-in another process, which must end with the weights of one that was not cut. Whatever RUN_DIR holds is not done again;
-the result goes to RUN_DIR/result.json, or with --keep among the book's.
+First, a narrow backbone from its first weights overfits ten training images: losses, and average
+precision on those ten, as the training goes; then both through the whole evaluation, on the ten and
+on the hundred images of the test split, which it has never seen. Second, Mask R-CNN R50-C4 at full
+width takes a step on real images, saves, and goes on in another process, which must end with the
+weights of one that was not cut. Whatever RUN_DIR holds is not done again; the result goes to
+RUN_DIR/result.json, or with --keep among the book's.
 """
 
 import json
@@ -68,7 +69,8 @@ def backbone(name: str) -> torch.nn.Module:
 
 
 def overfit(run_dir: Path) -> dict:
-    """Losses and average precision on the way, and at the end; all processor time that went into it."""
+    """Losses and average precision on the way, and at the end; all processor time that went into
+    it."""
     path = run_dir / "figures.json"
     if path.exists():
         return json.loads(path.read_text())
@@ -85,7 +87,7 @@ def overfit(run_dir: Path) -> dict:
             detector.eval()  # by the running statistics
             found = [
                 one
-                for number, image in zip(ids, images)
+                for number, image in zip(ids, images, strict=False)
                 for one in detection.detect(detector, [image], [number], ten.categories)
             ]
             detector.train()
@@ -109,7 +111,8 @@ def overfit(run_dir: Path) -> dict:
 
 
 def one_process(run_dir: Path, steps: int) -> dict:
-    """Take `steps` training steps of the full-width detector from where `run_dir` stands; what is there before and after."""
+    """Take `steps` training steps of the full-width detector from where `run_dir` stands; what is
+    there before and after."""
     train = open_coco("coco:coco-mini")
     detector, trainer = detection.training(
         backbone("resnet50"), train, FULL, run_dir, progress=False

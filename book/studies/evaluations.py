@@ -1,12 +1,13 @@
-"""Every evaluation at laptop scale: backbones of CIFAR-10 and of Tiny-ImageNet (40 classes), each judged on both, on small
-VOC and on small COCO, beside the same networks untrained.
+"""Every evaluation at laptop scale: backbones of CIFAR-10 and of Tiny-ImageNet (40 classes), each
+judged on both, on small VOC and on small COCO, beside the same networks untrained.
 
     python book/studies/evaluations.py TINY_RUN OUT [NAME ...]
 
-TINY_RUN is the folder of the run on Tiny-ImageNet (`imsvd pretrain imagenet-100 --scale laptop --loop.epochs 30
---method.temperature 0.25`); CIFAR-10's model is the one kept in the book. What is done in OUT is not done again. Writes
-evaluations-small.json, voc-mini-features.safetensors and tiny-imagenet-40-laptop.safetensors beside the chapters. NAME
-limits what is done to some backbones. The data root holds cifar10, tiny-imagenet-40, voc-mini and coco-mini.
+TINY_RUN is the folder of the run on Tiny-ImageNet (`imsvd pretrain imagenet-100 --scale laptop
+--loop.epochs 30 --method.temperature 0.25`); CIFAR-10's model is the one kept in the book. What is
+done in OUT is not done again. Writes evaluations-small.json, voc-mini-features.safetensors and
+tiny-imagenet-40-laptop.safetensors beside the chapters. NAME limits what is done to some backbones.
+The data root holds cifar10, tiny-imagenet-40, voc-mini and coco-mini.
 """
 
 import sys
@@ -50,8 +51,8 @@ def backbones(tiny_run: Path, out: Path, store: Path) -> dict[str, Path]:
 
 
 def twins(store: Path) -> dict[str, float]:
-    """How many test images of CIFAR-10 have their nearest neighbour among the training images in nearly the same pixels, and
-    what the neighbours are worth with and without those."""
+    """How many test images of CIFAR-10 have their nearest neighbour among the training images in
+    nearly the same pixels, and what the neighbours are worth with and without those."""
     trained = open_backbone(store / KEPT, "laptop")
     train, test = load_data(replace(trained.recipe, data=CIFAR))
     view = EvalView(**asdict(trained.recipe.eval_view))
@@ -102,7 +103,8 @@ def main(tiny_run: Path, out: Path, names: list[str], store: Path = STORE) -> No
             ("coco-detection", None),
         ):
             if kind == "coco-detection" and trained.recipe.network.cifar_stem:
-                continue  # its features are four times as dense: sixteen times the work, and another detector
+                # its features are four times as dense: sixteen times the work, and another detector
+                continue
             asked = evaluation(kind, "laptop", trained.recipe)
             if data:
                 asked = replace(asked, data=data, eval_view=trained.recipe.eval_view)

@@ -2,8 +2,8 @@
 
     python book/studies/keep.py RUN_DIR NAME
 
-writes results/NAME.json, NAME.safetensors and NAME-joints.safetensors beside the chapters. Half precision halves the
-file; what it does to the accuracy is measured and kept with the other figures.
+writes results/NAME.json, NAME.safetensors and NAME-joints.safetensors beside the chapters. Half
+precision halves the file; what it does to the accuracy is measured and kept with the other figures.
 """
 
 import sys

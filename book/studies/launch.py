@@ -1,10 +1,12 @@
-"""The launch that chapter 14 tells of, recorded: a notice, a lost node, and the end, on a real Slurm of two nodes.
+"""The launch that chapter 14 tells of, recorded: a notice, a lost node, and the end, on a real
+Slurm of two nodes.
 
     python book/studies/launch.py RUN_DIR
 
-Starts the cluster of the tests (tests/slurm; needs root and Slurm) on this machine, sends one training with
-`imsvd launch`, disturbs it, and writes down from outside what happens when; then sends the same again and leaves it
-alone. The result goes to RUN_DIR/result.json. Needs CIFAR-10 under IMSVD_DATA.
+Starts the cluster of the tests (tests/slurm; needs root and Slurm) on this machine, sends one
+training with `imsvd launch`, disturbs it, and writes down from outside what happens when; then
+sends the same again and leaves it alone. The result goes to RUN_DIR/result.json. Needs CIFAR-10
+under IMSVD_DATA.
 """
 
 import json
@@ -45,7 +47,8 @@ PATIENCE = 300.0  # seconds for anything
 
 
 class Watch:
-    """One job seen from outside: `look` notes what has changed since; all times are seconds since it was sent."""
+    """One job seen from outside: `look` notes what has changed since; all times are seconds since
+    it was sent."""
 
     def __init__(self, cluster: Cluster, run_dir: Path):
         self.cluster, self.run_dir, self.began = cluster, run_dir, time.time()
@@ -116,7 +119,8 @@ class Watch:
         while not happened():
             if time.time() > end:
                 raise TimeoutError(
-                    f"not within {PATIENCE:g} s: {what}; last seen {self.states[-1:]}, step {self.step}"
+                    f"not within {PATIENCE:g} s: {what}; last seen {self.states[-1:]}, step "
+                    f"{self.step}"
                 )
             time.sleep(0.02)
             self.look()

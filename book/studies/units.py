@@ -1,9 +1,11 @@
-"""The grid of chapter 06: short runs for several batch sizes N and numbers of units B, judged by 20-NN.
+"""The grid of chapter 06: short runs for several batch sizes N and numbers of units B, judged by
+20-NN.
 
     python book/studies/units.py RUN_DIR
 
-Every run is the recipe `cifar10-units` with another N, B and seed (the embedding keeps its D, so V = D / B). Runs
-that RUN_DIR holds are not run again; the result goes to RUN_DIR/result.json after every seed.
+Every run is the recipe `cifar10-units` with another N, B and seed (the embedding keeps its D, so V
+= D / B). Runs that RUN_DIR holds are not run again; the result goes to RUN_DIR/result.json after
+every seed.
 """
 
 import json

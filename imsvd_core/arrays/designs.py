@@ -1,6 +1,8 @@
-"""Orthogonal arrays and packings: hard codes that are as uniform and as independent as a batch allows.
+"""Orthogonal arrays and packings: hard codes that are as uniform and as independent as a batch
+allows.
 
-A table of hard codes is an integer tensor (N, V), values 0 … B − 1; `one_hot_codes` turns it into soft codes p.
+A table of hard codes is an integer tensor (N, V), values 0 … B − 1; `one_hot_codes` turns it into
+soft codes p.
 """
 
 from functools import lru_cache, reduce
@@ -35,7 +37,8 @@ def galois_field(order: int) -> GaloisField:
     factors = factorint(order) if isinstance(order, int) and 2 <= order <= MAX_FIELD else {}
     if len(factors) != 1:
         raise ValueError(
-            f"order={order!r}: a field needs a prime power from 2 to {MAX_FIELD} (2, 3, 4, 5, 7, 8, 9, 11, …)"
+            f"order={order!r}: a field needs a prime power from 2 to {MAX_FIELD} (2, 3, 4, 5, "
+            f"7, 8, 9, 11, …)"
         )
     ((prime, degree),) = factors.items()
 
@@ -94,11 +97,12 @@ def orthogonal_array(units: int, strength: int = 2, variables: int | None = None
 
 
 def hard_packing(samples: int, units: int, variables: int) -> Tensor:
-    """N ≤ B² samples of V variables: uniform marginals, and no pair of values twice in any two columns.
+    """N ≤ B² samples of V variables: uniform marginals, and no pair of values twice in any two
+    columns.
 
-    Sample (a, b) has the values a + k·b over GF(B): a runs over the field, b over N / B of its elements, and
-    every variable has its own k. Returns integers (N, V).
-    Raises ValueError unless B = `units` is a prime power, B divides N ≤ B², and V ≤ B.
+    Sample (a, b) has the values a + k·b over GF(B): a runs over the field, b over N / B of its
+    elements, and every variable has its own k. Returns integers (N, V). Raises ValueError unless B
+    = `units` is a prime power, B divides N ≤ B², and V ≤ B.
     """
     field = galois_field(units)
     if samples % units or not units <= samples <= units**2:
@@ -122,13 +126,15 @@ def one_hot_codes(values: Tensor, units: int, dtype: torch.dtype = torch.float64
         or values.max() >= units
     ):
         raise ValueError(
-            f"values of shape {tuple(values.shape)} and {values.dtype}: need int64 (N, V) from 0 to {units - 1}"
+            f"values of shape {tuple(values.shape)} and {values.dtype}: need int64 (N, V) from "
+            f"0 to {units - 1}"
         )
     return one_hot(values, units).flatten(1).to(dtype)
 
 
 def strength(values: Tensor, units: int) -> int:
-    """Largest k for which any k columns of integers (N, V) show all Bᵏ tuples equally often; 0 if not even one does.
+    """Largest k for which any k columns of integers (N, V) show all Bᵏ tuples equally often; 0 if
+    not even one does.
 
     Raises ValueError for values outside 0 … B − 1.
     """

@@ -1,4 +1,5 @@
-"""Codes without a network: tables of free numbers, and hard codes, driven to the least loss that a search finds."""
+"""Codes without a network: tables of free numbers, and hard codes, driven to the least loss that a
+search finds."""
 
 import math
 import random
@@ -85,11 +86,13 @@ def search_hard_codes(
     seed: int = 0,
     target: float = -math.inf,
 ) -> tuple[float, Tensor]:
-    """(loss, values (N, V)) of the best hard codes that simulated annealing finds, the same in both views.
+    """(loss, values (N, V)) of the best hard codes that simulated annealing finds, the same in both
+    views.
 
-    Each move gives one variable of one sample another value; the temperature falls to zero over the sweeps.
-    Stops early at `target` (say `hard_bound`, which nothing hard can beat). Meant for tens of samples.
-    Raises ValueError unless there are at least 1 sample, 2 units, 2 variables, 1 restart and 1 sweep.
+    Each move gives one variable of one sample another value; the temperature falls to zero over the
+    sweeps. Stops early at `target` (say `hard_bound`, which nothing hard can beat). Meant for tens
+    of samples. Raises ValueError unless there are at least 1 sample, 2 units, 2 variables, 1
+    restart and 1 sweep.
     """
     _check_sizes(
         samples=(samples, 1),
@@ -121,7 +124,8 @@ def search_hard_codes(
 
 
 class _CountedCodes:
-    """Hard codes, and how many samples hold each value and each pair of values, kept up with every move."""
+    """Hard codes, and how many samples hold each value and each pair of values, kept up with every
+    move."""
 
     def __init__(self, samples: int, units: int, variables: int, chance: random.Random):
         self.values = [
@@ -140,7 +144,8 @@ class _CountedCodes:
         self.xlogx = [0.0] + [count * math.log(count) for count in range(1, samples + 1)]
 
     def change(self, n: int, v: int, new: int) -> float:
-        """Change of N·V times the loss, up to its constant, if variable v of sample n took another value."""
+        """Change of N·V times the loss, up to its constant, if variable v of sample n took another
+        value."""
         old, others = self.values[v][n], len(self.values) - 1
         pairs = sum(
             self._moved(self.pair[v, j][self.values[j][n]], old, new)

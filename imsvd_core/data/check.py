@@ -1,8 +1,10 @@
-"""Are the large data sets, which nobody downloads in passing, in their places and whole? And how to put them there.
+"""Are the large data sets, which nobody downloads in passing, in their places and whole? And how to
+put them there.
 
-`check` compares a data root with what its publishers say, reads as much of every file as is asked for, and leaves a
-stamp in the root, which `checked` finds again. Counts: ImageNet's are of Russakovsky et al. (2015), Places205's of
-Zhou et al. (2014), VOC's of its development kit of 2007, COCO's of its release of 2017.
+`check` compares a data root with what its publishers say, reads as much of every file as is asked
+for, and leaves a stamp in the root, which `checked` finds again. Counts: ImageNet's are of
+Russakovsky et al. (2015), Places205's of Zhou et al. (2014), VOC's of its development kit of 2007,
+COCO's of its release of 2017.
 """
 
 from __future__ import annotations
@@ -32,29 +34,33 @@ UNPACK, PREPARE = "unpack the archives again", "prepare the data root as told be
 JPEG_END, PNG_END = b"\xff\xd9", b"IEND\xaeB`\x82"
 
 IMAGENET_HELP = """\
-From ImageNet's site (it asks for registration) put ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and
-ILSVRC2012_devkit_t12.tar.gz into {root}; torchvision unpacks them, val into class folders too:
-  python -c 'from torchvision.datasets import ImageNet; [ImageNet("{root}", s) for s in ("train", "val")]'
+From ImageNet's site (it asks for registration) put ILSVRC2012_img_train.tar,
+ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz into {root}; torchvision unpacks them, val
+into class folders too:
+  python -c 'from torchvision.datasets import ImageNet; ImageNet("{root}", "train")'
+  python -c 'from torchvision.datasets import ImageNet; ImageNet("{root}", "val")'
 That gives {root}/train/<wnid>/*.JPEG and {root}/val/<wnid>/*.JPEG."""
 PLACES_HELP = """\
-From the Places database's site at MIT unpack imagesPlaces205_resize.tar.gz and trainvalsplit_places205.zip into
-{root}; then link the images of both lists into class folders:
+From the Places database's site at MIT unpack imagesPlaces205_resize.tar.gz and
+trainvalsplit_places205.zip into {root}; then link the images of both lists into class folders:
   cd {root} && python - <<'END'
   import os
   for split in ("train", "val"):
       for line in open(f"trainvalsplit_places205/{{split}}_places205.csv"):
           letter, *place, name = line.split()[0].split("/")
           os.makedirs(home := f"{{split}}/" + "_".join(place), exist_ok=True)
-          os.link("data/vision/torralba/deeplearning/images256/" + line.split()[0], f"{{home}}/{{name}}")
+          source = "data/vision/torralba/deeplearning/images256/" + line.split()[0]
+          os.link(source, f"{{home}}/{{name}}")
   END
 That gives {root}/train/<place>/*.jpg and {root}/val/<place>/*.jpg."""
 VOC_HELP = """\
 torchvision downloads and unpacks the archives of the VOC challenge's site:
-  python -c 'from torchvision.datasets import VOCDetection as V; [V("{root}", "2007", s, True) for s in ("trainval", "test")]'
-That gives JPEGImages, Annotations and ImageSets in {root}/VOCdevkit/VOC2007, of both splits together."""
+  python -c 'from torchvision.datasets import VOCDetection as V; V("{root}", "2007", "trainval", 1)'
+  python -c 'from torchvision.datasets import VOCDetection as V; V("{root}", "2007", "test", 1)'
+That gives JPEGImages, Annotations and ImageSets in {root}/VOCdevkit/VOC2007, of both splits."""
 COCO_HELP = """\
 From COCO's site unpack train2017.zip, val2017.zip and annotations_trainval2017.zip into {root}.
-That gives {root}/train2017/*.jpg, {root}/val2017/*.jpg and {root}/annotations/instances_*2017.json."""
+That gives train2017/*.jpg, val2017/*.jpg and annotations/instances_*2017.json in {root}."""
 
 
 @dataclass
@@ -125,7 +131,8 @@ Track = Callable[
 
 @dataclass(frozen=True)
 class Spec:
-    """What a data root must hold. `inspect` notes what is wrong in a report and returns the images' paths."""
+    """What a data root must hold. `inspect` notes what is wrong in a report and returns the images'
+    paths."""
 
     title: str
     counts: Mapping[str, int]  # images of each split
@@ -189,7 +196,7 @@ def _inspect_tree(root: Path, spec: Spec, report: Report, track: Track) -> list[
 
 
 def _inspect_voc(root: Path, spec: Spec, report: Report, track: Track) -> list[str]:
-    """JPEGImages, Annotations and ImageSets/Main, the lists of each split and of each class in it."""
+    """JPEGImages, Annotations and ImageSets/Main, lists of each split and of its classes."""
     base = next(
         (root / place for place in ("VOCdevkit/VOC2007", "VOC2007") if (root / place).is_dir()),
         root,
@@ -269,7 +276,8 @@ def _lines(file: Path, report: Report) -> list[list[str]]:
 
 
 def _inspect_coco(root: Path, spec: Spec, report: Report, track: Track) -> list[str]:
-    """<split>2017/*.jpg and annotations/instances_<split>2017.json, which must speak of the same images."""
+    """<split>2017/*.jpg and annotations/instances_<split>2017.json, which must speak of the same
+    images."""
     files = []
     for split, expected in spec.counts.items():
         home, listing = root / f"{split}2017", root / f"annotations/instances_{split}2017.json"
@@ -368,18 +376,21 @@ def check(
 
     Args:
         name: one of `SPECS`.
-        decode: of every image read nothing, its two ends ("header": finds what is cut short or no image), or all
-            ("full": finds what cannot be decoded too). Neither sees a JPEG spoilt inside: libjpeg fills in grey.
+        decode: of every image read nothing, its two ends ("header": finds what is cut short or no
+            image), or all ("full": finds what cannot be decoded too). Neither sees a JPEG spoilt
+            inside: libjpeg fills in grey.
         workers: threads that read; by default as many as cores.
         spec: what to expect of a subset, say; by default what was published.
         progress: show bars.
 
-    Raises ValueError for an unknown name or setting, FileNotFoundError, with how to prepare one, for a missing root.
+    Raises ValueError for an unknown name or setting, FileNotFoundError, with how to prepare one,
+    for a missing root.
     """
     spec = spec or find_spec(name)
     if decode not in ("none", "header", "full") or (workers is not None and workers < 1):
         raise ValueError(
-            f"decode is {decode!r} and workers {workers}: choose none, header or full, and 1 or more"
+            f"decode is {decode!r} and workers {workers}: choose none, header or full, and 1 or "
+            f"more"
         )
     root = Path(root).expanduser()
     if not root.is_dir():
@@ -405,7 +416,7 @@ def check(
 
 
 def checked(name: str, root: Path | str) -> Report | None:
-    """The report that the last `check` of this data set left in the root; None where there is none."""
+    """The report that the last `check` of this data set left in the root; None without one."""
     try:
         stamp = json.loads((Path(root).expanduser() / STAMP).read_text())
         report = Report(

@@ -1,7 +1,8 @@
-"""COCO's images and what stands in them: boxes, masks and classes, in the layout of its release of 2017.
+"""COCO's images and what stands in them: boxes, masks and classes, in the layout of its release of
+2017.
 
-Nothing is decoded before it is asked for; the annotations wait as bytes, since a million Python objects, in every
-worker that decodes, would not fit beside the images.
+Nothing is decoded before it is asked for; the annotations wait as bytes, since a million Python
+objects, in every worker that decodes, would not fit beside the images.
 """
 
 from __future__ import annotations
@@ -36,17 +37,20 @@ SPLITS = {"train": "train2017", "test": "val2017"}
 
 log = logging.getLogger(__name__)
 
-#: What stands in an image, as torchvision's detectors take it: boxes float32 (n, 4), x1 y1 x2 y2 in pixels; labels
-#: int64 (n,), from 1; masks uint8 (n, H, W); area float32 (n,); iscrowd int64 (n,); image_id int64 ().
+#: What stands in an image, as torchvision's detectors take it: boxes float32 (n, 4), x1 y1 x2 y2 in
+#: pixels; labels int64 (n,), from 1; masks uint8 (n, H, W); area float32 (n,); iscrowd int64 (n,);
+#: image_id int64 ().
 Target = dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class CocoImages:
-    """One split of a COCO data root ROOT/{train,val}2017/*.jpg, ROOT/annotations/instances_{train,val}2017.json.
+    """One split of a COCO data root ROOT/{train,val}2017/*.jpg,
+    ROOT/annotations/instances_{train,val}2017.json.
 
-    As in detectron2, training leaves out objects that are marked as crowds or have no mask, and images without any
-    other; the test split keeps all images. Boxes end at the picture's edge, and those without an area are left out.
+    As in detectron2, training leaves out objects that are marked as crowds or have no mask, and
+    images without any other; the test split keeps all images. Boxes end at the picture's edge, and
+    those without an area are left out.
     """
 
     name: str  # "coco:PATH"
@@ -76,7 +80,8 @@ class CocoImages:
         return self.home / self.record(index)["file_name"]
 
     def subset(self, n: int, seed: int = 0) -> CocoImages:
-        """`n` images drawn at random, in their present order; the same `n` and `seed` give the same.
+        """`n` images drawn at random, in their present order; the same `n` and `seed` give the
+        same.
 
         Raises ValueError unless 1 <= n <= len(self).
         """
@@ -85,7 +90,8 @@ class CocoImages:
         return replace(self, ids=self.ids[rows], places=self.places[rows], unreadable=set())
 
     def target(self, index: int, *, masks: bool = True) -> Target:
-        """What stands in an image; see `Target`. Without `masks` they are left out, which saves the time to draw them."""
+        """What stands in an image; see `Target`. Without `masks` they are left out, which saves the
+        time to draw them."""
         record = self.record(index)
         objects, height, width = record["objects"], record["height"], record["width"]
         boxes = torch.tensor(
@@ -110,12 +116,13 @@ class CocoImages:
         return target
 
     def read(self, index: int, *, masks: bool = True) -> tuple[Tensor, Target]:
-        """An image, uint8 (3, H, W), and what stands in it. Raises ValueError naming a file that cannot be read, or whose
-        size is not what the annotations were made for."""
+        """An image, uint8 (3, H, W), and what stands in it. Raises ValueError naming a file that
+        cannot be read, or whose size is not what the annotations were made for."""
         image, record = decode(str(self.file(index))), self.record(index)
         if image.shape[1:] != (record["height"], record["width"]):
             raise ValueError(
-                f"{self.file(index)} is {image.shape[2]}×{image.shape[1]} and {self.listing.name} says "
+                f"{self.file(index)} is {image.shape[2]}×{image.shape[1]} and "
+                f"{self.listing.name} says "
                 f"{record['width']}×{record['height']}: unpack the images again, unresized"
             )
         return image, self.target(index, masks=masks)
@@ -128,10 +135,11 @@ class CocoImages:
         workers: int | None = None,
         device: torch.device | str = "cpu",
     ) -> Iterator[tuple[list[Tensor], list[Target]]]:
-        """Images and targets on `device`, for each entry (step, indices (n,)) of the plan, in order; read ahead by workers.
+        """Images and targets on `device`, for each entry (step, indices (n,)) of the plan, in
+        order; read ahead by workers.
 
-        With `on_corrupt` "skip", training takes the next image for one that cannot be read, and testing goes without:
-        then there are fewer than n.
+        With `on_corrupt` "skip", training takes the next image for one that cannot be read, and
+        testing goes without: then there are fewer than n.
         """
 
         def parts() -> Iterator[list[int]]:
@@ -171,7 +179,8 @@ class CocoImages:
     def _read_all(
         self, masks: bool, indices: Iterable[int]
     ) -> tuple[Tensor, list[torch.Size], list[dict], list[int]]:
-        """Everything of one entry: all pixels in one tensor, since each that leaves a worker keeps a file open."""
+        """Everything of one entry: all pixels in one tensor, since each that leaves a worker keeps
+        a file open."""
         images, targets, unreadable = [], [], []
         for index in indices:
             for place in range(index, index + (len(self) if self.split == "train" else 1)):
@@ -197,7 +206,8 @@ class CocoImages:
         return pixels, [picture.shape for picture in pictures], rest, unreadable
 
     def truth(self) -> COCO:
-        """The annotations as pycocotools reads them, for its scoring: of all images of the split, crowds included."""
+        """The annotations as pycocotools reads them, for its scoring: of all images of the split,
+        crowds included."""
         return read_listing(self.listing)
 
 
@@ -209,10 +219,12 @@ def open_coco(
     on_corrupt: OnCorrupt = "error",
     progress: bool = False,
 ) -> CocoImages:
-    """One split of the data set `coco:PATH`, PATH absolute or below the data root; test is val2017. Opens no image, but
-    reads all annotations, half a gigabyte for COCO's training split: `progress` shows how far.
+    """One split of the data set `coco:PATH`, PATH absolute or below the data root; test is val2017.
+    Opens no image, but reads all annotations, half a gigabyte for COCO's training split: `progress`
+    shows how far.
 
-    Raises ValueError or FileNotFoundError, saying what is expected, where PATH has no such split or it holds no object.
+    Raises ValueError or FileNotFoundError, saying what is expected, where PATH has no such split or
+    it holds no object.
     """
     if not name.startswith(PREFIX):
         raise ValueError(f"data set {name!r} is not COCO: give {PREFIX}PATH")
@@ -264,7 +276,8 @@ def open_coco(
 
 
 def read_listing(file: Path) -> COCO:
-    """COCO's annotations from their file, without pycocotools' remarks. Raises ValueError for a file that holds none."""
+    """COCO's annotations from their file, without pycocotools' remarks. Raises ValueError for a
+    file that holds none."""
     try:
         with redirect_stdout(io.StringIO()):
             coco = COCO(str(file))
@@ -279,20 +292,23 @@ def read_listing(file: Path) -> COCO:
 def _refuse_incomplete(
     image: dict[str, Any], objects: Sequence[dict[str, Any]], coco: COCO, listing: Path
 ) -> None:
-    """Raise ValueError for an image or one of its objects of which something is missing, or speaks of another picture."""
+    """Raise ValueError for an image or one of its objects of which something is missing, or speaks
+    of another picture."""
     for what, entry, needed in (
         ("image", image, ("file_name", "height", "width")),
         *(("annotation", one, ("category_id", "bbox", "area", "segmentation")) for one in objects),
     ):
         if missing := [key for key in needed if key not in entry]:
             raise ValueError(
-                f"{listing}: {what} {entry['id']} has no {', '.join(missing)}: give COCO's annotations of instances, "
+                f"{listing}: {what} {entry['id']} has no {', '.join(missing)}: give COCO's "
+                f"annotations of instances, "
                 "boxes and masks"
             )
     for one in objects:
         if one["category_id"] not in coco.cats:
             raise ValueError(
-                f"{listing}: annotation {one['id']} is of category {one['category_id']}, which is not among its "
+                f"{listing}: annotation {one['id']} is of category {one['category_id']}, which "
+                f"is not among its "
                 f"{len(coco.cats)} categories: unpack COCO's annotations again"
             )
         shape = one["segmentation"]
@@ -301,7 +317,8 @@ def _refuse_incomplete(
             image["width"],
         ]:
             raise ValueError(
-                f"{listing}: the mask of annotation {one['id']} is of size {shape.get('size')}, and its image {image['id']} "
+                f"{listing}: the mask of annotation {one['id']} is of size {shape.get('size')}, "
+                f"and its image {image['id']} "
                 f"of {[image['height'], image['width']]}: unpack COCO's annotations again"
             )
 
@@ -323,7 +340,8 @@ def _corners(one: dict[str, Any], height: int, width: int) -> list[float]:
 
 
 def _polygons(segmentation: Any) -> Any:
-    """Polygons less those of fewer than three corners, which pycocotools would take for boxes; run lengths as they are."""
+    """Polygons less those of fewer than three corners, which pycocotools would take for boxes; run
+    lengths as they are."""
     if not isinstance(segmentation, list):
         return segmentation
     return [corners for corners in segmentation if len(corners) >= 6 and len(corners) % 2 == 0]

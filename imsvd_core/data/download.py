@@ -65,10 +65,11 @@ def _first_file(published: type[FashionMNIST]) -> str:
 
 
 def _probe(url: str) -> None:
-    """Ask for the first byte of `url`, through whatever proxy is set; raise what is wrong, in PROBE_SECONDS.
+    """Ask for the first byte of `url`, through whatever proxy is set; raise what is wrong, in
+    PROBE_SECONDS.
 
-    The name server's patience cannot be set, and a host has several addresses that each time out in turn: so
-    one deadline stands over all, and a thread that misses it is left behind.
+    The name server's patience cannot be set, and a host has several addresses that each time out in
+    turn: so one deadline stands over all, and a thread that misses it is left behind.
     """
     answers: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
 

@@ -1,7 +1,8 @@
-"""Images in memory as uint8: CIFAR-10 and its kin, folders of images, and `attributes`, which needs no file.
+"""Images in memory as uint8: CIFAR-10 and its kin, folders of images, and `attributes`, which needs
+no file.
 
-`load("auto")` takes CIFAR-10 where it can be had and `attributes` where it cannot. `IMSVD_DATA` is the data
-root, `IMSVD_DATASET` says what `auto` shall mean.
+`load("auto")` takes CIFAR-10 where it can be had and `attributes` where it cannot. `IMSVD_DATA` is
+the data root, `IMSVD_DATASET` says what `auto` shall mean.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """One split of a data set, in memory. Raises ValueError where shapes or types do not fit together."""
+    """One split of a data set, in memory. Raises ValueError where shapes or types do not fit
+    together."""
 
     name: str  # what `load` takes: "cifar10", "attributes", ...
     title: str  # what a page prints: "CIFAR-10", "CIFAR-10 (JPEG)", "attributes (drawn)", ...
@@ -80,7 +82,8 @@ class ImageData:
         return len(self.labels)
 
     def subset(self, n: int, seed: int = 0) -> ImageData:
-        """`n` images drawn at random, as evenly over the classes as these allow, in their present order.
+        """`n` images drawn at random, as evenly over the classes as these allow, in their present
+        order.
 
         The same `n` and `seed` give the same images. Raises ValueError unless 1 <= n <= len(self).
         """
@@ -109,8 +112,8 @@ class ImageData:
     ) -> Iterator[Batch]:
         """The batches of a training: for each piece of the order, its images seen through `views`.
 
-        Images are kept on `device`. All draws of a step come from one generator, the order's, piece after piece.
-        Images in memory need no `workers`.
+        Images are kept on `device`. All draws of a step come from one generator, the order's, piece
+        after piece. Images in memory need no `workers`.
         """
         images, labels = self.images.to(device), self.labels.to(device)
         current, generator = None, None
@@ -131,7 +134,8 @@ class ImageData:
         batch_size: int = 500,
         workers: int | None = None,
     ) -> Iterator[Tensor]:
-        """The images `rows` (by default all) as `view` shows them, on `device`: `batch_size` at a time.
+        """The images `rows` (by default all) as `view` shows them, on `device`: `batch_size` at a
+        time.
 
         Yields float32 (n, 3, size, size), normalised. Images in memory need no `workers`.
         """
@@ -146,7 +150,8 @@ class ImageData:
 
 
 def balanced(labels: Tensor, n: int, seed: int, whose: str) -> Tensor:
-    """Sorted indices (n,) of images drawn at random, as evenly over the classes as `labels` (N,) allow.
+    """Sorted indices (n,) of images drawn at random, as evenly over the classes as `labels` (N,)
+    allow.
 
     Raises ValueError, naming `whose` labels they are, unless 1 <= n <= N.
     """
@@ -174,14 +179,17 @@ def load(
     """Load one split of a data set into memory.
 
     Args:
-        name: `auto`, `cifar10`, `cifar100`, `fashion-mnist` (grey repeated in three channels, padded to 32),
-            `attributes`, or `folder:PATH` for a tree PATH/{train,test or val}/<class>/*.{png,jpg}, PATH being
-            absolute or under the data root. The named photographs are taken from torchvision's layout or from
-            such a tree ROOT/NAME, and downloaded (checksum verified) where neither is there.
+        name: `auto`, `cifar10`, `cifar100`, `fashion-mnist` (grey repeated in three channels,
+            padded to 32), `attributes`, or `folder:PATH` for a tree PATH/{train,test or
+            val}/<class>/*.{png,jpg}, PATH being absolute or under the data root. The named
+            photographs are taken from torchvision's layout or from such a tree ROOT/NAME, and
+            downloaded (checksum verified) where neither is there.
         root: the data root; `data_root()` by default.
         seed: of `attributes`; train and test differ under every seed.
-        on_corrupt: whether an unreadable image file is an error that names it, or skipped and counted.
-        size: the shorter side is resized to it and the centre cropped; images of unequal sizes need it.
+        on_corrupt: whether an unreadable image file is an error that names it, or skipped and
+            counted.
+        size: the shorter side is resized to it and the centre cropped; images of unequal sizes need
+            it.
         progress: show a bar while files are decoded.
 
     Raises ValueError for an argument or a tree that cannot be used, naming an unreadable file, and
@@ -214,7 +222,8 @@ def load(
 def manifest(name: str = "auto", root: Path | str | None = None) -> str:
     """A short identity of the data found now: name, number of files, hash of their names and sizes.
 
-    It is quick (it opens no file), stable from machine to machine, and downloads and prints nothing.
+    It is quick (it opens no file), stable from machine to machine, and downloads and prints
+    nothing.
     """
     root = root_of(root)
     name = known_name(name, root)
@@ -230,7 +239,8 @@ def manifest(name: str = "auto", root: Path | str | None = None) -> str:
     return f"{name} {len(files)} files {hashlib.sha256(repr(files).encode()).hexdigest()[:16]}"
 
 
-# --- reading ------------------------------------------------------------------------------------------------
+# --- reading
+# ------------------------------------------------------------------------------------------------
 
 
 def _draw(split: Split, seed: int, size: int) -> ImageData:
@@ -317,7 +327,8 @@ def _decode_all(
 ) -> list[Tensor | None]:
     """All `files` decoded, None for an unreadable one where `skip` allows it.
 
-    A thread takes many files at a time: one by one, small images cost more to hand over than to decode.
+    A thread takes many files at a time: one by one, small images cost more to hand over than to
+    decode.
     """
 
     def decode_some(some: list[str]) -> list[Tensor | None]:
@@ -345,7 +356,8 @@ def _decode_all(
 
 
 def decode(file: str) -> Tensor:
-    """One image file, uint8 (3, H, W); raises ValueError, naming it, if it is broken or not of 8 bits."""
+    """One image file, uint8 (3, H, W); raises ValueError, naming it, if it is broken or not of 8
+    bits."""
     try:
         with open_image(io.BytesIO(Path(file).read_bytes())) as picture:
             if picture.mode[0] in "IF":
@@ -360,7 +372,8 @@ def decode(file: str) -> Tensor:
 
 
 def open_image(content: BinaryIO) -> Image.Image:
-    """A JPEG or PNG of which only the header is read; ValueError if that claims more pixels than Pillow thinks sane.
+    """A JPEG or PNG of which only the header is read; ValueError if that claims more pixels than
+    Pillow thinks sane.
 
     Who believed a spoilt header would set gigabytes aside for a file of some bytes.
     """
@@ -371,7 +384,8 @@ def open_image(content: BinaryIO) -> Image.Image:
 
 
 def _resize(images: Tensor, size: int | None) -> Tensor:
-    """The shorter side to `size`, then the centre: (..., H, W) → (..., size, size); untouched for None."""
+    """The shorter side to `size`, then the centre: (..., H, W) → (..., size, size); untouched for
+    None."""
     if size is None or tuple(images.shape[-2:]) == (size, size):
         return images
     return TF.center_crop(TF.resize(images, [size], antialias=True), [size, size])

@@ -76,7 +76,8 @@ def say_once(message: str) -> None:
 
 
 def title(name: str = "auto", root: Path | str | None = None) -> str:
-    """What a page prints for the data found now, such as "CIFAR-10 (JPEG)"; downloads and prints nothing."""
+    """What a page prints for the data found now, such as "CIFAR-10 (JPEG)"; downloads and prints
+    nothing."""
     root = root_of(root)
     name = known_name(name, root)
     if name.startswith("folder:"):
@@ -109,11 +110,13 @@ def check_choices(split: str, on_corrupt: str) -> None:
 
 
 def find_folder(name: str, root: Path) -> Path:
-    """The folder that `folder:PATH` or `tree:PATH` names, absolute or below `root`; FileNotFoundError if it is none."""
+    """The folder that `folder:PATH` or `tree:PATH` names, absolute or below `root`;
+    FileNotFoundError if it is none."""
     path = root / Path(name.partition(":")[2]).expanduser()
     if not path.is_dir():
         raise FileNotFoundError(
-            f"{path} is not a folder: {name!r} is an absolute path, or one under {root}; give another --data, "
+            f"{path} is not a folder: {name!r} is an absolute path, or one under {root}; give "
+            f"another --data, "
             "or put it there (`imsvd data check` tells how)"
         )
     return path
@@ -131,7 +134,8 @@ def layout(name: str) -> list[Path]:
 
 
 def find(name: str, root: Path, check: bool = True) -> Place | None:
-    """Where `name` can be read, torchvision's layout first; with `check`, its checksums must be right."""
+    """Where `name` can be read, torchvision's layout first; with `check`, its checksums must be
+    right."""
     if name.startswith("folder:"):
         return Place(find_folder(name, root), tree=True)
     if name not in PUBLISHED:
@@ -154,7 +158,8 @@ def title_of(name: str, place: Place | None) -> str:
 
 @lru_cache(maxsize=64)
 def intact(name: str, path: str, size: int, modified: int) -> bool:
-    """Whether a file of torchvision's layout has its published checksum: half a download is no data set."""
+    """Whether a file of torchvision's layout has its published checksum: half a download is no data
+    set."""
     published = PUBLISHED[name]
     if (
         published is FashionMNIST
@@ -171,7 +176,7 @@ def intact(name: str, path: str, size: int, modified: int) -> bool:
 
 
 def scan(folder: Path | str, prefix: str = "") -> Iterator[tuple[str, os.DirEntry]]:
-    """The image files below `folder`, sorted: name relative to it, and what the folder says of it."""
+    """The image files below `folder`, sorted: name relative to it, and its entry."""
     with os.scandir(folder) as entries:
         ordered = sorted(entries, key=lambda entry: entry.name)
     for entry in ordered:
@@ -186,7 +191,8 @@ def scan(folder: Path | str, prefix: str = "") -> Iterator[tuple[str, os.DirEntr
 def find_split(folder: Path, split: Split) -> tuple[Path, tuple[str, ...]]:
     """Where one split of a tree is, and its classes, which every split of the tree must have.
 
-    Raises FileNotFoundError or ValueError, saying what a tree looks like, for a folder that is none.
+    Raises FileNotFoundError or ValueError, saying what a tree looks like, for a folder that is
+    none.
     """
     homes = {}
     for key, options in SPLIT_FOLDERS.items():
@@ -211,7 +217,7 @@ def find_split(folder: Path, split: Split) -> tuple[Path, tuple[str, ...]]:
 
 
 def find_images(home: Path, name_of_class: str) -> list[str]:
-    """The image files of one class, sorted, relative to its folder; ValueError where there is none."""
+    """The image files of one class, sorted, relative to its folder; ValueError without one."""
     files = [file for file, _ in scan(home / name_of_class)]
     if not files:
         raise ValueError(

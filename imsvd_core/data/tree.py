@@ -1,8 +1,9 @@
 """Images streamed from a tree on disk, for data sets that do not fit in memory: ImageNet, Places.
 
-A worker reads and decodes a file once, draws every view's crop from it and resizes them as bytes. All else is
-done for the whole batch on the device, by `imsvd_core.views`. A crop is drawn from (seed, step, image) alone, so
-neither the number of workers nor that of ranks nor a resumption changes it.
+A worker reads and decodes a file once, draws every view's crop from it and resizes them as bytes.
+All else is done for the whole batch on the device, by `imsvd_core.views`. A crop is drawn from
+(seed, step, image) alone, so neither the number of workers nor that of ranks nor a resumption
+changes it.
 """
 
 from __future__ import annotations
@@ -49,10 +50,11 @@ Plan = Iterable[
 
 @dataclass(frozen=True, eq=False)
 class FolderImages:
-    """One split of a tree ROOT/{train,val or test}/<class>/*.{jpg,png}, as names: nothing is decoded yet.
+    """One split of a tree ROOT/{train,val or test}/<class>/*.{jpg,png}, as names: nothing is
+    decoded yet.
 
-    A name costs as many bytes as the longest below its class folder, and eight for its label: ImageNet's
-    1,281,167 some 40 MB.
+    A name costs as many bytes as the longest below its class folder, and eight for its label:
+    ImageNet's 1,281,167 some 40 MB.
     """
 
     name: str  # "tree:PATH"
@@ -79,7 +81,8 @@ class FolderImages:
         return self.home / self.classes[self.labels[index]] / os.fsdecode(self.names[index])
 
     def subset(self, n: int, seed: int = 0) -> FolderImages:
-        """`n` images drawn at random, as evenly over the classes as these allow, in their present order.
+        """`n` images drawn at random, as evenly over the classes as these allow, in their present
+        order.
 
         The same `n` and `seed` give the same images. Raises ValueError unless 1 <= n <= len(self).
         """
@@ -97,17 +100,19 @@ class FolderImages:
         workers: int | None = None,
         device: torch.device | str = "cpu",
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Two independent crops of every image: for each entry of the plan, in order, what `views.finish` takes.
+        """Two independent crops of every image: for each entry of the plan, in order, what
+        `views.finish` takes.
 
         Args:
             views: say the law and the size of the crops.
             plan: (step, indices (n,)), n >= 1; read ahead by as much as the workers are ahead.
             seed: with the step and the index it fixes an image's crops.
-            workers: processes that decode; 0 decodes here; by default this rank's share of the cores.
+            workers: processes that decode; 0 decodes here; by default this rank's share of the
+                cores.
             device: where the crops are sent.
 
-        Yields uint8 (n, 3, size, size) twice. Closing the iterator ends the workers. Raises ValueError naming a
-        file that cannot be read or is gone, unless `on_corrupt` is "skip".
+        Yields uint8 (n, 3, size, size) twice. Closing the iterator ends the workers. Raises
+        ValueError naming a file that cannot be read or is gone, unless `on_corrupt` is "skip".
         """
         for _, _, crops in self._random_crops(members(views), plan, seed, workers, device):
             yield crops
@@ -121,7 +126,8 @@ class FolderImages:
         workers: int | None = None,
         device: torch.device | str = "cpu",
     ) -> Iterator[Tensor]:
-        """One random crop of every image, uint8 (n, 3, size, size), for `view.finish`; all else as in `two_crops`."""
+        """One random crop of every image, uint8 (n, 3, size, size), for `view.finish`; all else as
+        in `two_crops`."""
         with closing(self._random_crops((view,), plan, seed, workers, device)) as stream:
             for _, _, (only,) in stream:
                 yield only
@@ -134,10 +140,11 @@ class FolderImages:
         workers: int | None = None,
         device: torch.device | str = "cpu",
     ) -> Iterator[Tensor]:
-        """The images in order, cropped by `view`: uint8 (up to 64, 3, size, size), for `view.finish`.
+        """The images in order, cropped by `view`: uint8 (up to 64, 3, size, size), for
+        `view.finish`.
 
-        `indices`, such as a range, are the images wanted, in their order: a rank's share, say, or those that are
-        still to be done.
+        `indices`, such as a range, are the images wanted, in their order: a rank's share, say, or
+        those that are still to be done.
         """
         wanted = range(len(self)) if indices is None else indices
         parts = (wanted[start : start + PART] for start in range(0, len(wanted), PART))
@@ -158,14 +165,16 @@ class FolderImages:
         """The batches of a training: for each piece of the order, its images seen through `views`.
 
         Args:
-            order: read ahead by as much as the workers are ahead. Its seed, the step and the index fix an image's
-                crops; its generator, one a step, what else is drawn, piece after piece.
+            order: read ahead by as much as the workers are ahead. Its seed, the step and the index
+                fix an image's crops; its generator, one a step, what else is drawn, piece after
+                piece.
             views: how many, and the law of each.
             device: where the views are made.
-            workers: processes that decode and crop; 0 decodes here; by default this rank's share of the cores.
+            workers: processes that decode and crop; 0 decodes here; by default this rank's share of
+                the cores.
 
-        Closing the iterator ends the workers. Raises ValueError naming a file that cannot be read or is gone, unless
-        `on_corrupt` is "skip".
+        Closing the iterator ends the workers. Raises ValueError naming a file that cannot be read
+        or is gone, unless `on_corrupt` is "skip".
         """
         parts = members(views)
         current, generator = None, None
@@ -187,9 +196,11 @@ class FolderImages:
         batch_size: int = 500,
         workers: int | None = None,
     ) -> Iterator[Tensor]:
-        """The images `rows` (by default all) as `view` shows them: float32 (n, 3, size, size), on `device`.
+        """The images `rows` (by default all) as `view` shows them: float32 (n, 3, size, size), on
+        `device`.
 
-        Streamed images come 64 at a time, whatever `batch_size` says, and are otherwise read as by `views`.
+        Streamed images come 64 at a time, whatever `batch_size` says, and are otherwise read as by
+        `views`.
         """
         with closing(
             self.center_crops(view, indices=rows, workers=workers, device=device)
@@ -209,7 +220,8 @@ class FolderImages:
         workers: int | None,
         device: torch.device | str,
     ) -> Iterator[tuple[int, Tensor, tuple[Tensor, ...]]]:
-        """For each entry of the plan: step, indices, and the crops that each view draws of its images."""
+        """For each entry of the plan: step, indices, and the crops that each view draws of its
+        images."""
         ahead: deque[tuple[int, Tensor]] = deque()  # entries that were handed out
 
         def parts() -> Iterator[tuple[int, list[int]]]:
@@ -259,7 +271,8 @@ class FolderImages:
         return *crops, unreadable
 
     def _decode(self, index: int, unreadable: list[int]) -> Tensor:
-        """The image, or where it cannot be read and that is allowed, the next that can, with a note of it."""
+        """The image, or where it cannot be read and that is allowed, the next that can, with a note
+        of it."""
         for place in range(index, index + len(self)):
             place %= len(self)
             try:
@@ -273,7 +286,8 @@ class FolderImages:
     def _stream(
         self, read: Callable, parts: Iterable, workers: int | None, device: torch.device | str
     ) -> Iterator[list[Tensor]]:
-        """What `read` makes of each part, less its last item: the unreadable files, which are noted."""
+        """What `read` makes of each part, less its last item: the unreadable files, which are
+        noted."""
         with closing(stream(read, parts, workers, device)) as results:
             for *crops, unreadable in results:
                 for index in set(unreadable) - self.unreadable:
@@ -295,7 +309,8 @@ def stream(
     """What `read` makes of each part, in order, made by worker processes some parts ahead.
 
     Args:
-        read: picklable; gives a tensor, or tuples, lists and dicts of tensors and of what else can be pickled.
+        read: picklable; gives a tensor, or tuples, lists and dicts of tensors and of what else can
+            be pickled.
         parts: what it is given, one after the other; consumed ahead of the yields.
         workers: processes; 0 reads here; by default this rank's share of the cores.
         device: where tensors are sent, also those inside tuples, lists and dicts.
@@ -343,9 +358,11 @@ def open_folder(
     *,
     on_corrupt: OnCorrupt = "error",
 ) -> FolderImages:
-    """One split of the data set `folder:PATH` or `tree:PATH`, streamed, PATH absolute or below the data root; opens no image.
+    """One split of the data set `folder:PATH` or `tree:PATH`, streamed, PATH absolute or below the
+    data root; opens no image.
 
-    Raises ValueError or FileNotFoundError, saying what is expected, where PATH has no split or no class folders.
+    Raises ValueError or FileNotFoundError, saying what is expected, where PATH has no split or no
+    class folders.
     """
     if not name.startswith(SCHEMES):
         raise ValueError(f"data set {name!r} is not streamed: give tree:PATH or folder:PATH")
@@ -368,7 +385,8 @@ def open_folder(
 def decode(file: str) -> Tensor:
     """One image file as uint8 RGB (3, H, W); ValueError naming one that cannot be read.
 
-    Grey, CMYK and palette become RGB, transparency is dropped, the camera's orientation is left alone.
+    Grey, CMYK and palette become RGB, transparency is dropped, the camera's orientation is left
+    alone.
     """
     try:
         content = read_file(file)
@@ -386,7 +404,8 @@ def decode(file: str) -> Tensor:
 
 
 def share_of_cores() -> int:
-    """The cores that this process may use, divided by the ranks on this host; 1 or more. A task of Slurm's has its own."""
+    """The cores that this process may use, divided by the ranks on this host; 1 or more. A task of
+    Slurm's has its own."""
     if (
         "SLURM_CPUS_PER_TASK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
     ):  # not torchrun inside a task
@@ -398,7 +417,8 @@ def share_of_cores() -> int:
 
 
 class _Reader(Dataset):
-    """A function as a DataLoader calls it; its ValueError is an answer, to be raised without a worker's trace."""
+    """A function as a DataLoader calls it; its ValueError is an answer, to be raised without a
+    worker's trace."""
 
     def __init__(self, read: Callable) -> None:
         self.read = read
@@ -412,7 +432,8 @@ class _Reader(Dataset):
 
 @contextmanager
 def _sigterm_held_back() -> Iterator[None]:
-    """Let what is started here be born with SIGTERM blocked, in threads that a library starts before anybody can say so, too."""
+    """Let what is started here be born with SIGTERM blocked, in threads that a library starts
+    before anybody can say so, too."""
     if not hasattr(signal, "sigwaitinfo"):  # as on macOS
         yield
         return
@@ -424,9 +445,11 @@ def _sigterm_held_back() -> Iterator[None]:
 
 
 def _heed_the_trainer_alone(worker: int) -> None:
-    """Let a worker outlive what is sent to the whole job, such as Ctrl-C: that is for the trainer to answer.
+    """Let a worker outlive what is sent to the whole job, such as Ctrl-C: that is for the trainer
+    to answer.
 
-    The trainer's own SIGTERM still ends it; and a worker whose trainer is gone ends by itself, within seconds.
+    The trainer's own SIGTERM still ends it; and a worker whose trainer is gone ends by itself,
+    within seconds.
     """
     for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)

@@ -1,4 +1,5 @@
-"""PASCAL VOC 2007: images that show several classes, or none for certain, streamed from the challenge's own layout."""
+"""PASCAL VOC 2007: images that show several classes, or none for certain, streamed from the
+challenge's own layout."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ class VOCImages:
         return self.home / f"{self.stems[index]}.jpg"
 
     def subset(self, n: int, seed: int = 0) -> VOCImages:
-        """`n` images drawn at random, in their present order; with several labels each, no draw is even over classes.
+        """`n` images drawn at random, in their present order; with several labels each, no draw is
+        even over classes.
 
         The same `n` and `seed` give the same images. Raises ValueError unless 1 <= n <= len(self).
         """
@@ -75,15 +77,18 @@ class VOCImages:
         workers: int | None = None,
         device: torch.device | str = "cpu",
     ) -> Iterator[tuple[list[int], Tensor]]:
-        """The images in order, whole: the shorter side to `resize`, then to size × size pixels, bilinear and antialiased.
+        """The images in order, whole: the shorter side to `resize`, then to size × size pixels,
+        bilinear and antialiased.
 
         Args:
             indices: of the images wanted; all by default.
-            workers: processes that decode; 0 decodes here; by default this rank's share of the cores.
+            workers: processes that decode; 0 decodes here; by default this rank's share of the
+                cores.
             device: where the images are sent.
 
-        Yields indices and their images, uint8 (up to 64, 3, size, size). Raises ValueError naming a file that cannot
-        be read, unless `on_corrupt` is "skip": then that image is missing from what is yielded.
+        Yields indices and their images, uint8 (up to 64, 3, size, size). Raises ValueError naming a
+        file that cannot be read, unless `on_corrupt` is "skip": then that image is missing from
+        what is yielded.
         """
         wanted = range(len(self)) if indices is None else indices
         parts = (
@@ -135,8 +140,9 @@ def open_voc(
     """One split of the data set `voc:PATH`, PATH absolute or below the data root; opens no image.
 
     PATH holds JPEGImages and ImageSets/Main, or VOCdevkit/VOC2007 or VOC2007 that do. The lists
-    ImageSets/Main/CLASS_{trainval,test}.txt give the labels: the challenge writes 0 where all objects of the class are
-    marked difficult. Raises ValueError or FileNotFoundError, saying what is expected, where that is not so.
+    ImageSets/Main/CLASS_{trainval,test}.txt give the labels: the challenge writes 0 where all
+    objects of the class are marked difficult. Raises ValueError or FileNotFoundError, saying what
+    is expected, where that is not so.
     """
     if not name.startswith(PREFIX):
         raise ValueError(f"data set {name!r} is not in VOC's layout: give {PREFIX}PATH")
@@ -151,7 +157,8 @@ def open_voc(
     lists = sorted((base / "ImageSets/Main").glob(f"*{suffix}"))
     if not lists or not (base / "JPEGImages").is_dir():
         raise FileNotFoundError(
-            f"{base} lacks JPEGImages or ImageSets/Main/*{suffix}: unpack VOC 2007 there, both splits "
+            f"{base} lacks JPEGImages or ImageSets/Main/*{suffix}: unpack VOC 2007 there, both "
+            f"splits "
             "(`imsvd data check voc07` tells how)"
         )
     columns, stems = [], None
@@ -160,7 +167,8 @@ def open_voc(
             lines = [line.split() for line in file.read_text("utf-8").splitlines() if line.strip()]
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{file} is no text in UTF-8 ({error.reason} at byte {error.start}): unpack VOC 2007 again"
+                f"{file} is no text in UTF-8 ({error.reason} at byte {error.start}): unpack VOC "
+                f"2007 again"
             ) from None
         if odd := next((line for line in lines if len(line) != 2 or line[1] not in LABELS), None):
             raise ValueError(f"{file} says {' '.join(odd)!r}: a name and -1, 0 or 1 belong there")

@@ -46,7 +46,7 @@ def fast_precision() -> Precision:
 
 
 def bf16_is_fast(device: torch.device) -> bool:
-    """Whether a device has units for bf16; without them a processor takes twelve times fp32's time."""
+    """Whether a device has units for bf16; a processor without them takes twelve times as long."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # Older versions of torch do not tell: they are taken to have none.

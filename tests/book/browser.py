@@ -1,4 +1,5 @@
-"""Debian's Chromium with its network closed, driven by Playwright, and what it finds wrong with a page."""
+"""Debian's Chromium with its network closed, driven by Playwright, and what it finds wrong with a
+page."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Build one chapter alone, for those who write it: `python tests/book/build_one.py book/04-the-loss.md --shot /tmp/shots`.
+"""Build one chapter alone, for those who write it: `python tests/book/build_one.py
+book/04-the-loss.md --shot /tmp/shots`.
 
-References into other chapters cannot be resolved this way and are reported; `make book` is the judge.
+References into other chapters cannot be resolved this way and are reported; `make book` is the
+judge.
 """
 
 from __future__ import annotations

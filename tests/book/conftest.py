@@ -1,4 +1,5 @@
-"""The book rendered from its executed notebooks, served on this machine, visited by a browser whose network is closed."""
+"""The book rendered from its executed notebooks, served on this machine, visited by a browser whose
+network is closed."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def build(
     folder: Path, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Render the book laid out in `folder` into `folder`/_build/html as `make book` does: warnings are errors."""
+    """Render the book laid out in `folder` into `folder`/_build/html as `make book` does: warnings
+    are errors."""
     command = [str(Path(sys.executable).with_name("jupyter-book")), "build", str(folder / "book")]
     command += ["--config", str(folder / "_config.yml"), "--toc", str(folder / "_toc.yml")]
     command += ["--path-output", str(folder), "-W", "-n", "--keep-going"]

@@ -1,13 +1,15 @@
-"""Formulas and theorems of the chapters, each by another route than its function: loops, exact values, autograd.
+"""Formulas and theorems of the chapters, each by another route than its function: loops, exact
+values, autograd.
 
-book/ledger.toml names these tests. A test of an inequality has its case of equality too, else a factor would escape it.
+book/ledger.toml names these tests. A test of an inequality has its case of equality too, else a
+factor would escape it.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 
 import pytest
 import torch
@@ -54,7 +56,8 @@ def table(
     """The joint table of a subset by the definition, cell by cell."""
     rows = variables(p, units)
     return {
-        cell: sum(math.prod(row[v][b] for v, b in zip(subset, cell)) for row in rows) / len(rows)
+        cell: sum(math.prod(row[v][b] for v, b in zip(subset, cell, strict=False)) for row in rows)
+        / len(rows)
         for cell in product(*(range(units[v]) for v in subset))
     }
 
@@ -67,7 +70,8 @@ def close(value: float, abs: float = 1e-12):
     return pytest.approx(value, rel=0, abs=abs)
 
 
-# --- chapter 02 ---------------------------------------------------------------------------------------------------
+# --- chapter 02
+# -------------------------------------------------------------------------------------------------
 
 
 def test_soft_bins_share_a_measurement_as_gaussians_of_one_width_do() -> None:
@@ -89,7 +93,7 @@ def test_heating_lowers_the_top_probability_and_raises_the_entropy_between_their
     z = torch.randn(1, sum(units), dtype=torch.float64, generator=generator)
     for v, count in enumerate(units):
 
-        def of(temperature: float) -> list[float]:
+        def of(temperature: float, v: int = v) -> list[float]:
             return variables(soft_discretize(z, units, temperature), units)[0][v]
 
         path = [of(temperature) for temperature in (0.1, 0.3, 1.0, 3.0, 10.0)]
@@ -97,7 +101,7 @@ def test_heating_lowers_the_top_probability_and_raises_the_entropy_between_their
         assert all(max(range(count), key=p.__getitem__) == winner for p in path)
         assert all(
             cold[winner] > warm[winner] and surprise(cold) < surprise(warm)
-            for cold, warm in zip(path, path[1:])
+            for cold, warm in pairwise(path)
         )
         coldest, hottest = of(1e-4), of(1e8)
         assert coldest == pytest.approx([float(b == winner) for b in range(count)], abs=1e-12)
@@ -113,7 +117,9 @@ def test_the_soft_table_is_the_mean_of_the_tables_of_all_draws(subset: tuple[int
     mean: Counter[tuple[int, ...]] = Counter()
     for draw in product(*(range(units[v]) for _ in range(samples) for v in subset)):
         drawn = [draw[n * len(subset) : (n + 1) * len(subset)] for n in range(samples)]
-        chance = math.prod(rows[n][v][b] for n in range(samples) for v, b in zip(subset, drawn[n]))
+        chance = math.prod(
+            rows[n][v][b] for n in range(samples) for v, b in zip(subset, drawn[n], strict=False)
+        )
         for cell in drawn:
             mean[cell] += chance / samples
     found = information.joint_distribution(p, units, subset)
@@ -130,7 +136,9 @@ def test_a_joint_matrix_is_symmetric_positive_and_of_low_rank_with_the_marginals
     assert torch.allclose(matrix, matrix.T, rtol=0, atol=1e-15)
     assert torch.linalg.eigvalsh(matrix).min() > -1e-14
     assert torch.linalg.matrix_rank(matrix).item() == rank
-    mean = torch.tensor([sum(column) / samples for column in zip(*p.tolist())], dtype=torch.float64)
+    mean = torch.tensor(
+        [sum(column) / samples for column in zip(*p.tolist(), strict=False)], dtype=torch.float64
+    )
     for rows in matrix.split(UNITS, dim=1):
         assert torch.allclose(rows.sum(1), mean, rtol=0, atol=1e-14)
 
@@ -152,13 +160,14 @@ def test_the_derivative_of_a_softmax_is_that_of_autograd(
         assert torch.allclose(found, expected, rtol=0, atol=1e-14)
 
 
-# --- chapter 03 ---------------------------------------------------------------------------------------------------
+# --- chapter 03
+# -------------------------------------------------------------------------------------------------
 
 
 def test_surprise_is_minus_p_log_p_in_every_cell_and_zero_in_empty_ones() -> None:
     cells = [[0.5, 0.3, 0.2], [1.0, 0.0, 0.0], [0.6, 0.0, 0.4]]
     found = information._surprise(torch.tensor(cells, dtype=torch.float64))
-    for row, expected in zip(found.tolist(), cells):
+    for row, expected in zip(found.tolist(), cells, strict=False):
         assert row == pytest.approx([surprise([x]) for x in expected], abs=1e-15)
 
 
@@ -201,7 +210,7 @@ def divergence(p: Tensor, units: tuple[int, ...], subset: tuple[int, ...]) -> fl
     """Σ P log(P/Q) between a table P and the product Q of its margins."""
     margins = [table(p, units, (v,)) for v in subset]
     return sum(
-        x * math.log(x / math.prod(margin[b,] for margin, b in zip(margins, cell)))
+        x * math.log(x / math.prod(margin[b,] for margin, b in zip(margins, cell, strict=False)))
         for cell, x in table(p, units, subset).items()
         if x > 0
     )
@@ -334,11 +343,13 @@ def test_smoothing_never_lowers_the_entropy_of_a_pair(seed: int) -> None:
     assert after == close(surprise(smoothed.flatten().tolist()), 1e-6)
 
 
-# --- chapter 04 ---------------------------------------------------------------------------------------------------
+# --- chapter 04
+# -------------------------------------------------------------------------------------------------
 
 
 def hard_views(seed: int, units: int = 3) -> tuple[list[tuple[int, ...]], Tensor]:
-    """Random hard codes that agree: their values, and logits so far apart that the softmax is one-hot."""
+    """Random hard codes that agree: their values, and logits so far apart that the softmax is
+    one-hot."""
     generator = torch.Generator().manual_seed(seed)
     rows = [tuple(row) for row in torch.randint(units, (7, 4), generator=generator).tolist()]
     return rows, 900 * hard(rows, (units,) * 4)
@@ -393,7 +404,8 @@ def test_oe_is_minus_both_views_entropies_plus_the_information_between_them(
     for i, j in product(range(V), repeat=2):
         if i != j:
             cells = {
-                (b, c): sum(x[i][b] * y[j][c] for x, y in zip(rows1, rows2)) / len(rows1)
+                (b, c): sum(x[i][b] * y[j][c] for x, y in zip(rows1, rows2, strict=False))
+                / len(rows1)
                 for b in range(units[i])
                 for c in range(units[j])
             }
@@ -420,8 +432,11 @@ def test_the_sweeps_slope_is_the_mean_log_occupancy_that_a_sample_would_meet(
         for n, v in product(range(len(rows)), range(V)):
             for b in range(units[v]):
                 a = 0.0
-                for j, c in ((j, c) for j in range(V) if j != v for c in range(units[j])):
-                    cell = sum(x[v][b] * y[j][c] for x, y in zip(rows, others)) / len(rows)
+                cells = [(j, c) for j in range(V) if j != v for c in range(units[j])]
+                for j, c in cells:
+                    cell = sum(x[v][b] * y[j][c] for x, y in zip(rows, others, strict=False)) / len(
+                        rows
+                    )
                     a += others[n][j][c] * math.log(cell) / (V - 1)
                 assert found[n, starts[v] + b].item() == close(a)
 
@@ -442,17 +457,17 @@ def test_disagreement_and_its_slope_in_the_logits_are_those_of_its_formula(
     for n, v in product(range(len(p1)), range(len(units))):
         p, q = rows1[n][v], rows2[n][v]
         expected = (
-            -math.log(sum(x * y for x, y in zip(p, q)))
+            -math.log(sum(x * y for x, y in zip(p, q, strict=False)))
             if form == "inner_product"
-            else -sum(x * math.log(y) for x, y in zip(p, q))
+            else -sum(x * math.log(y) for x, y in zip(p, q, strict=False))
         )
         assert found[n, v].item() == close(expected)
-    columns = list(zip(p1.split(units, dim=1), p2.split(units, dim=1)))
+    columns = list(zip(p1.split(units, dim=1), p2.split(units, dim=1), strict=False))
     total = sum(
         -((x * y).sum(1).log() if form == "inner_product" else (x * y.log()).sum(1)).sum()
         for x, y in columns
     )
-    for slope, expected in zip(slopes, torch.autograd.grad(total, z)):
+    for slope, expected in zip(slopes, torch.autograd.grad(total, z), strict=False):
         assert torch.allclose(slope, expected, rtol=0, atol=1e-12)
 
 
@@ -469,7 +484,8 @@ def test_the_gradient_by_hand_is_that_of_autograd(temperature: float, weight: fl
     assert torch.allclose(by_hand(p1, p2, 4, temperature, weight), expected, rtol=0, atol=1e-15)
 
 
-# --- chapter 05 ---------------------------------------------------------------------------------------------------
+# --- chapter 05
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("B", "K"), [(2, 2), (3, 2), (3, 3), (4, 3)])

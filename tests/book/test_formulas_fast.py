@@ -1,4 +1,5 @@
-"""Formulas of the chapter on the fast loss, each by another route than its function: loops, autograd, counts, enumeration."""
+"""Formulas of the chapter on the fast loss, each by another route than its function: loops,
+autograd, counts, enumeration."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ def entropies(cells: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def table(p1: Tensor, p2: Tensor) -> Tensor:
-    return torch.stack([torch.outer(a, b) for a, b in zip(p1, p2)]).mean(0)
+    return torch.stack([torch.outer(a, b) for a, b in zip(p1, p2, strict=False)]).mean(0)
 
 
 class Products(TorchDispatchMode):
@@ -84,13 +85,14 @@ def test_the_stream_has_the_value_and_up_to_constants_the_slopes_of_the_whole_ma
     _, truth = entropies(table(p1, p2))
     value, *slopes = of_chapter(CHAPTER, "streamed")(p1.detach(), p2.detach(), UNITS, rows)
     torch.testing.assert_close(value, truth.detach())
-    for slope, true in zip(slopes, torch.autograd.grad(truth, (p1, p2))):
+    for slope, true in zip(slopes, torch.autograd.grad(truth, (p1, p2)), strict=False):
         constant = (true - slope).unflatten(1, (-1, UNITS))
         torch.testing.assert_close(constant, torch.full_like(constant, 1 / (len(p1) * 4)))
 
 
 def test_the_costs_of_a_rank_are_what_its_exchanges_and_products_add_up_to() -> None:
-    """Rank 0 of W, by a list of what it sends to each of the others and of the products that it forms."""
+    """Rank 0 of W, by a list of what it sends to each of the others and of the products that it
+    forms."""
     for ranks, entry in ((2, 4), (4, 2)):
         samples, dim = 24, 40
         mine, columns = samples // ranks, dim // ranks
@@ -200,6 +202,8 @@ def test_two_passes_leave_the_gradient_of_the_whole_batch() -> None:
     loss = CrossJointEntropyLoss(UNITS)
     whole = loss(network(x1), network(x2)).total
     truth = torch.autograd.grad(whole, list(network.parameters()))
-    value = of_chapter(CHAPTER, "two_passes")(network, list(zip(x1.split(4), x2.split(4))), loss)
+    value = of_chapter(CHAPTER, "two_passes")(
+        network, list(zip(x1.split(4), x2.split(4), strict=False)), loss
+    )
     torch.testing.assert_close(value, whole.detach())
     torch.testing.assert_close(tuple(weight.grad for weight in network.parameters()), truth)

@@ -1,4 +1,5 @@
-"""The formula ledger: every label has a function and a test that bites, and the checker itself bites."""
+"""The formula ledger: every label has a function and a test that bites, and the checker itself
+bites."""
 
 from __future__ import annotations
 
@@ -44,8 +45,14 @@ def line(x):
     return SLOPE * x + 1
 ```
 """
-GOOD = "from ledger import of_chapter\ndef test_line():\n    assert of_chapter('01-lines', 'line')(3) == 7\n"
-WEAK = "from ledger import of_chapter\ndef test_line():\n    assert of_chapter('01-lines', 'line')(3) > 0\n"
+GOOD = (
+    "from ledger import of_chapter\ndef test_line():\n"
+    "    assert of_chapter('01-lines', 'line')(3) == 7\n"
+)
+WEAK = (
+    "from ledger import of_chapter\ndef test_line():\n"
+    "    assert of_chapter('01-lines', 'line')(3) > 0\n"
+)
 BLIND = "def test_line():\n    pass\n"
 ENTRY = '[{label}]\nfunction = "01-lines:line"\ntest = "tests/test_lines.py::test_line"\n'
 LEDGER = ENTRY.format(label="eq-line") + ENTRY.format(label="thm-line")
@@ -85,7 +92,8 @@ def run(root: Path, *arguments: str) -> tuple[int, dict, str]:
     return done.returncode, json.loads(found.read_text()), done.stdout
 
 
-@pytest.mark.slow  # some two hundred perturbations of the package, each with its tests: about a minute
+# some two hundred perturbations of the package, each with its tests: about a minute
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_labelled_formula_has_a_test_that_catches_every_perturbation_of_its_function() -> (
     None
@@ -267,7 +275,10 @@ def test_an_incomplete_entry_fails(tmp_path: Path, change: tuple[str, str]) -> N
 
 
 def test_labels_are_those_of_equations_and_theorems_alone() -> None:
-    fenced = "\n::::{prf:lemma}\n:class: dropdown\n:label: lem-a\n::::\n```{math}\n:label: eq-b\nx\n```\n```{prf:remark}\n:label: r\n```\n"
+    fenced = (
+        "\n::::{prf:lemma}\n:class: dropdown\n:label: lem-a\n::::\n"
+        "```{math}\n:label: eq-b\nx\n```\n```{prf:remark}\n:label: r\n```\n"
+    )
     assert ledger.labels_of(CHAPTER + fenced) == {
         "eq-line": "equation",
         "thm-line": "theorem",

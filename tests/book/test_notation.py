@@ -1,4 +1,5 @@
-"""The notation: every symbol of the chapters is defined before it is used, and the checker notices when one is not."""
+"""The notation: every symbol of the chapters is defined before it is used, and the checker notices
+when one is not."""
 
 from __future__ import annotations
 
@@ -61,7 +62,8 @@ Let $\hat P(X=b)$ be known, and $\mathrm{DE}=\hat P\log\hat P$ over $N$ samples.
 def book(folder: Path, notation: str = NOTATION, one: str = ONE, two: str = TWO) -> Path:
     (folder / "book").mkdir()
     (folder / "_toc.yml").write_text(
-        "format: jb-book\nroot: index\nchapters:\n- file: notation\n- file: 01-one\n- file: 02-two\n"
+        "format: jb-book\nroot: index\nchapters:\n- file: notation\n- file: 01-one\n- file: "
+        "02-two\n"
     )
     for name, text in (
         ("index", "# A book\n"),
@@ -143,7 +145,8 @@ def test_a_symbol_without_definition_at_its_place_is_a_fault(
 
 @pytest.mark.slow  # reads every chapter once for each definition
 def test_removing_any_definition_of_any_chapter_is_noticed() -> None:
-    """Without a line of definitions its symbols are faults, unless other lines or earlier chapters define them too."""
+    """Without a line of definitions its symbols are faults, unless other lines or earlier chapters
+    define them too."""
     known = symbols.notation((REPOSITORY / "book" / "notation.md").read_text())
     tried = 0
     for page in symbols.chapters(REPOSITORY):
@@ -218,5 +221,8 @@ def test_formulas_are_read_as_symbols(tex: str, found: list[str]) -> None:
 
 
 def test_captions_of_figures_are_read_and_code_is_not() -> None:
-    page = "```{code-cell} ipython3\n---\nmystnb:\n  figure:\n    caption: |\n      See $q$.\n---\nr = '$s$'\n```\n"
+    page = (
+        "```{code-cell} ipython3\n---\nmystnb:\n  figure:\n"
+        "    caption: |\n      See $q$.\n---\nr = '$s$'\n```\n"
+    )
     assert [symbols.formulas(block.text) for block in symbols.blocks(page)] == [["q"]]

@@ -97,7 +97,8 @@ def test_the_recorded_launch_tells_what_a_log_says_by_the_names_of_folders_alone
     study, run_dir = load("launch"), tmp_path / "runs" / "run"
     (run_dir / "jobs").mkdir(parents=True)
     (run_dir / "jobs" / "7_0_log.err").write_text(
-        f"srun: error\n2026-11-23 03:36:53,148 resumed {run_dir} at step 51 of 160, data {tmp_path}/runs/cifar10\n"
+        f"srun: error\n2026-11-23 03:36:53,148 resumed {run_dir} at step 51 of 160, data "
+        f"{tmp_path}/runs/cifar10\n"
     )
     watch = study.Watch(None, run_dir)
     watch.job, watch.began = "7", datetime(2026, 11, 23, 3, 36, 50).timestamp()

@@ -31,7 +31,8 @@ class Fault(Exception):
     """What is wrong with an entry, in words."""
 
 
-# --- labels and entries -------------------------------------------------------------------------------------------
+# --- labels and entries
+# -------------------------------------------------------------------------------------------
 
 
 def chapters(root: Path) -> list[Path]:
@@ -110,7 +111,8 @@ def read(root: Path) -> Ledger:
             named = {key: _strings(written[label].get(key)) for key in ("function", "test")}
             if not all(named.values()) or set(written[label]) != set(named):
                 ledger.faults.append(
-                    f"{label}: an entry has a `function` and a `test`, each a string or a list of them"
+                    f"{label}: an entry has a `function` and a `test`, each a string or a list "
+                    f"of them"
                 )
             else:
                 ledger.entries.append(Entry(label, kind, named["function"], named["test"]))
@@ -126,11 +128,13 @@ def _strings(value: Any) -> tuple[str, ...]:
     )
 
 
-# --- functions, from the package and from chapters ----------------------------------------------------------------
+# --- functions, from the package and from chapters
+# ----------------------------------------------------------------
 
 
 def of_chapter(chapter: str, name: str) -> Callable[..., Any]:
-    """A function that the cells of a chapter define, with the imports and names of other cells that it needs.
+    """A function that the cells of a chapter define, with the imports and names of other cells that
+    it needs.
 
     Nothing else of the chapter is executed. Every call gives the same function.
     """
@@ -230,7 +234,8 @@ def _binds(node: ast.stmt) -> set[str]:
 
 
 def resolve(name: str) -> tuple[FunctionType, ast.FunctionDef]:
-    """A function of the ledger and its definition: `imsvd_core.module:qualname` or `NN-chapter:name`."""
+    """A function of the ledger and its definition: `imsvd_core.module:qualname` or
+    `NN-chapter:name`."""
     place, _, qualname = name.partition(":")
     if re.match(r"\d\d-", place):
         function = of_chapter(place, qualname)

@@ -14,7 +14,8 @@ from ledger.entries import Fault, resolve
 
 KINDS = ("sign", "factor", "index")
 
-# --- perturbations ------------------------------------------------------------------------------------------------
+# --- perturbations
+# ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,11 @@ RESULTS = {"sign": "negated", "factor": "scaled", "index": "rolled"}
 
 
 def perturbations(name: str, without_effect: Sequence[str] = ()) -> list[Perturbation]:
-    """Every perturbation of a function in the order of trial: of its result, then of its source, the kinds in turn.
+    """Every perturbation of a function in the order of trial: of its result, then of its source,
+    the kinds in turn.
 
-    Those `without_effect`, given by their ids, are passed over; one of them that is no site is a fault.
+    Those `without_effect`, given by their ids, are passed over; one of them that is no site is a
+    fault.
     """
     _, definition = resolve(name)
     of_result = [_of_result(definition, kind) for kind in KINDS]
@@ -101,7 +104,8 @@ def perturbations(name: str, without_effect: Sequence[str] = ()) -> list[Perturb
         of_source[site.kind].append(Perturbation(site.kind, label, _compiled(changed)))
     if strange := set(without_effect) - ids:
         raise Fault(
-            f"{name} has no perturbation {sorted(strange)[0]!r}, which is declared to be without effect"
+            f"{name} has no perturbation {sorted(strange)[0]!r}, which is declared to be "
+            f"without effect"
         )
     in_turn = [
         (turn, KINDS.index(kind), one)
@@ -126,7 +130,8 @@ def _sites(definition: ast.FunctionDef) -> Iterator[Site]:
 def _within(
     node: ast.AST, holder: Any, key: Any, context: str | None, around: ast.AST | None = None
 ) -> Iterator[Site]:
-    """Sites in and below a node, which `holder` holds under `key`; the context tells indices from numbers.
+    """Sites in and below a node, which `holder` holds under `key`; the context tells indices from
+    numbers.
 
     `around` is the expression in which a literal is shown.
     """
@@ -235,7 +240,8 @@ def _context(node: ast.AST, name: str, child: ast.AST, context: str | None) -> s
 
 
 def _is_check(node: ast.AST) -> bool:
-    """Whether a node checks arguments, speaks to people or chooses a precision: nothing in it is a formula."""
+    """Whether a node checks arguments, speaks to people or chooses a precision: nothing in it is a
+    formula."""
     if isinstance(node, ast.Raise | ast.Assert | ast.JoinedStr | ast.withitem):
         return True
     if isinstance(node, ast.If):
@@ -288,7 +294,8 @@ def _of_result(definition: ast.FunctionDef, kind: str) -> Perturbation:
 
 
 def _compiled(definition: ast.FunctionDef) -> CodeType:
-    """The code object of a definition; its defaults and annotations stay those of the function that gets it."""
+    """The code object of a definition; its defaults and annotations stay those of the function that
+    gets it."""
     definition = copy.deepcopy(definition)
     definition.decorator_list, definition.returns = [], None
     arguments = definition.args

@@ -1,4 +1,5 @@
-"""The tests of the ledger, run in forks against each perturbation, and the table of what they caught."""
+"""The tests of the ledger, run in forks against each perturbation, and the table of what they
+caught."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ AT_MOST = 8  # perturbations of one function
 AT_LEAST = 2  # that its test must catch, whatever else crashes
 SECONDS = 30.0  # that a perturbed test may take; one that takes longer never ends
 
-# --- tests, run in forks ------------------------------------------------------------------------------------------
+# --- tests, run in forks
+# ------------------------------------------------------------------------------------------
 
 CAUGHT, SURVIVED, NO_INDEX, BROKEN, ENDLESS = (
     "caught",
@@ -69,7 +71,8 @@ class Job:
 
 
 class Runner:
-    """A pytest plug-in that runs, in place of the test session, every job in forks of the collecting process."""
+    """A pytest plug-in that runs, in place of the test session, every job in forks of the
+    collecting process."""
 
     def __init__(self, jobs: Sequence[Job], equivalent: dict[str, dict[str, str]]):
         self.jobs, self.equivalent = jobs, equivalent
@@ -144,7 +147,8 @@ class Runner:
         code: CodeType | None,
         roll: bool = False,
     ) -> tuple[str, str]:
-        """Run items in a fork, with a function's code exchanged, up to the first that fails by its own verdict."""
+        """Run items in a fork, with a function's code exchanged, up to the first that fails by its
+        own verdict."""
         here, there = os.pipe()
         child = os.fork()
         if child == 0:
@@ -164,7 +168,7 @@ class Runner:
         return _wait(child, here)
 
     def _verdict(self, items: list[Any], roll: bool) -> tuple[str, str]:
-        for item, following in zip(items, [*items[1:], None]):
+        for item, following in zip(items, [*items[1:], None], strict=False):
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
             if self.failures and self.failures[-1][2]:
                 return CAUGHT, self.failures[-1][0]
@@ -178,7 +182,8 @@ class Runner:
         self.passed += report.when == "call" and report.passed
 
     def pytest_exception_interact(self, node: Any, call: Any, report: Any) -> None:
-        """A perturbation counts as caught if the test says so itself, and not if the function no longer runs."""
+        """A perturbation counts as caught if the test says so itself, and not if the function no
+        longer runs."""
         if call.excinfo is not None:
             kinds = {kind.__name__ for kind in call.excinfo.type.__mro__}
             own = report.when == "call" and bool(
@@ -204,7 +209,8 @@ def _wait(child: int, pipe: int) -> tuple[str, str]:
     return tuple(json.loads(found)) if found else (BROKEN, "the process died")
 
 
-# --- the whole ledger ---------------------------------------------------------------------------------------------
+# --- the whole ledger
+# ---------------------------------------------------------------------------------------------
 
 
 def check(root: Path = REPOSITORY, only: Sequence[str] = ()) -> tuple[Ledger, dict[str, Job]]:
@@ -228,7 +234,8 @@ def check(root: Path = REPOSITORY, only: Sequence[str] = ()) -> tuple[Ledger, di
     ]
     if jobs:
         os.environ["OMP_NUM_THREADS"] = (
-            "1"  # for torch, when the tests import it: a process with a pool of threads must not fork
+            # for torch, when the tests import it: a process with a pool of threads must not fork
+            "1"
         )
         import pytest
 
@@ -268,7 +275,8 @@ def totals(jobs: dict[str, Job]) -> dict[str, int]:
 
 
 def found(root: Path = REPOSITORY) -> dict[str, Any]:
-    """What the checker finds, from a fresh process, or from the last one if nothing that it reads has changed.
+    """What the checker finds, from a fresh process, or from the last one if nothing that it reads
+    has changed.
 
     Only a ledger without faults is kept, in _build/ledger.
     """
@@ -325,7 +333,8 @@ def markdown(found: dict[str, Any]) -> list[str]:
     """The ledger's table and its totals, as lines of MyST."""
     counts = found["totals"]
     lines = [
-        f"{counts['labels']} formulas and theorems, {counts['functions']} functions, {counts['tests']} tests: "
+        f"{counts['labels']} formulas and theorems, {counts['functions']} functions, "
+        f"{counts['tests']} tests: "
         f"{counts['tried']} perturbations tried, {counts['caught']} caught.",
         "",
         "| Formula | Caught | Computed by | Checked by |",
@@ -339,7 +348,8 @@ def markdown(found: dict[str, Any]) -> list[str]:
         place = f"Eq. {{eq}}`{label}`" if kind == "equation" else f"{{prf:ref}}`{label}`"
         functions = " ".join(f"`{name.removeprefix('imsvd_core.')}`" for name in of_job.functions)
         tests = "; ".join(
-            f"{name.split('::')[-1].removeprefix('test_').replace('_', ' ')} (`{Path(name.split('::')[0]).name}`)"
+            f"{name.split('::')[-1].removeprefix('test_').replace('_', ' ')} "
+            f"(`{Path(name.split('::')[0]).name}`)"
             for name in of_job.tests
         )
         lines.append(
@@ -360,7 +370,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ledger, jobs = check(chosen.root.resolve(), chosen.label)
     for label, job in jobs.items():
         print(
-            f"{label:34} {len(job.caught()):3} of {len(job.tried()):2} caught   {', '.join(job.functions)}"
+            f"{label:34} {len(job.caught()):3} of {len(job.tried()):2} caught   "
+            f"{', '.join(job.functions)}"
         )
         for trial in job.trials if chosen.label else []:
             print(f"    {trial.outcome:12} {trial.function}  {trial.id}\n{'':17}{trial.by}")
