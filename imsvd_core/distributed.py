@@ -8,7 +8,7 @@ on one process.
 import functools
 import itertools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,38 +24,39 @@ def world() -> tuple[int, int]:
     )
 
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def on_rank_0(work: Callable[P, T]) -> Callable[P, T]:
-    """Let rank 0 do `work` while the others wait; what it returns or raises there, it returns or
-    raises on all."""
+    """Let rank 0 do `work` while the others wait; every rank gets its result, or its exception."""
 
     @functools.wraps(work)
-    def told(*args: P.args, **kwargs: P.kwargs) -> T:
+    def on_all(*args: P.args, **kwargs: P.kwargs) -> T:
         rank, size = world()
         if size == 1:
             return work(*args, **kwargs)
-        result, error = None, None
+        outcome: list[Any] = [None, None]  # result, exception
+        exception: Exception | None = None
         if rank == 0:
             try:
-                result = work(*args, **kwargs)
+                outcome[0] = work(*args, **kwargs)
             except Exception as raised:
-                error = raised
-        heard = [result, error]
-        dist.broadcast_object_list(heard)
-        if error or heard[1]:
-            raise error or heard[1]
-        return heard[0]
+                exception = outcome[1] = raised
+        dist.broadcast_object_list(outcome)
+        if exception or outcome[1]:
+            raise exception or outcome[1]
+        result: T = outcome[0]
+        return result
 
-    return told
+    return on_all
 
 
 def rank_0_first(work: Callable[[], T]) -> T:
     """Let rank 0 do `work`, then every other rank: what the first fetches, the others find."""
-    mine: list[T] = []
-    on_rank_0(lambda: mine.append(work()))()
-    return mine[0] if mine else work()
+    first: list[T] = []
+    on_rank_0(lambda: first.append(work()))()
+    return first[0] if first else work()
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from imsvd_core.views import TwoViews, View
+from imsvd_core.views import View, Views
 
 
 class Batch(NamedTuple):
@@ -27,7 +27,8 @@ class OrderLike(Protocol):
     other.
     """
 
-    seed: int
+    @property
+    def seed(self) -> int: ...
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]: ...
 
@@ -35,8 +36,8 @@ class OrderLike(Protocol):
         """A new generator on `device`, seeded for the draws of all pieces of `step`."""
 
 
-def members(views: TwoViews | View) -> tuple[View, ...]:
+def members(views: Views | View) -> tuple[View, ...]:
     """The single views that `views` draws of every image, in the order of their draws."""
     if isinstance(views, View):
         return (views,)
-    return tuple(getattr(views, "views", None) or (views.first, views.second))
+    return views.views

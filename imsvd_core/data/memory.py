@@ -44,7 +44,7 @@ from imsvd_core.data.sources import (
     scan,
     title_of,
 )
-from imsvd_core.views import EvalView, TwoViews, View
+from imsvd_core.views import EvalView, View, Views
 
 ATTRIBUTES_SIZES = {"train": 20_000, "test": 4_000}
 
@@ -105,7 +105,7 @@ class ImageData:
     def views(
         self,
         order: OrderLike,
-        views: TwoViews | View,
+        views: Views | View,
         *,
         device: torch.device | str = "cpu",
         workers: int | None = None,

@@ -34,7 +34,7 @@ from imsvd_core.data import memory as datasets
 from imsvd_core.data import sources
 from imsvd_core.data.batch import Batch, OrderLike, members
 from imsvd_core.data.sources import OnCorrupt, Split
-from imsvd_core.views import CROP_DRAWS, EvalView, TwoViews, View
+from imsvd_core.views import CROP_DRAWS, EvalView, View, Views
 
 SCHEMES = ("folder:", "tree:")
 PART = 64  # images that a worker hands over at a time, some 20 MB of 224-pixel crops
@@ -93,7 +93,7 @@ class FolderImages:
 
     def two_crops(
         self,
-        views: TwoViews,
+        views: Views,
         plan: Plan,
         *,
         seed: int,
@@ -157,7 +157,7 @@ class FolderImages:
     def views(
         self,
         order: OrderLike,
-        views: TwoViews | View,
+        views: Views | View,
         *,
         device: torch.device | str = "cpu",
         workers: int | None = None,

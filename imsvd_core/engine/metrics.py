@@ -68,7 +68,7 @@ class Display:
         self.bar.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.bar.stop()
         if self.writer:
             self.writer.close()
