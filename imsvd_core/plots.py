@@ -232,7 +232,8 @@ def animate(
         f'<input type="range" min="0" max="{len(items) - 1}" value="{len(items) - 1}" '
         f'aria-label="Frame" '
         f'style="flex:1"><output aria-live="off">{html.escape(names[-1])}</output></div></div>'
-        f"<script>{player.strip()}({json.dumps(name)},{_script_json(uris)},{_script_json(names)},{interval});</script>"
+        f"<script>{player.strip()}({json.dumps(name)},{_script_json(uris)},"
+        f"{_script_json(names)},{interval});</script>"
     )
     return Picture(page, alt)
 

@@ -83,7 +83,8 @@ ACCENTS = (
 )
 TOKEN = re.compile(
     rf"""
-    \\(?:begin|end|label|tag|operatorname\*?|mathbb|phantom|hspace|vspace|ref|eqref)\s*(?:\{{[^{{}}]*\}}|[A-Za-z])
+    \\(?:begin|end|label|tag|operatorname\*?|mathbb|phantom|hspace|vspace|ref|eqref)
+    \s*(?:\{{[^{{}}]*\}}|[A-Za-z])
   | \\(?P<name>text|textbf|textit|mathrm|mathit)\s*\{{(?P<words>[^{{}}]*)\}}
   | \\(?P<accent>{ACCENTS})(?![A-Za-z])
     (?:\s*\{{(?P<inside>[^{{}}]*)\}}|\s*\\(?P<greek>[A-Za-z]+)|\s*(?P<letter>[A-Za-z]))
