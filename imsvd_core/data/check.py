@@ -60,7 +60,8 @@ torchvision downloads and unpacks the archives of the VOC challenge's site:
 That gives JPEGImages, Annotations and ImageSets in {root}/VOCdevkit/VOC2007, of both splits."""
 COCO_HELP = """\
 From COCO's site unpack train2017.zip, val2017.zip and annotations_trainval2017.zip into {root}.
-That gives train2017/*.jpg, val2017/*.jpg and annotations/instances_*2017.json in {root}."""
+That gives {root}/train2017/*.jpg, {root}/val2017/*.jpg and, in {root}/annotations,
+instances_*2017.json."""
 
 
 @dataclass
