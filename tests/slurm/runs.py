@@ -134,7 +134,7 @@ class Run:
             for run in (self, other)
         ]
         assert ends[0]["step"] == ends[1]["step"]
-        for part in ("modules", "optimizer"):
+        for part in ("method", "optimizer"):
             mine, others = (dict(_leaves(end[part])) for end in ends)
             assert mine.keys() == others.keys()
             assert len(mine) > 10
