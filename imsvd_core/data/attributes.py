@@ -1,15 +1,16 @@
 """`attributes`: 32 x 32 pictures drawn here, of which every factor is known.
 
-One shape on a background. What it is (shape, texture, colour), how large it is, where it stands and what is
-behind it are seven independent, uniform factors; its rotation, the light, a jitter of place and size, and
-pixel noise are nuisances. It needs no file and no network, and it tells what no photograph does: which
-attribute a learned variable has found.
+One shape on a background. What it is (shape, texture, colour), how large it is, where it stands and
+what is behind it are seven independent, uniform factors; its rotation, the light, a jitter of place
+and size, and pixel noise are nuisances. It needs no file and no network, and it tells what no
+photograph does: which attribute a learned variable has found.
 
-A shape is a signed distance function: negative inside, positive outside, its size the distance to the
-outline. One distance then gives the shape, its anti-aliased edge, its rim and its shadow.
+A shape is a signed distance function: negative inside, positive outside, its size the distance to
+the outline. One distance then gives the shape, its anti-aliased edge, its rim and its shadow.
 
-The arithmetic on pixels uses correctly rounded operations only (+ - * / sqrt floor, comparisons), and the
-random numbers come from a CPU generator: the same seed gives the same bytes on any number of threads.
+The arithmetic on pixels uses correctly rounded operations only (+ - * / sqrt floor, comparisons),
+and the random numbers come from a CPU generator: the same seed gives the same bytes on any number
+of threads.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ FACTORS: dict[str, tuple[str, ...]] = {
     "background": ("flat", "gradient", "clouds", "weave"),
     "ground": tuple(GROUND_PALETTE),
 }
-"""The discrete factors and the names of their values, in the order of the integers that stand for them."""
+"""The discrete factors and the names of their values, in the order of the integers that stand for
+them.
+"""
 
 CLASSES: tuple[str, ...] = tuple(
     f"{texture} {shape}" for shape in FACTORS["shape"] for texture in FACTORS["texture"]
@@ -72,8 +75,8 @@ _BLOCK = 128  # pictures drawn at once: small enough for the processor's cache
 def sample(n: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Draw the factors of `n` pictures, every one uniform and independent of the others.
 
-    Returns a dict of (n,) tensors: int64 for each name in `FACTORS`, float32 for the nuisances (lengths in
-    half picture widths, angles in radians). Raises ValueError for `n` < 1.
+    Returns a dict of (n,) tensors: int64 for each name in `FACTORS`, float32 for the nuisances
+    (lengths in half picture widths, angles in radians). Raises ValueError for `n` < 1.
     """
     if n < 1:
         raise ValueError(f"n is {n}: at least one picture is needed")
@@ -106,10 +109,11 @@ def label(factors: dict[str, Tensor]) -> Tensor:
 def draw(
     factors: dict[str, Tensor], *, size: int = 32, noise: torch.Generator | None = None
 ) -> Tensor:
-    """Draw the pictures that `factors` (as `sample` returns them) describe: uint8 (N, 3, size, size).
+    """Draw the pictures that `factors` (as `sample` returns them) describe: uint8 (N, 3, size,
+    size).
 
-    `noise` adds pixel noise of at most 9 grey levels; without it a picture is a function of its factors.
-    Raises ValueError for a size below 8, at which no texture can be told from another.
+    `noise` adds pixel noise of at most 9 grey levels; without it a picture is a function of its
+    factors. Raises ValueError for a size below 8, at which no texture can be told from another.
     """
     if size < 8:
         raise ValueError(f"size is {size}: draw at 8 pixels or more")
@@ -133,7 +137,9 @@ def draw(
 
 
 def _picture(factors: dict[str, Tensor], size: int) -> Tensor:
-    """One block of pictures, float32 (N, 3, size, size) in grey levels: background, shadow, shape, light."""
+    """One block of pictures, float32 (N, 3, size, size) in grey levels: background, shadow, shape,
+    light.
+    """
     f = {name: values[:, None, None] for name, values in factors.items()}
     axis = (torch.arange(size) + 0.5) * (2 / size) - 1
     x, y = axis.expand(1, size, size), axis[:, None].expand(1, size, size)
@@ -202,7 +208,9 @@ def _star(
     hollow: float = 0.47,
     drop: float = 0.04,
 ) -> Tensor:
-    """A star whose points reach out to `tip` and whose hollows reach in to `hollow`; with 3 or 5 points."""
+    """A star whose points reach out to `tip` and whose hollows reach in to `hollow`; with 3 or 5
+    points.
+    """
     x, y = x.abs(), drop - y
     for angle in (
         2 * math.pi / points,
@@ -260,11 +268,14 @@ def _moon(x: Tensor, y: Tensor) -> Tensor:
 _SHAPES = (_disc, _box, _triangle, _star, _heart, _cross, _ring, _moon)
 
 
-# Textures: how much of the second tone there is at (x, y), from 0 to 1; about five pixels to a period at 32.
+# Textures: how much of the second tone there is at (x, y), from 0 to 1; about five pixels to a
+# period at 32.
 
 
 def _wave(t: Tensor) -> Tensor:
-    """A triangle wave of period 1 between -1 and 1, the cheap and exactly rounded cousin of the cosine."""
+    """A triangle wave of period 1 between -1 and 1, the cheap and exactly rounded cousin of the
+    cosine.
+    """
     return 4 * (t - torch.floor(t) - 0.5).abs() - 1
 
 

@@ -1,8 +1,10 @@
-"""Are the large data sets, which nobody downloads in passing, in their places and whole? And how to put them there.
+"""Are the large data sets, which nobody downloads in passing, in their places and whole? And how to
+put them there.
 
-`check` compares a data root with what its publishers say, reads as much of every file as is asked for, and leaves a
-stamp in the root, which `checked` finds again. Counts: ImageNet's are of Russakovsky et al. (2015), Places205's of
-Zhou et al. (2014), VOC's of its development kit of 2007, COCO's of its release of 2017.
+`check` compares a data root with what its publishers say, reads as much of every file as is asked
+for, and leaves a stamp in the root, which `checked` finds again. Counts: ImageNet's are of
+Russakovsky et al. (2015), Places205's of Zhou et al. (2014), VOC's of its development kit of 2007,
+COCO's of its release of 2017.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from xml.etree import ElementTree
 
 from rich.progress import Progress
 
-from imsvd_core.data import memory as datasets
 from imsvd_core.data import sources
-from imsvd_core.data import tree as folders
+from imsvd_core.data.decoding import decode as decode_image
+from imsvd_core.data.decoding import open_image
+from imsvd_core.data.workers import share_of_cores
 from imsvd_core.system.files import atomic_write
 
 Decode = Literal["none", "header", "full"]
@@ -125,7 +128,9 @@ Track = Callable[
 
 @dataclass(frozen=True)
 class Spec:
-    """What a data root must hold. `inspect` notes what is wrong in a report and returns the images' paths."""
+    """What a data root must hold. `inspect` notes what is wrong in a report and returns the images'
+    paths.
+    """
 
     title: str
     counts: Mapping[str, int]  # images of each split
@@ -269,7 +274,9 @@ def _lines(file: Path, report: Report) -> list[list[str]]:
 
 
 def _inspect_coco(root: Path, spec: Spec, report: Report, track: Track) -> list[str]:
-    """<split>2017/*.jpg and annotations/instances_<split>2017.json, which must speak of the same images."""
+    """<split>2017/*.jpg and annotations/instances_<split>2017.json, which must speak of the same
+    images.
+    """
     files = []
     for split, expected in spec.counts.items():
         home, listing = root / f"{split}2017", root / f"annotations/instances_{split}2017.json"
@@ -368,13 +375,15 @@ def check(
 
     Args:
         name: one of `SPECS`.
-        decode: of every image read nothing, its two ends ("header": finds what is cut short or no image), or all
-            ("full": finds what cannot be decoded too). Neither sees a JPEG spoilt inside: libjpeg fills in grey.
+        decode: of every image read nothing, its two ends ("header": finds what is cut short or no
+            image), or all ("full": finds what cannot be decoded too). Neither sees a JPEG spoilt
+            inside: libjpeg fills in grey.
         workers: threads that read; by default as many as cores.
         spec: what to expect of a subset, say; by default what was published.
         progress: show bars.
 
-    Raises ValueError for an unknown name or setting, FileNotFoundError, with how to prepare one, for a missing root.
+    Raises ValueError for an unknown name or setting, FileNotFoundError, with how to prepare one,
+    for a missing root.
     """
     spec = spec or find_spec(name)
     if decode not in ("none", "header", "full") or (workers is not None and workers < 1):
@@ -389,7 +398,7 @@ def check(
         files = spec.inspect(root, spec, report, bars.track)
         if decode != "none":
             parts = [files[start : start + 64] for start in range(0, len(files), 64)]
-            with ThreadPoolExecutor(workers or folders.share_of_cores()) as pool:
+            with ThreadPoolExecutor(workers or share_of_cores()) as pool:
                 examined = pool.map(lambda part: list(_examine(part, decode)), parts)
                 for faults in bars.track(
                     examined, total=len(parts), description="images, 64 at a time"
@@ -420,16 +429,16 @@ def _examine(files: list[str], decode: Decode) -> Iterator[str]:
     """What is wrong with each of these image files that cannot be read."""
     for file in files:
         try:
-            folders.decode(file) if decode == "full" else _look_at_both_ends(file)
+            decode_image(file) if decode == "full" else _look_at_both_ends(file)
         except Exception as error:  # a broken file makes Pillow raise nearly anything
             yield f"{file} ({' '.join(str(error.__cause__ or error).split())})"
 
 
 def _look_at_both_ends(file: str) -> None:
     with open(file, "rb") as content:
-        datasets.open_image(content)
+        open_image(content)
         content.seek(0)
         end = JPEG_END if content.read(2) == b"\xff\xd8" else PNG_END
         content.seek(-len(end), os.SEEK_END)
         if content.read() != end:  # cut short, or some camera wrote on: read on to tell
-            folders.decode(file)
+            decode_image(file)

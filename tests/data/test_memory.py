@@ -422,7 +422,7 @@ def test_a_whole_download_is_taken_and_a_wrong_one_is_not(tmp_path, monkeypatch)
         assert len(datasets.load("cifar10", root=root)) == 20
         server.shutdown()
     assert sources.resolve("auto", root) == "cifar10"
-    assert download.get("cifar10", root) == root  # there already: nothing is asked for
+    assert download.get("cifar10", root).folder == root  # there already: nothing is asked for
     assert [path.name for path in root.iterdir()] == [CIFAR10.base_folder]  # and no archive
 
 

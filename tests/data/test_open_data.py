@@ -106,7 +106,7 @@ def test_all_pieces_of_a_step_draw_their_views_from_one_generator(tree, stream):
             if isinstance(data, ImageData):
                 expected.append(views(data.images[indices], generator))
             else:
-                crops = data.two_crops(views, [(step, indices)], seed=3, workers=0)
+                crops = data.crops(views, [(step, indices)], seed=3, workers=0)
                 expected.append(views.finish(next(crops), generator))
     for batch, pair in zip(batches, expected, strict=True):
         assert len(batch.views) == 2

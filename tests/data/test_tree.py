@@ -17,6 +17,8 @@ from PIL import Image
 
 from imsvd_core.data import memory as datasets
 from imsvd_core.data import tree as folders
+from imsvd_core.data import workers as processes
+from imsvd_core.data.decoding import decode
 from imsvd_core.data.tree import FolderImages, open_folder
 from imsvd_core.evaluation import features, knn
 from imsvd_core.views import EvalView, TwoViews, imagenet_views
@@ -46,7 +48,7 @@ def crops(
     data: FolderImages, *entries: tuple[int, list[int]], seed: int = 0, workers: int = 0
 ) -> list:
     plan = ((step, torch.tensor(indices)) for step, indices in entries)
-    return list(data.two_crops(VIEWS, plan, seed=seed, workers=workers))
+    return list(data.crops(VIEWS, plan, seed=seed, workers=workers))
 
 
 def test_names_and_labels_are_the_trees_and_nothing_is_decoded(tree):
@@ -101,7 +103,7 @@ def test_a_crop_depends_on_seed_step_and_image_and_on_nothing_else(tree, monkeyp
 
 def test_one_views_crops_are_drawn_as_the_first_of_two(tree):
     data, plan = open_folder(f"tree:{tree}"), [(0, torch.arange(16)), (3, torch.tensor([5, 3]))]
-    for alone, (first, _) in zip(
+    for (alone,), (first, _) in zip(
         data.crops(VIEWS.first, plan, seed=1, workers=1),
         crops(data, *((step, indices.tolist()) for step, indices in plan), seed=1),
         strict=True,
@@ -109,16 +111,16 @@ def test_one_views_crops_are_drawn_as_the_first_of_two(tree):
         assert torch.equal(alone, first)
 
 
-@pytest.mark.parametrize("wanted", [range(5, 16), range(1, 16, 3), [7, 2, 2], range(0)])
-def test_center_crops_of_a_share_are_those_of_the_whole(tree, monkeypatch, wanted):
+@pytest.mark.parametrize("rows", [range(5, 16), range(1, 16, 3), [7, 2, 2], range(0)])
+def test_images_of_a_share_are_those_of_the_whole(tree, monkeypatch, rows):
     monkeypatch.setattr(folders, "PART", 4)
     data, view = open_folder(f"tree:{tree}"), EvalView(32, 28)
-    whole = torch.cat(list(data.center_crops(view, workers=0)))
-    parts = list(data.center_crops(view, indices=wanted, workers=1))
+    whole = torch.cat(list(data.in_order(view, workers=0)))
+    parts = list(data.in_order(view, rows, workers=1))
     assert [len(part) for part in parts] == [
-        len(wanted[start : start + 4]) for start in range(0, len(wanted), 4)
+        len(rows[start : start + 4]) for start in range(0, len(rows), 4)
     ]
-    assert torch.equal(torch.cat([*parts, whole[:0]]), whole[list(wanted)])
+    assert torch.equal(torch.cat([*parts, whole[:0]]), whole[list(rows)])
 
 
 def _nested(part: int) -> dict:
@@ -129,11 +131,11 @@ def _nested(part: int) -> dict:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_anything_can_be_streamed_in_order_and_sent(workers):
-    found = list(folders.stream(_nested, range(3), workers, "meta"))
+    found = list(processes.stream(_nested, range(3), workers, "meta"))
     assert [one["name"] for one in found] == ["0", "1", "2"]
     assert all(one["tensors"][0].is_meta and one["tensors"][1][0].is_meta for one in found)
     with pytest.raises(ValueError, match="part 3 is bad"):
-        list(folders.stream(_nested, iter(range(5)), workers))
+        list(processes.stream(_nested, iter(range(5)), workers))
     assert not multiprocessing.active_children()
 
 
@@ -150,6 +152,11 @@ def test_crops_are_cut_from_their_own_image_at_its_own_size(tree):
         assert some[:, 0].flatten(1).tolist() == [[20 * i] * 24 * 24 for i in (6, 0, 3)]
 
 
+def pixels_of_pillow(file: Path) -> torch.Tensor:
+    with Image.open(file) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
 def test_whatever_a_jpeg_or_png_holds_becomes_what_pillow_makes_of_it(tmp_path):
     for mode, suffix in (
         ("L", "jpg"),
@@ -162,10 +169,10 @@ def test_whatever_a_jpeg_or_png_holds_becomes_what_pillow_makes_of_it(tmp_path):
     ):
         file = tmp_path / f"{mode}.{suffix}"
         picture(1).convert(mode).save(file, **({"transparency": 0} if mode == "P" else {}))
-        assert torch.equal(folders.decode(str(file)), datasets.decode(str(file))), mode
+        assert torch.equal(decode(str(file)), pixels_of_pillow(file)), mode
     renamed = tmp_path / "png.JPEG"  # ImageNet has one
     picture(1).save(renamed, format="PNG")
-    assert torch.equal(folders.decode(str(renamed)), datasets.decode(str(renamed)))
+    assert torch.equal(decode(str(renamed)), pixels_of_pillow(renamed))
 
 
 def test_a_spoilt_png_is_an_error_and_not_the_end_of_the_process(tmp_path):
@@ -174,7 +181,7 @@ def test_a_spoilt_png_is_an_error_and_not_the_end_of_the_process(tmp_path):
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2] + bytes(99) + content[len(content) // 2 + 99 :])
     with pytest.raises(ValueError, match="spoilt.png cannot be read"):
-        folders.decode(str(file))
+        decode(str(file))
 
 
 def broken(file: Path, kind: str) -> None:
@@ -224,7 +231,7 @@ def test_an_unreadable_file_may_be_replaced_and_is_counted_and_told_once(tree, c
         broken(file, "empty")
     with pytest.raises(ValueError, match="val holds no image that can be read, of 6 files"):
         list(
-            open_folder(f"tree:{tree}", "test", on_corrupt="skip").center_crops(
+            open_folder(f"tree:{tree}", "test", on_corrupt="skip").in_order(
                 EvalView(24, 24), workers=0
             )
         )
@@ -233,7 +240,7 @@ def test_an_unreadable_file_may_be_replaced_and_is_counted_and_told_once(tree, c
 def test_closing_early_leaves_no_process_and_the_trainers_chance_alone(tree):
     before = torch.get_rng_state()
     steps = iter(range(10**9))
-    stream = open_folder(f"tree:{tree}").two_crops(
+    stream = open_folder(f"tree:{tree}").crops(
         VIEWS, ((k, torch.arange(4)) for k in steps), seed=0, workers=2
     )
     next(stream)
@@ -247,7 +254,7 @@ def test_closing_early_leaves_no_process_and_the_trainers_chance_alone(tree):
     not hasattr(signal, "sigwaitinfo"), reason="without sigwaitinfo a worker obeys every SIGTERM"
 )
 def test_a_worker_heeds_the_trainer_alone(tree):
-    stream = open_folder(f"tree:{tree}").two_crops(
+    stream = open_folder(f"tree:{tree}").crops(
         VIEWS, ((k, torch.arange(4)) for k in range(40)), seed=0, workers=1
     )
     next(stream)
@@ -256,7 +263,7 @@ def test_a_worker_heeds_the_trainer_alone(tree):
         subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
     assert len(list(stream)) == 39
 
-    stream = open_folder(f"tree:{tree}").two_crops(
+    stream = open_folder(f"tree:{tree}").crops(
         VIEWS, ((k, torch.arange(4)) for k in range(10**9)), seed=0, workers=1
     )
     next(stream)
@@ -278,7 +285,7 @@ def test_no_thread_of_a_worker_dies_of_the_jobs_sigterm(tree):
     torch.set_num_threads(2)
     try:
         torch.randn(300, 300) @ torch.randn(300, 300)
-        stream = open_folder(f"tree:{tree}").two_crops(
+        stream = open_folder(f"tree:{tree}").crops(
             VIEWS, ((k, torch.arange(4)) for k in range(40)), seed=0, workers=1
         )
         next(stream)
