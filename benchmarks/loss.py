@@ -1,10 +1,13 @@
-"""Time and memory of the loss, side by side in one run: the bare matrix products, the streaming loss, the full matrix.
+"""Time and memory of the loss, side by side in one run: the bare matrix products, the streaming
+loss, the full matrix.
 
-    python benchmarks/loss.py [--samples 2048] [--dim 8160] [--units 80] [--rounds 7] [--device cpu|cuda] [--json PATH]
+    python benchmarks/loss.py [--samples 2048] [--dim 8160] [--units 80] [--rounds 7] [--device
+    cpu|cuda] [--json PATH]
 
-Time: forward and backward, rounds interleaved, medians, equal threads; figures are ratios to the three bare products
-of the same type that any exact method must do, and on a GPU milliseconds and TFLOP/s of those 6ND² operations too.
-Memory beyond the inputs: on a CPU the peak resident set of a process of its own, on a GPU the allocator's peak.
+Time: forward and backward, rounds interleaved, medians, equal threads; figures are ratios to the
+three bare products of the same type that any exact method must do, and on a GPU milliseconds and
+TFLOP/s of those 6ND² operations too. Memory beyond the inputs: on a CPU the peak resident set of a
+process of its own, on a GPU the allocator's peak.
 """
 
 import argparse
@@ -34,7 +37,9 @@ def logits(samples: int, dim: int, device: str) -> list[Tensor]:
 
 
 def bare_products(z1: Tensor, z2: Tensor, units: int, dtype: torch.dtype = torch.float32) -> None:
-    """P = Z1ᵀZ2, then Z2Pᵀ and Z1P, in slabs of rows: what is left of the loss without its elementwise work."""
+    """P = Z1ᵀZ2, then Z2Pᵀ and Z1P, in slabs of rows: what is left of the loss without its
+    elementwise work.
+    """
     a, b = z1.detach().to(dtype), z2.detach().to(dtype)
     slab = 480 if a.device.type == "cpu" else 4080
     cells, g1, g2 = a.new_empty(slab, a.shape[1]), torch.empty_like(a), torch.zeros_like(b)
@@ -177,7 +182,9 @@ def _figures(
     found = {
         "time_over_fp32_products": median[name] / median["bare_products"],
         "time_over_products": median[name] / median[same_type],
-        "paired_ratio": statistics.median(a / b for a, b in zip(seconds[name], seconds[same_type])),
+        "paired_ratio": statistics.median(
+            a / b for a, b in zip(seconds[name], seconds[same_type], strict=True)
+        ),
         "peak_over_full_matrix": memory[name] / memory["full_matrix"],
         "peak_over_lean_matrix": memory[name] / memory["lean_matrix"],
         "extra_peak_MB": memory[name] / 1e6,

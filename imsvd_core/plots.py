@@ -1,8 +1,9 @@
-"""The house style: every figure of the book in light and dark, as vectors, with a text that says what is seen.
+"""The house style: every figure of the book, light and dark, with a text that says what is seen.
 
-A figure is a function of a theme. `show` draws it once in the light theme and once in the dark one, and returns
-a `Picture`, which a notebook or the rendered book displays: both drawings are there, and the page shows the one
-that fits. Nothing here needs pyplot, keeps global state or fetches anything.
+A figure is a function of a theme. `show` draws it once in the light theme and once in the dark one,
+and returns a `Picture`, which a notebook or the rendered book displays: both drawings are there,
+and the page shows the one that fits. Nothing here needs pyplot, keeps global state or fetches
+anything.
 """
 
 from __future__ import annotations
@@ -24,17 +25,19 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.rcsetup import cycler
 
-SHORTEST_ALT = 30  # characters; below that a text names a figure and does not say what it shows
+#: Characters; a shorter text names a figure and does not say what it shows
+SHORTEST_ALT = 30
 
 
 @dataclass(frozen=True)
 class Theme:
     """Colours of one page background. `paper` is the background, which figures leave transparent.
 
-    `colors` are Okabe and Ito's colour-blind-safe hues, each moved in lightness until it stands out from the
-    paper (contrast of at least 3 to 1). `sequential` runs from the paper's tone (nothing) to the ink's (most),
-    in perceptually even steps.
+    `colors` are Okabe and Ito's colour-blind-safe hues, each moved in lightness until it stands out
+    from the paper (contrast of at least 3 to 1). `sequential` runs from the paper's tone (nothing)
+    to the ink's (most), in perceptually even steps.
     """
 
     name: str
@@ -46,21 +49,14 @@ class Theme:
 
     def rc(self) -> dict[str, Any]:
         """Return matplotlib's settings for this theme."""
-        labels = (
-            "axes.labelcolor",
-            "axes.titlecolor",
-            "hatch.color",
-            "legend.labelcolor",
-            "text.color",
-        )
-        ticks = ("xtick.labelcolor", "ytick.labelcolor")
+        labels = "axes.labelcolor", "axes.titlecolor", "legend.labelcolor", "text.color"
+        ticks = "hatch.color", "xtick.labelcolor", "ytick.labelcolor"
+        lines = "axes.edgecolor", "grid.color", "xtick.color", "ytick.color"
         return {
             **_HOUSE,
             **dict.fromkeys(labels + ticks, self.ink),
-            **dict.fromkeys(
-                ("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), self.muted
-            ),
-            "axes.prop_cycle": matplotlib.cycler(color=list(self.colors)),
+            **dict.fromkeys(lines, self.muted),
+            "axes.prop_cycle": cycler(color=list(self.colors)),
             "patch.edgecolor": self.paper,
         }
 
@@ -125,16 +121,18 @@ DARK = Theme(
 )
 THEMES = (LIGHT, DARK)
 
-# The rendered book switches on its own attribute (book/_static/custom.css); notebooks carry their switch along.
+# The rendered book switches on its own attribute (book/_static/custom.css); notebooks carry their
+# switch along.
 _NOTEBOOK_SWITCH = (
-    "<style>[data-jp-theme-light=false] .imsvd-light,.vscode-dark .imsvd-light{display:none!important}"
-    "[data-jp-theme-light=false] .imsvd-dark,.vscode-dark .imsvd-dark{display:inline-block!important}</style>"
+    "<style>[data-jp-theme-light=false] .imsvd-light,.vscode-dark .imsvd-light"
+    "{display:none!important}[data-jp-theme-light=false] .imsvd-dark,.vscode-dark .imsvd-dark"
+    "{display:inline-block!important}</style>"
 )
 
 
 @dataclass(frozen=True)
 class Picture:
-    """Something to look at: HTML for notebooks and pages, its alternative text for everybody else."""
+    """A figure as HTML for notebooks and pages, and as its alternative text for everybody else."""
 
     html: str
     alt: str
@@ -155,13 +153,13 @@ def figure(
 ) -> tuple[Figure, Any]:
     """Return a figure of `width` by `height` inches (the text column is 7.2 wide) and its axes.
 
-    The axes are one `Axes` if there is one panel, else an array, as in `plt.subplots`, whose other arguments
-    (`sharex`, `width_ratios`, `subplot_kw`, ...) are taken too.
+    The axes are one `Axes` if there is one panel, else an array, as in `plt.subplots`, whose other
+    arguments (`sharex`, `width_ratios`, `subplot_kw`, ...) are taken too.
     """
     if min(width, height) <= 0 or min(rows, cols) < 1:
         raise ValueError(
-            f"a figure needs a positive size and at least one panel; got width={width}, height={height}, "
-            f"rows={rows}, cols={cols}"
+            f"width={width}, height={height}, rows={rows}, cols={cols}: "
+            "a figure needs a positive size and at least one panel"
         )
     drawing = Figure(figsize=(width, height), layout="constrained")
     return drawing, drawing.subplots(rows, cols, **subplots)
@@ -170,8 +168,9 @@ def figure(
 def show(draw: Callable[[Theme], Figure], alt: str) -> Picture:
     """Draw in the light and in the dark theme and return what a notebook displays.
 
-    `draw` gets a `Theme` and returns the figure it drew; it is called twice and must draw the same both times.
-    `alt` says in a sentence what is seen, for those who do not see it. Raises `ValueError` if it is too short.
+    `draw` gets a `Theme` and returns the figure it drew; it is called twice and must draw the same
+    both times. `alt` says in a sentence what is seen, for those who do not see it. Raises
+    `ValueError` if it is too short.
     """
     _check_alt(alt)
     images = "".join(_img(theme, alt, *_render(draw, theme, "svg")) for theme in THEMES)
@@ -187,18 +186,17 @@ def animate(
 ) -> Picture:
     """Return a slider with a play button over frames that all travel inside the page.
 
-    `draw_frame(frame, theme)` returns the figure of one frame, where `frame` runs through `frames` (a number
-    counts from 0). `labels` name the frames for the reader ("step 40"); `interval` is the time of a frame in
-    milliseconds. Without scripts the last frame is shown. All figures must have the same size.
+    `draw_frame(frame, theme)` returns the figure of one frame, where `frame` runs through `frames`
+    (a number counts from 0). `labels` name the frames for the reader ("step 40"); `interval` is the
+    time of a frame in milliseconds. Without scripts the last frame is shown. All figures must have
+    the same size.
     Raises `ValueError` for a short `alt`, no frames, or labels that do not match them.
     """
     _check_alt(alt)
     items = list(range(frames)) if isinstance(frames, int) else list(frames)
-    names = (
-        [f"{i + 1} of {len(items)}" for i in range(len(items))]
-        if labels is None
-        else [str(n) for n in labels]
-    )
+    if labels is None:
+        labels = [f"{i + 1} of {len(items)}" for i in range(len(items))]
+    names = [str(label) for label in labels]
     if not items:
         raise ValueError("frames is empty: an animation needs at least one frame")
     if len(names) != len(items):
@@ -221,9 +219,10 @@ def animate(
         f'aria-label="{html.escape(alt)}">{last}<div class="imsvd-controls" '
         'style="display:none;gap:.75em;align-items:center">'
         '<button type="button" aria-label="Play">&#9654;&#xFE0E;</button>'
-        f'<input type="range" min="0" max="{len(items) - 1}" value="{len(items) - 1}" aria-label="Frame" '
-        f'style="flex:1"><output aria-live="off">{html.escape(names[-1])}</output></div></div>'
-        f"<script>{player.strip()}({json.dumps(name)},{_script_json(uris)},{_script_json(names)},{interval});</script>"
+        f'<input type="range" min="0" max="{len(items) - 1}" value="{len(items) - 1}" '
+        f'aria-label="Frame" style="flex:1"><output aria-live="off">{html.escape(names[-1])}'
+        f"</output></div></div><script>{player.strip()}({json.dumps(name)},{_script_json(uris)},"
+        f"{_script_json(names)},{interval});</script>"
     )
     return Picture(page, alt)
 
@@ -238,11 +237,12 @@ def draw_joint(
     colorbar: bool = True,
     label: str = r"$\hat P$",
 ) -> AxesImage:
-    """Draw a (cross-)joint matrix (D, D) of Eq. 10 as an image, with lines between the variables' blocks.
+    """Draw a (cross-)joint matrix (D, D) of Eq. 10 as an image, with lines between its blocks.
 
-    `units` is the number of units of every variable, or one number for each. The shades go with the square root
-    of the probability, unless `norm` says otherwise: the diagonal blocks of a hard code hold 1/B, the others
-    1/B², and both should be seen. Returns the image. Raises `ValueError` where shape and units do not agree.
+    `units` is the number of units of every variable, or one number for each. The shades go with the
+    square root of the probability, unless `norm` says otherwise: the diagonal blocks of a hard code
+    hold 1/B, the others 1/B², and both should be seen. Returns the image. Raises `ValueError` where
+    shape and units do not agree.
     """
     table = _array(joint).astype(float)
     if table.ndim != 2 or table.shape[0] != table.shape[1]:
@@ -251,21 +251,19 @@ def draw_joint(
     sizes = [units] * (dim // units if units else 0) if isinstance(units, int) else list(units)
     if not sizes or min(sizes) < 1 or sum(sizes) != dim:
         raise ValueError(f"units={units} does not divide the {dim} rows of joint into variables")
-    norm = (
-        norm if norm is not None else PowerNorm(0.5, vmin=0.0, vmax=max(float(table.max()), 1e-12))
-    )
-    image = ax.imshow(
-        table, cmap=theme.sequential, norm=norm, interpolation="none" if dim <= 256 else "auto"
-    )
+    if norm is None:
+        norm = PowerNorm(0.5, vmin=0.0, vmax=max(float(table.max()), 1e-12))
+    pixels = "none" if dim <= 256 else "auto"
+    image = ax.imshow(table, cmap=theme.sequential, norm=norm, interpolation=pixels)
     edges = np.concatenate([[0], np.cumsum(sizes)]) - 0.5
     if len(sizes) <= 40:
-        lines = {"color": theme.muted, "linewidth": 0.5 if len(sizes) <= 16 else 0.25, "alpha": 0.7}
-        ax.hlines(edges[1:-1], edges[0], edges[-1], **lines)
-        ax.vlines(edges[1:-1], edges[0], edges[-1], **lines)
-    named = len(sizes) <= 12
-    centres = (edges[1:] + edges[:-1]) / 2 if named else []
-    ax.set_xticks(centres, [f"$X_{{{v + 1}}}$" for v in range(len(sizes))] if named else [])
-    ax.set_yticks(centres, [f"$X_{{{v + 1}}}$" for v in range(len(sizes))] if named else [])
+        width = 0.5 if len(sizes) <= 16 else 0.25
+        for rule in (ax.hlines, ax.vlines):
+            rule(edges[1:-1], edges[0], edges[-1], color=theme.muted, linewidth=width, alpha=0.7)
+    centers = list((edges[1:] + edges[:-1]) / 2) if len(sizes) <= 12 else []
+    names = [f"$X_{{{v + 1}}}$" for v in range(len(centers))]
+    ax.set_xticks(centers, names)
+    ax.set_yticks(centers, names)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(True)
     if colorbar:
@@ -275,35 +273,37 @@ def draw_joint(
 
 
 def gallery(images: Any, alt: str, *, columns: int = 8, scale: int = 2, gap: int = 2) -> Picture:
-    """Return a contact sheet of uint8 images (N, 3, H, W), each pixel enlarged to `scale` by `scale`.
+    """Return a contact sheet of uint8 images (N, 3, H, W), each pixel `scale` times as large.
 
-    The gaps are transparent, so one sheet serves both themes. Raises `ValueError` for other shapes or types.
+    The gaps are transparent, so one sheet serves both themes. Raises `ValueError` for other shapes
+    or types.
     """
     _check_alt(alt)
     sheet = contact_sheet(images, columns=columns, gap=gap, scale=scale)
     uri = _array_uri(sheet)
     img = (
-        f'<img class="dark-light imsvd-pixels" src="{uri}" alt="{html.escape(alt)}" width="{sheet.shape[1]}" '
-        'style="max-width:100%;height:auto;image-rendering:pixelated">'
+        f'<img class="dark-light imsvd-pixels" src="{uri}" alt="{html.escape(alt)}" '
+        f'width="{sheet.shape[1]}" style="max-width:100%;height:auto;image-rendering:pixelated">'
     )
     return Picture(f'<div class="imsvd-figure">{img}</div>', alt)
 
 
 def draw_gallery(ax: Axes, images: Any, *, columns: int = 8, gap: int = 2) -> AxesImage:
-    """Draw a contact sheet of uint8 images (N, 3, H, W) into `ax`, without axes: for galleries inside figures."""
+    """Draw a contact sheet of uint8 images (N, 3, H, W) into `ax`, inside a figure, without axes."""
     ax.set_axis_off()
     return ax.imshow(contact_sheet(images, columns=columns, gap=gap), interpolation="none")
 
 
 def contact_sheet(images: Any, *, columns: int = 8, gap: int = 2, scale: int = 1) -> np.ndarray:
-    """Return images (N, 3, H, W) of uint8 as one RGBA array, row by row, transparent where there is no image.
+    """Return images (N, 3, H, W) of uint8 as one RGBA array, row by row, elsewhere transparent.
 
     Every pixel becomes `scale` by `scale` pixels; `gap` pixels of the sheet lie between images.
     """
     stack = _array(images)
     if stack.ndim != 4 or stack.shape[1] != 3 or stack.dtype != np.uint8 or not len(stack):
         raise ValueError(
-            f"images has shape {stack.shape} and type {stack.dtype}; uint8 of shape (N, 3, H, W), N >= 1, is needed"
+            f"images has shape {stack.shape} and type {stack.dtype}: "
+            "uint8 of shape (N, 3, H, W), N >= 1, is needed"
         )
     if columns < 1 or scale < 1 or gap < 0:
         raise ValueError(
@@ -316,17 +316,16 @@ def contact_sheet(images: Any, *, columns: int = 8, gap: int = 2, scale: int = 1
     sheet = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, 4), np.uint8)
     for i, image in enumerate(stack):
         top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
-        sheet[top : top + height, left : left + width] = np.dstack(
-            [image, np.full((height, width), 255, np.uint8)]
-        )
+        sheet[top : top + height, left : left + width, :3] = image
+        sheet[top : top + height, left : left + width, 3] = 255
     return sheet
 
 
 def _check_alt(alt: str) -> None:
     if len(alt.strip()) < SHORTEST_ALT:
         raise ValueError(
-            f"alt={alt!r} is too short: say in a sentence of at least {SHORTEST_ALT} characters what the picture "
-            "shows, for a reader who cannot see it"
+            f"alt={alt!r} is too short: say in a sentence of at least {SHORTEST_ALT} characters "
+            "what the picture shows, for a reader who cannot see it"
         )
 
 
@@ -335,34 +334,33 @@ def _array(values: Any) -> np.ndarray:
 
 
 def _img(theme: Theme, alt: str, uri: str, width: float) -> str:
-    # A notebook with no style of ours shows the light one. "dark-light" tells the book's theme to leave it as it is.
+    # A notebook with no style of ours shows the light one. "dark-light" tells the book's theme to
+    # leave it as it is.
     display = "none" if theme.name == "dark" else "inline-block"
     return (
-        f'<img class="imsvd-{theme.name} dark-light" src="{uri}" alt="{html.escape(alt)}" width="{width:.0f}" '
-        f'style="display:{display};max-width:100%;height:auto">'
+        f'<img class="imsvd-{theme.name} dark-light" src="{uri}" alt="{html.escape(alt)}" '
+        f'width="{width:.0f}" style="display:{display};max-width:100%;height:auto">'
     )
 
 
 def _render(draw: Callable[[Theme], Figure], theme: Theme, kind: str) -> tuple[str, float]:
     """Return a drawing as a data URI, and its width on a page, where an inch has 96 pixels."""
-    options = {
-        "svg": {
-            "dpi": 200,
-            "metadata": dict.fromkeys(("Date", "Creator", "Format", "Type")),
-        },  # a date differs daily
-        "webp": {"dpi": 2 * 96, "pil_kwargs": {"lossless": True, "method": 4}},
-    }[kind]
+    options: dict[str, Any] = {"dpi": 2 * 96, "pil_kwargs": {"lossless": True, "method": 4}}
+    if kind == "svg":
+        # No metadata: a date would differ daily.
+        options = {"dpi": 200, "metadata": dict.fromkeys(("Date", "Creator", "Format", "Type"))}
     stream = io.BytesIO()
-    with matplotlib.rc_context(theme.rc()):
+    # Matplotlib's types name every setting; a theme's are words like any others.
+    settings: Any = theme.rc()
+    with matplotlib.rc_context(settings):
         drawing = draw(theme)
         if not isinstance(drawing, Figure):
             raise ValueError(
                 f"draw returned {type(drawing).__name__}: it must return the Figure that it drew"
             )
         drawing.savefig(stream, format=kind, transparent=True, **options)
-    return _uri(
-        "image/svg+xml" if kind == "svg" else "image/webp", stream.getvalue()
-    ), 96 * drawing.get_figwidth()
+    media = "image/svg+xml" if kind == "svg" else "image/webp"
+    return _uri(media, stream.getvalue()), 96 * drawing.get_figwidth()
 
 
 def _array_uri(pixels: np.ndarray) -> str:

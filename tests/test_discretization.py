@@ -60,7 +60,9 @@ def test_the_cross_joint_is_equation_10_and_the_self_joint_equation_3(
     p1, p2 = (soft_discretize(logits(units, seed=seed), units) for seed in (1, 2))
     for found, other in ((joint(p1, p2), p2), (joint(p1), p1)):
         for a, b in product(range(sum(units)), repeat=2):
-            expected = sum(x[a] * y[b] for x, y in zip(p1.tolist(), other.tolist())) / len(p1)
+            expected = sum(
+                x[a] * y[b] for x, y in zip(p1.tolist(), other.tolist(), strict=True)
+            ) / len(p1)
             assert found[a, b].item() == pytest.approx(expected, abs=1e-15)
 
 
@@ -129,7 +131,8 @@ def test_unequal_units_pass_gradcheck() -> None:
 def test_half_precision_codes_are_accumulated_in_float32(
     dtype: torch.dtype, autocast: bool
 ) -> None:
-    # 4096 samples put 2⁻¹² into each cell of a 64 × 64 block, in steps of 2⁻²⁶ that float16 cannot hold.
+    # 4096 samples put 2⁻¹² into each cell of a 64 × 64 block, in steps of 2⁻²⁶: too small for
+    # float16.
     p = torch.full((4096, 64), 1 / 64, dtype=dtype)
     with torch.autocast("cpu", dtype=dtype, enabled=autocast):
         found = joint(p, p), marginals(p)
@@ -165,7 +168,7 @@ def test_hardness_tells_a_top_probability_just_below_99_percent_from_one_just_ab
 
 
 @pytest.mark.parametrize(
-    "units, message",
+    ("units", "message"),
     [
         (4, "units=4 does not divide the embedding dimension 6: take a divisor"),
         ((2, 3), r"units=\(2, 3\) sum to 5, but the embedding has 6"),

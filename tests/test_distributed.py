@@ -92,7 +92,9 @@ def test_training_under_ddp_is_training_on_the_joined_batch(ranks):
 
 
 def unlike(rank, size):
-    """What is said where rank 1 differs: in samples, having none, in dimensions, in type, in wanting a gradient."""
+    """What is said where rank 1 differs: in samples, having none, in dimensions, in type, in
+    wanting a gradient.
+    """
     whole = torch.randn(4, 6, requires_grad=True)
     wide, detached = whole.detach().double().requires_grad_(), whole.detach()
     said = []
@@ -113,7 +115,8 @@ def unlike(rank, size):
 
 def test_tables_that_differ_among_ranks_are_refused_on_every_rank(ranks):
     first, second = ranks(unlike, 2)
-    assert first == second and len(first) == 5
+    assert first == second
+    assert len(first) == 5
     for message, fact in zip(
         first,
         (
@@ -163,9 +166,8 @@ def test_drawn_rows_and_bf16_products_are_shared_alike(ranks, settings):
     tolerance = (
         2e-2 if settings.get("products") else 1e-5
     )  # gradients' tables are rounded in other places
-    assert torch.allclose(results[0][0], terms, rtol=1e-4) and torch.equal(
-        results[0][0], results[1][0]
-    )
+    assert torch.allclose(results[0][0], terms, rtol=1e-4)
+    assert torch.equal(results[0][0], results[1][0])
     assert (joined - alone).norm() < tolerance * alone.norm()
 
 
@@ -204,7 +206,9 @@ def test_what_rank_0_returns_or_raises_comes_to_all_and_one_reports(ranks):
     first, second = ranks(by_rank_0, 2)
     assert first[0] == second[0] == [{"rank": 0, "number": 3}, "'below zero'"]
     assert (first[1], second[1]) == ([3, -1], [])
-    assert sorted([first[2], second[2]]) == [False, True] and first[3] and second[3]
+    assert sorted([first[2], second[2]]) == [False, True]
+    assert first[3]
+    assert second[3]
     assert first[4] == second[4] == 1.5
 
 
@@ -235,7 +239,9 @@ def test_a_process_alone_joins_no_group_and_torchrun_with_one_a_group_of_one(
     }.items():
         monkeypatch.setenv(name, str(value))
     with process_group("cpu"):
-        assert dist.is_initialized() and dist.get_backend() == "gloo" and world() == (0, 1)
+        assert dist.is_initialized()
+        assert dist.get_backend() == "gloo"
+        assert world() == (0, 1)
     assert not dist.is_initialized()
 
 
@@ -283,22 +289,22 @@ def meeting_point(patch, **environment):
 
 def test_the_ranks_of_a_job_meet_where_no_other_attempt_does(slurm):
     first = meeting_point(slurm)
-    assert (
-        first[:1] + first[2:] == ["localhost", "1", "2", "0", "1"] and meeting_point(slurm) == first
-    )
+    assert first[:1] + first[2:] == ["localhost", "1", "2", "0", "1"]
+    assert meeting_point(slurm) == first
     others = [
         meeting_point(slurm, SLURM_RESTART_COUNT="1"),
         meeting_point(slurm, SLURM_STEP_ID="1"),
         meeting_point(slurm, SLURM_JOB_ID="8"),
     ]
     ports = {int(point[1]) for point in (first, *others)}
-    assert len(ports) == 4 and all(15_000 <= port < 30_000 for port in ports)
+    assert len(ports) == 4
+    assert all(15_000 <= port < 30_000 for port in ports)
     assert meeting_point(slurm, SLURM_RESTART_COUNT="1")[1] == others[0][1]
 
 
 def test_a_first_node_that_has_no_address_here_is_named_at_once(slurm):
     with pytest.raises(
-        ValueError, match="MASTER_ADDR='nowhere.invalid', the job's first node, has no address on"
+        ValueError, match=r"MASTER_ADDR='nowhere\.invalid', the job's first node, has no address on"
     ):
         meeting_point(slurm, SLURM_JOB_NODELIST="nowhere.invalid,localhost")
 

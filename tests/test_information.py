@@ -1,4 +1,6 @@
-"""Entropies, total correlation and mutual information, against `dit` and values known in closed form."""
+"""Entropies, total correlation and mutual information, against `dit` and values known in closed
+form.
+"""
 
 import math
 from itertools import combinations, product
@@ -45,7 +47,9 @@ def full_table(p: Tensor, units: tuple[int, ...]) -> dict[tuple[int, ...], float
     starts = [sum(units[:v]) for v in range(len(units))]
     rows = p.tolist()
     return {
-        cell: sum(math.prod(row[start + b] for start, b in zip(starts, cell)) for row in rows)
+        cell: sum(
+            math.prod(row[start + b] for start, b in zip(starts, cell, strict=True)) for row in rows
+        )
         / len(rows)
         for cell in product(*map(range, units))
     }
@@ -162,7 +166,8 @@ def test_an_empty_cell_adds_nothing_to_value_or_gradient() -> None:
     assert rows.tolist() == [pytest.approx(LOG2), 0.0]
     assert entropy(table).item() == rows.sum().item()
     rows.sum().backward()
-    assert table.grad[1, 1] == 0 and table.grad.isfinite().all()
+    assert table.grad[1, 1] == 0
+    assert table.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""The loss: both versions against an independent float64 brute force, and what must never happen."""
+"""The loss: both versions against an independent float64 brute force, and what must never
+happen.
+"""
 
 import itertools
 import math
@@ -22,7 +24,7 @@ def brute_force(z1, z2, units, invariance="inner_product", temperature=1.0, **we
         [
             [
                 torch.exp(z[i, a:b] / temperature) / torch.exp(z[i, a:b] / temperature).sum()
-                for a, b in zip(edges, edges[1:])
+                for a, b in itertools.pairwise(edges)
             ]
             for i in range(n)
         ]
@@ -76,18 +78,20 @@ def streaming(z1, z2, units, **settings):
 
 @pytest.mark.parametrize("version", [textbook, streaming])
 @pytest.mark.parametrize("invariance", ["inner_product", "cross_entropy"])
-@pytest.mark.parametrize("n, units", CASES)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("n", "units"), CASES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 def test_terms_and_gradients_equal_the_brute_force(version, invariance, n, units, dtype, tolerance):
     z1, z2 = logits(n, units, dtype)
     settings = dict(invariance=invariance, temperature=0.6, **WEIGHTS)
     ours = version(z1, z2, units, **settings)
     y1, y2 = (z.detach().double().requires_grad_() for z in (z1, z2))
     truth = brute_force(y1, y2, units, **settings)
-    for mine, true in zip(ours, truth):
+    for mine, true in zip(ours, truth, strict=True):
         torch.testing.assert_close(mine.double(), true, rtol=tolerance, atol=tolerance)
     for mine, true in zip(
-        torch.autograd.grad(ours.total, (z1, z2)), torch.autograd.grad(truth[0], (y1, y2))
+        torch.autograd.grad(ours.total, (z1, z2)),
+        torch.autograd.grad(truth[0], (y1, y2)),
+        strict=True,
     ):
         torch.testing.assert_close(mine.double(), true, rtol=tolerance, atol=tolerance)
 
@@ -159,7 +163,8 @@ def test_a_logit_that_is_no_finite_number_spoils_value_and_gradient(value, dtype
     z[1][2, 4] = value
     z = [x.requires_grad_() for x in z]
     total = CrossJointEntropyLoss(3, **weights)(*z).total
-    assert total.isnan() and all(g.isnan().all() for g in torch.autograd.grad(total, z))
+    assert total.isnan()
+    assert all(g.isnan().all() for g in torch.autograd.grad(total, z))
 
 
 def test_products_are_accumulated_in_float32_under_autocast():
@@ -171,7 +176,9 @@ def test_products_are_accumulated_in_float32_under_autocast():
 
 
 def test_half_precision_logits_keep_gradients_that_a_scaler_lifts():
-    """A gradient below fp16's smallest number must survive until the loss scale has multiplied it."""
+    """A gradient below fp16's smallest number must survive until the loss scale has multiplied
+    it.
+    """
     z = [x.detach().to(torch.float16).requires_grad_() for x in logits(4096, 2, scale=0.1)]
     scale = 2.0**16
     (streaming(*z, 2).total * scale).backward()
@@ -191,10 +198,12 @@ def test_gradient_scales_with_what_comes_from_above_and_can_be_asked_for_twice()
 
 @pytest.mark.slow  # a step at full width
 @pytest.mark.parametrize(
-    "dim, units", [(1024, 32), (2000, 500), (20_000, 20), (3000, [1000] + [2] * 1000)]
+    ("dim", "units"), [(1024, 32), (2000, 500), (20_000, 20), (3000, [1000] + [2] * 1000)]
 )
 def test_never_holds_the_matrix(dim, units):
-    """No allocation may reach a quarter of the matrix, whatever the number and the sizes of the variables."""
+    """No allocation may reach a quarter of the matrix, whatever the number and the sizes of the
+    variables.
+    """
     z = torch.randn(4, dim, requires_grad=True)
     largest = 0
 
@@ -219,7 +228,7 @@ def test_sums_over_a_large_matrix_stay_exact_in_float32():
         CrossJointEntropyLoss(80)(z1.to(dtype), z2.to(dtype))
         for dtype in (torch.float32, torch.float64)
     )
-    for mine, true in zip(ours, exact):
+    for mine, true in zip(ours, exact, strict=True):
         torch.testing.assert_close(mine.double(), true, rtol=1e-6, atol=1e-6)
 
 
@@ -230,7 +239,7 @@ def test_evaluating_without_gradients_first_does_not_spoil_training():
 
 
 @pytest.mark.parametrize(
-    "settings, message",
+    ("settings", "message"),
     [
         (dict(units=0), "units=0"),
         (dict(units=2.0), "units=2.0"),
@@ -249,7 +258,7 @@ def test_impossible_settings_are_refused_at_construction(settings, message):
 
 
 @pytest.mark.parametrize(
-    "z1, z2, message",
+    ("z1", "z2", "message"),
     [
         (torch.zeros(2, 4), torch.zeros(3, 4), "shape"),
         (torch.zeros(2, 2, 2), torch.zeros(2, 2, 2), "shape"),
@@ -271,7 +280,7 @@ def gradients(z, units, **settings):
 
 
 @pytest.mark.parametrize(
-    "units, drawn", [(4, 1), (4, 2), ((2, 4, 3), 1), ((2, 4, 3), 2), ((2, 4, 3), 3)]
+    ("units", "drawn"), [(4, 1), (4, 2), ((2, 4, 3), 1), ((2, 4, 3), 2), ((2, 4, 3), 3)]
 )
 def test_the_mean_over_all_draws_of_block_rows_is_the_whole_loss_and_gradient(
     monkeypatch, units, drawn
@@ -280,7 +289,7 @@ def test_the_mean_over_all_draws_of_block_rows_is_the_whole_loss_and_gradient(
     whole, of_whole = gradients(z, units, temperature=0.7, **WEIGHTS)
     parts = []
     for order in itertools.permutations(range(3)):
-        monkeypatch.setattr(torch, "randperm", lambda n: torch.tensor(order))
+        monkeypatch.setattr(torch, "randperm", lambda n, order=order: torch.tensor(order))
         parts.append(gradients(z, units, sampled_variables=drawn, temperature=0.7, **WEIGHTS))
     for place, term in enumerate(whole):
         torch.testing.assert_close(sum(terms[place] for terms, _ in parts) / 6, term)
@@ -299,11 +308,9 @@ def test_bf16_products_change_the_gradient_by_less_than_a_percent(drawn):
         found.append(gradients(z, [8] * 51, products=products, sampled_variables=drawn))
     (exact, of_exact), (rounded, of_rounded) = found
     assert 0 < abs(rounded.total - exact.total) < 1e-3
-    assert (
-        exact.diagonal_entropy == rounded.diagonal_entropy
-        and exact.transform_invariance == rounded.transform_invariance
-    )
-    for truth, gradient in zip(of_exact, of_rounded):
+    assert exact.diagonal_entropy == rounded.diagonal_entropy
+    assert exact.transform_invariance == rounded.transform_invariance
+    for truth, gradient in zip(of_exact, of_rounded, strict=True):
         assert 0 < (gradient - truth).norm() < 0.01 * truth.norm()
 
 
@@ -322,7 +329,9 @@ def test_auto_takes_bf16_where_it_is_fast_within_a_thousandth_of_the_gradient(mo
 
 
 def test_bf16_slopes_of_nearly_uniform_codes_are_rounded_near_zero():
-    """Only log P less its value at uniform codes, −2 log B, is small there: bf16 rounds in proportion."""
+    """Only log P less its value at uniform codes, −2 log B, is small there: bf16 rounds in
+    proportion.
+    """
     z = logits(256, [16] * 20, torch.float32, scale=0.3)
     (_, of_exact), (_, of_rounded) = (
         gradients(z, [16] * 20, products=products, diagonal_weight=0.0, invariance_weight=0.0)
@@ -335,7 +344,7 @@ def test_bf16_slopes_of_nearly_uniform_codes_are_rounded_near_zero():
 @pytest.mark.slow  # compiles three functions
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ for a CPU")
 @pytest.mark.parametrize(
-    "invariance, products", [("inner_product", "bf16"), ("cross_entropy", "fp32")]
+    ("invariance", "products"), [("inner_product", "bf16"), ("cross_entropy", "fp32")]
 )
 def test_fused_kernels_give_the_same_numbers(invariance, products):
     z = logits(64, [8] * 9, torch.float32)
@@ -349,7 +358,7 @@ def test_fused_kernels_give_the_same_numbers(invariance, products):
 
 
 @pytest.mark.slow  # ten thousand calls of each
-def test_ten_thousand_extreme_inputs_under_autocast_stay_finite_where_the_textbook_in_fp16_does_not():
+def test_ten_thousand_extreme_inputs_under_autocast_stay_finite_where_fp16_does_not():
     generator = torch.Generator().manual_seed(0)
     broken = 0
     for call in range(10_000):
@@ -372,10 +381,8 @@ def test_ten_thousand_extreme_inputs_under_autocast_stay_finite_where_the_textbo
         with torch.autocast("cpu", dtype=dtype):
             terms = loss(*z)
         found = torch.autograd.grad(terms.total, z)
-        assert torch.stack(terms).isfinite().all() and all(g.isfinite().all() for g in found), (
-            call,
-            magnitude,
-        )
+        assert torch.stack(terms).isfinite().all(), (call, magnitude)
+        assert all(g.isfinite().all() for g in found), (call, magnitude)
         if dtype is torch.float16:
             broken += textbook_in_fp16(*z).isnan().item()
     assert broken > 100
@@ -404,5 +411,5 @@ def test_a_gpu_gives_the_cpus_loss(fused, products, invariance):
     torch.testing.assert_close(
         torch.stack(same).cpu(), torch.stack(terms), rtol=tolerance / 10, atol=tolerance / 10
     )
-    for found, truth in zip(of_gpu, of_cpu):
+    for found, truth in zip(of_gpu, of_cpu, strict=True):
         assert (found.cpu() - truth).norm() < tolerance * truth.norm()

@@ -1,4 +1,6 @@
-"""Figures: two themes, a text for those who cannot see, the same bytes every time, nothing from elsewhere."""
+"""Figures: two themes, a text for those who cannot see, the same bytes every time, nothing from
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,7 @@ def test_a_short_alt_is_refused_with_the_remedy(alt: str) -> None:
         lambda: plots.animate(lambda _, theme: line(theme), 2, alt),
         lambda: plots.gallery(images, alt),
     ):
-        with pytest.raises(ValueError, match="alt=.*too short: say in a sentence"):
+        with pytest.raises(ValueError, match=r"alt=.*too short: say in a sentence"):
             call()
 
 
@@ -156,7 +158,7 @@ def test_the_sequential_map_runs_from_paper_to_ink_in_even_steps(theme: plots.Th
 
 
 def test_the_joint_matrix_is_drawn_with_a_line_between_any_two_variables() -> None:
-    drawing, ax = plots.figure()
+    _drawing, ax = plots.figure()
     image = plots.draw_joint(ax, torch.rand(9, 9), [2, 3, 4], plots.LIGHT)
     assert np.asarray(image.get_array()).shape == (9, 9)
     horizontal, vertical = (collection.get_segments() for collection in ax.collections)

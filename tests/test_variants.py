@@ -115,7 +115,7 @@ def test_drawn_subsets_estimate_the_mean_without_bias(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "make, message",
+    ("make", "message"),
     [
         (lambda: SubsetEntropyLoss(2, order=1), "order=1"),
         (lambda: SubsetEntropyLoss(2, subsets=0), "subsets=0"),
@@ -142,7 +142,5 @@ def test_impossible_settings_are_refused(make, message):
 def test_half_precision_logits_are_computed_with_in_fp32(loss):
     z1, z2 = logits().to(torch.bfloat16).requires_grad_()
     terms = loss(z1, z2)
-    assert (
-        terms.total.dtype is torch.float32
-        and torch.autograd.grad(terms.total, z1)[0].isfinite().all()
-    )
+    assert terms.total.dtype is torch.float32
+    assert torch.autograd.grad(terms.total, z1)[0].isfinite().all()

@@ -1,7 +1,7 @@
 """Bounds, biases and the suggested number of units."""
 
 import math
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -209,7 +209,7 @@ def test_the_mean_entropy_of_a_batch_rises_with_every_sample_towards_the_truth()
         assert means == pytest.approx(
             [by_enumeration(samples, cells) for samples in range(1, 6)], abs=1e-12
         )
-        assert all(later > earlier for earlier, later in zip(means, means[1:], strict=False))
+        assert all(later > earlier for earlier, later in pairwise(means))
         assert expected_entropy(3, 1) == 0
         assert expected_entropy(20_000, cells) == pytest.approx(math.log(cells), abs=1e-4)
 
@@ -231,7 +231,7 @@ def test_the_visible_share_by_enumeration_of_all_batches(samples, units):
 
 def test_the_visible_share_falls_from_one_to_nothing():
     shares = [visible_share(2048, units) for units in range(2, 300)]
-    assert all(later < earlier for earlier, later in zip(shares, shares[1:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(shares))
     assert shares[0] > 0.99
     assert shares[-1] < 0.02
 
@@ -258,7 +258,7 @@ def test_the_suggestion_divides_the_embedding():
 
 
 @pytest.mark.parametrize(
-    "call, message",
+    ("call", "message"),
     [
         (lambda: suggest_units(1), "batch_size=1"),
         (lambda: suggest_units(64.0), "batch_size=64.0"),

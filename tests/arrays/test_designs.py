@@ -87,7 +87,7 @@ def test_packings_use_no_pair_twice_and_every_value_alike(samples, units, variab
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         ((10, 4, 3), "samples=10"),
         ((20, 4, 3), "samples=20"),
@@ -102,7 +102,7 @@ def test_a_packing_that_does_not_exist_is_refused(arguments, message):
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         ((3, 0), "strength=0"),
         ((3, 2, 5), "variables=5"),

@@ -99,7 +99,7 @@ def _logits(p):
 
 
 @pytest.mark.parametrize(
-    "call, message",
+    ("call", "message"),
     [
         (lambda: optimise_tables(0, 3, 2), "samples=0"),
         (lambda: optimise_tables(4, 1, 2), "units=1"),

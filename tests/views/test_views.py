@@ -1,4 +1,6 @@
-"""The two views: operations are torchvision's, draws follow torchvision's laws, every image is by itself."""
+"""The two views: operations are torchvision's, draws follow torchvision's laws, every image is by
+itself.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ PLAIN = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))  # so that a view shows 
 
 
 def photographs(count: int, height: int, width: int) -> Tensor:
-    """Pictures, uint8 (count, 3, height, width): CIFAR-10's at 32x32 where it is at hand, else drawn."""
+    """Pictures, uint8 (count, 3, height, width): CIFAR-10's at 32x32 where it is at hand, else
+    drawn.
+    """
     root = Path(os.environ.get("IMSVD_DATA", "")) / "cifar10" / "test"
     files = (
         list(itertools.islice(root.glob("*/*.[jp][pn]g"), count))
@@ -227,8 +231,10 @@ def test_a_whole_view_is_torchvisions_operations_in_the_papers_order(
     difference = (view.apply(images, p) - torch.stack(theirs)).abs() * torch.tensor(
         config.std
     ).view(3, 1, 1)
-    # theirs alone rounds the crop to whole grey levels; each later operation stretches that by 1.4 at most
-    assert difference.mean() < 0.5 * TOLERANCE and difference.max() < 3 * TOLERANCE
+    # torchvision alone rounds the crop to whole grey levels; each later operation stretches that by
+    # 1.4 at most
+    assert difference.mean() < 0.5 * TOLERANCE
+    assert difference.max() < 3 * TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -283,7 +289,8 @@ def test_crops_follow_torchvisions_law(
         ],
         dtype=float,
     )
-    assert (ours[:, :2] >= 0).all() and (ours[:, :2] + ours[:, 2:] <= (height, width)).all()
+    assert (ours[:, :2] >= 0).all()
+    assert (ours[:, :2] + ours[:, 2:] <= (height, width)).all()
     for measure in (
         lambda top, left, h, w: h,
         lambda top, left, h, w: w,
@@ -310,7 +317,8 @@ def test_jitter_factors_and_sigma_follow_torchvisions_law() -> None:
         ours = p.factors[:, operation].numpy()
         assert stats.kstest(ours, "uniform", (low, high - low)).pvalue > P_VALUE
         unreached = 0.001 * (high - low)  # of 20,000 draws some come as close as this to either end
-        assert low <= ours.min() < low + unreached and high - unreached < ours.max() <= high
+        assert low <= ours.min() < low + unreached
+        assert high - unreached < ours.max() <= high
     assert stats.kstest(p.sigma.numpy(), "uniform", (0.1, 1.9)).pvalue > P_VALUE
     torch.manual_seed(0)
     theirs = [transforms.ColorJitter.get_params(*ranges) for _ in range(3000)]
@@ -331,13 +339,15 @@ def test_switches_turn_on_as_often_as_asked() -> None:
     ):
         assert stats.binomtest(int(switch.sum()), 20_000, probability).pvalue > P_VALUE
     always = View(imagenet_views(64).first).draw(20_000, 64, 64, torch.Generator().manual_seed(2))
-    assert always.blur.all() and not always.solarize.any()
+    assert always.blur.all()
+    assert not always.solarize.any()
 
 
 def test_all_24_orders_are_equally_frequent() -> None:
     p = View(cifar_views().first).draw(24_000, 32, 32, torch.Generator().manual_seed(4))
     codes, counts = (p.order * torch.tensor([64, 16, 4, 1])).sum(dim=1).unique(return_counts=True)
-    assert len(codes) == 24 and p.order.sort(dim=1).values.eq(torch.arange(4)).all()
+    assert len(codes) == 24
+    assert p.order.sort(dim=1).values.eq(torch.arange(4)).all()
     assert stats.chisquare(counts.numpy()).pvalue > P_VALUE
 
 
@@ -410,7 +420,8 @@ def test_a_batch_larger_than_a_cpus_part_is_done_to_its_end() -> None:
 
 def test_images_of_one_batch_get_parameters_and_orders_of_their_own() -> None:
     p = View(cifar_views().first).draw(64, 32, 32, torch.Generator().manual_seed(8))
-    assert len(p.order.unique(dim=0)) > 10 and len(p.factors.unique(dim=0)) == 64
+    assert len(p.order.unique(dim=0)) > 10
+    assert len(p.factors.unique(dim=0)) == 64
     assert len(torch.stack([p.top, p.left, p.height, p.width], 1).unique(dim=0)) > 50
 
 
@@ -419,14 +430,16 @@ def test_autocast_does_not_coarsen_the_picture() -> None:
     p = view.draw(8, 32, 32, torch.Generator().manual_seed(9))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = view.apply(images, p)
-    assert inside.dtype == torch.float32 and torch.equal(inside, view.apply(images, p))
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, view.apply(images, p))
 
 
 def test_memory_layout_of_the_input_does_not_matter() -> None:
     view, images = View(cifar_views().first), photographs(8, 32, 32)
     p = view.draw(8, 32, 32, torch.Generator().manual_seed(9))
     out = view.apply(images.to(memory_format=torch.channels_last), p)
-    assert torch.equal(out, view.apply(images, p)) and out.is_contiguous()
+    assert torch.equal(out, view.apply(images, p))
+    assert out.is_contiguous()
 
 
 # Settings
@@ -492,7 +505,7 @@ def test_impossible_combinations_are_refused() -> None:
     small = ViewConfig(size=8, scale=(0.2, 1.0))
     with pytest.raises(ValueError, match="blur_kernel = 23"):
         replace(small, blur_probability=0.5)
-    with pytest.raises(ValueError, match="second.size = 9"):
+    with pytest.raises(ValueError, match=r"second\.size = 9"):
         TwoViewConfig(small, replace(small, size=9))
     with pytest.raises(ValueError, match="resize = 30"):
         EvalView(30, 32)
@@ -559,13 +572,17 @@ def test_crop_and_finish_make_the_view_up_to_the_rounding_to_bytes(
         boxes = torch.stack(
             [parameters.top, parameters.left, parameters.height, parameters.width], 1
         ).tolist()
-        crops = torch.stack([view.crop(image, box) for image, box in zip(images, boxes)])
-        assert crops.dtype == torch.uint8 and crops.shape == (40, 3, size, size)
+        crops = torch.stack(
+            [view.crop(image, box) for image, box in zip(images, boxes, strict=True)]
+        )
+        assert crops.dtype == torch.uint8
+        assert crops.shape == (40, 3, size, size)
         finished = view.finish(
             crops, torch.Generator().manual_seed(5)
         )  # its draws differ in the crops alone
         difference = (finished - view.apply(images, parameters)).abs()
-        assert difference.max() <= largest and difference.mean() <= average
+        assert difference.max() <= largest
+        assert difference.mean() <= average
 
 
 def test_two_views_finish_as_they_are_called_one_after_the_other() -> None:
