@@ -179,7 +179,7 @@ def _figures(
 ) -> dict[str, float]:
     median = {other: statistics.median(values) for other, values in seconds.items()}
     same_type = "bare_products_bf16" if name.endswith("bf16") else "bare_products"
-    found = {
+    figures = {
         "time_over_fp32_products": median[name] / median["bare_products"],
         "time_over_products": median[name] / median[same_type],
         "paired_ratio": statistics.median(
@@ -190,11 +190,11 @@ def _figures(
         "extra_peak_MB": memory[name] / 1e6,
     }
     if args.device == "cuda":  # only there does an absolute time say something
-        found |= {
+        figures |= {
             "milliseconds": 1e3 * median[name],
             "TFLOP_per_s": 6e-12 * args.samples * args.dim**2 / median[name],
         }
-    return {key: round(value, 3) for key, value in found.items()}
+    return {key: round(value, 3) for key, value in figures.items()}
 
 
 if __name__ == "__main__":

@@ -289,7 +289,7 @@ def gallery(images: Any, alt: str, *, columns: int = 8, scale: int = 2, gap: int
 
 
 def draw_gallery(ax: Axes, images: Any, *, columns: int = 8, gap: int = 2) -> AxesImage:
-    """Draw a contact sheet of uint8 images (N, 3, H, W) into `ax`, inside a figure, without axes."""
+    """Draw a contact sheet of uint8 images (N, 3, H, W) into `ax`, which loses its axes."""
     ax.set_axis_off()
     return ax.imshow(contact_sheet(images, columns=columns, gap=gap), interpolation="none")
 
