@@ -27,7 +27,8 @@ class OrderLike(Protocol):
     other.
     """
 
-    seed: int
+    @property
+    def seed(self) -> int: ...
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]: ...
 

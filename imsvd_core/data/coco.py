@@ -11,7 +11,7 @@ import io
 import json
 import math
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing, redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -91,23 +91,25 @@ class CocoImages:
         record = self.record(index)
         objects, height, width = record["objects"], record["height"], record["width"]
         boxes = torch.tensor(
-            [_corners(one, height, width) for one in objects], dtype=torch.float32
+            [_corners(mark, height, width) for mark in objects], dtype=torch.float32
         ).reshape(-1, 4)
         label = {category: number for number, category in enumerate(self.categories, 1)}
         target = {
             "boxes": boxes,
             "labels": torch.tensor(
-                [label[one["category_id"]] for one in objects], dtype=torch.int64
+                [label[mark["category_id"]] for mark in objects], dtype=torch.int64
             ),
-            "area": torch.tensor([one["area"] for one in objects], dtype=torch.float32),
-            "iscrowd": torch.tensor([one.get("iscrowd", 0) for one in objects], dtype=torch.int64),
+            "area": torch.tensor([mark["area"] for mark in objects], dtype=torch.float32),
+            "iscrowd": torch.tensor(
+                [mark.get("iscrowd", 0) for mark in objects], dtype=torch.int64
+            ),
             "image_id": torch.tensor(record["id"]),
         }
         if masks:
             target["masks"] = torch.zeros(len(objects), height, width, dtype=torch.uint8)
-            for out, one in zip(target["masks"], objects, strict=True):
+            for out, mark in zip(target["masks"], objects, strict=True):
                 out[:] = torch.from_numpy(
-                    rle.decode(_run_lengths(one["segmentation"], height, width))
+                    rle.decode(_run_lengths(mark["segmentation"], height, width))
                 )
         return target
 
@@ -118,8 +120,8 @@ class CocoImages:
         image, record = decode(str(self.file(index))), self.record(index)
         if image.shape[1:] != (record["height"], record["width"]):
             raise ValueError(
-                f"{self.file(index)} is {image.shape[2]}×{image.shape[1]} and {self.listing.name} says "
-                f"{record['width']}×{record['height']}: unpack the images again, unresized"
+                f"{self.file(index)} is {image.shape[2]}×{image.shape[1]} and {self.listing.name} "
+                f"says {record['width']}×{record['height']}: unpack the images again, unresized"
             )
         return image, self.target(index, masks=masks)
 
@@ -130,7 +132,7 @@ class CocoImages:
         masks: bool = True,
         workers: int | None = None,
         device: torch.device | str = "cpu",
-    ) -> Iterator[tuple[list[Tensor], list[Target]]]:
+    ) -> Generator[tuple[list[Tensor], list[Target]]]:
         """Images and targets on `device`, for each entry (step, indices (n,)) of the plan, in
         order; read ahead by workers.
 
@@ -277,40 +279,43 @@ def _refuse_incomplete(
     """Raise ValueError for an image or one of its objects of which something is missing, or speaks
     of another picture.
     """
-    for what, entry, needed in (
+    for kind, entry, needed in (
         ("image", image, ("file_name", "height", "width")),
-        *(("annotation", one, ("category_id", "bbox", "area", "segmentation")) for one in objects),
+        *(
+            ("annotation", mark, ("category_id", "bbox", "area", "segmentation"))
+            for mark in objects
+        ),
     ):
         if missing := [key for key in needed if key not in entry]:
             raise ValueError(
-                f"{listing}: {what} {entry['id']} has no {', '.join(missing)}: give COCO's annotations of instances, "
-                "boxes and masks"
+                f"{listing}: {kind} {entry['id']} has no {', '.join(missing)}: give COCO's "
+                "annotations of instances, boxes and masks"
             )
-    for one in objects:
-        if one["category_id"] not in coco.cats:
+    for mark in objects:
+        if mark["category_id"] not in coco.cats:
             raise ValueError(
-                f"{listing}: annotation {one['id']} is of category {one['category_id']}, which is not among its "
-                f"{len(coco.cats)} categories: unpack COCO's annotations again"
+                f"{listing}: annotation {mark['id']} is of category {mark['category_id']}, which "
+                f"is not among its {len(coco.cats)} categories: unpack COCO's annotations again"
             )
-        shape = one["segmentation"]
-        if isinstance(shape, dict) and list(shape.get("size", ())) != [
-            image["height"],
-            image["width"],
-        ]:
+        shape = mark["segmentation"]
+        size = [image["height"], image["width"]]
+        if isinstance(shape, dict) and list(shape.get("size", ())) != size:
             raise ValueError(
-                f"{listing}: the mask of annotation {one['id']} is of size {shape.get('size')}, and its image {image['id']} "
-                f"of {[image['height'], image['width']]}: unpack COCO's annotations again"
+                f"{listing}: the mask of annotation {mark['id']} is of size {shape.get('size')}, "
+                f"and its image {image['id']} of {size}: unpack COCO's annotations again"
             )
 
 
-def _usable(one: dict[str, Any], image: dict[str, Any], split: Split) -> bool:
-    x1, y1, x2, y2 = _corners(one, image["height"], image["width"])
-    drawn = split == "test" or (not one.get("iscrowd", 0) and _polygons(one["segmentation"]) != [])
+def _usable(mark: dict[str, Any], image: dict[str, Any], split: Split) -> bool:
+    x1, y1, x2, y2 = _corners(mark, image["height"], image["width"])
+    drawn = split == "test" or (
+        not mark.get("iscrowd", 0) and _polygons(mark["segmentation"]) != []
+    )
     return drawn and x2 > x1 and y2 > y1
 
 
-def _corners(one: dict[str, Any], height: int, width: int) -> list[float]:
-    x, y, w, h = one["bbox"]
+def _corners(mark: dict[str, Any], height: int, width: int) -> list[float]:
+    x, y, w, h = mark["bbox"]
     return [
         min(max(x, 0), width),
         min(max(y, 0), height),

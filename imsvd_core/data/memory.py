@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,14 +86,14 @@ class ImageData:
         *,
         device: torch.device | str = "cpu",
         workers: int | None = None,
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch]:
         """The batches of a training: for each piece of the order, its images seen through `views`.
 
         Images are kept on `device`. All draws of a step come from one generator, the order's, piece
         after piece. Images in memory need no `workers`.
         """
         images, labels = self.images.to(device), self.labels.to(device)
-        current, generator = None, None
+        current, generator = -1, torch.Generator(device)
         for step, indices in order:
             if step != current:
                 current, generator = step, order.generator(step, device)
@@ -110,7 +110,7 @@ class ImageData:
         device: torch.device | str = "cpu",
         batch_size: int = 500,
         workers: int | None = None,
-    ) -> Iterator[Tensor]:
+    ) -> Generator[Tensor]:
         """The images `rows` (by default all) through `view`, on `device`, `batch_size` at a time.
 
         Yields float32 (n, 3, size, size), normalised. Images in memory need no `workers`.
@@ -230,21 +230,25 @@ def _read_tree(
     tree = open_folder(f"folder:{folder.absolute()}", split, on_corrupt=on_corrupt)
     files = [str(tree.file(index)) for index in range(len(tree))]
     images = _decode_all(files, size, skip=on_corrupt == "skip", progress=progress)
-    readable = [index for index, image in enumerate(images) if image is not None]
+    rows = [row for row, image in enumerate(images) if image is not None]
+    readable = [image for image in images if image is not None]
     skipped = len(files) - len(readable)
     if not readable:
         raise ValueError(f"{tree.home} holds no image that can be read, of {len(files)} files")
     if skipped:
         first = next(file for file, image in zip(files, images, strict=True) if image is None)
         log.warning("skipped %d unreadable images, first %s", skipped, first)
-    shapes = {tuple(images[index].shape[1:]): files[index] for index in reversed(readable)}
+    shapes = {
+        tuple(image.shape[1:]): files[row]
+        for row, image in zip(reversed(rows), reversed(readable), strict=True)
+    }
     if len(shapes) > 1:
         (shape, file), (other_shape, other_file) = list(shapes.items())[:2]
         raise ValueError(
             f"images differ in size, {shape} in {file} and {other_shape} in {other_file}: stream "
             "them (tree:PATH), or give size=, to which all are resized and cropped"
         )
-    pixels, labels = torch.stack([images[index] for index in readable]), tree.labels[readable]
+    pixels, labels = torch.stack(readable), tree.labels[rows]
     return ImageData(
         tree.name, tree.title, split, pixels.contiguous(), labels, tree.classes, skipped=skipped
     )

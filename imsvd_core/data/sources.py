@@ -158,8 +158,13 @@ def scan(folder: Path | str, prefix: str = "") -> Iterator[tuple[str, os.DirEntr
             continue
         if entry.is_dir():
             yield from scan(entry.path, f"{prefix}{entry.name}/")
-        elif entry.name.lower().endswith(SUFFIXES):
+        elif is_image(entry.name):
             yield prefix + entry.name, entry
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name is that of an image."""
+    return name.lower().endswith(SUFFIXES)
 
 
 def find_split(folder: Path, split: Split) -> tuple[Path, tuple[str, ...]]:
@@ -173,9 +178,9 @@ def find_split(folder: Path, split: Split) -> tuple[Path, tuple[str, ...]]:
         homes[key] = next(filter(class_names, folders), folders[0] if folders else None)
     home = homes[split]
     if home is None:
-        options = " or ".join(str(folder / option) for option in SPLIT_FOLDERS[split])
+        paths = " or ".join(str(folder / option) for option in SPLIT_FOLDERS[split])
         raise FileNotFoundError(
-            f"split {split!r} is not there: make {options}, one folder a class in it"
+            f"split {split!r} is not there: make {paths}, one folder a class in it"
         )
     classes = class_names(home)
     if not classes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -81,7 +81,7 @@ class FolderImages:
         *,
         device: torch.device | str = "cpu",
         workers: int | None = None,
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch]:
         """The batches of a training: for each piece of the order, its images seen through `views`.
 
         Args:
@@ -96,9 +96,8 @@ class FolderImages:
         Closing the iterator ends the workers. Raises ValueError naming a file that cannot be read
         or is gone, unless `on_corrupt` is "skip".
         """
-        current, generator = None, None
-        settings = {"seed": order.seed, "workers": workers, "device": device}
-        with closing(self._cropped(views, order, **settings)) as pieces:
+        current, generator = -1, torch.Generator(device)
+        with closing(self._cropped(views, order, order.seed, workers, device)) as pieces:
             for step, indices, crops in pieces:
                 if step != current:
                     current, generator = step, order.generator(step, device)
@@ -114,11 +113,10 @@ class FolderImages:
         seed: int,
         workers: int | None = None,
         device: torch.device | str = "cpu",
-    ) -> Iterator[tuple[Tensor, ...]]:
+    ) -> Generator[tuple[Tensor, ...]]:
         """What the views' `finish` takes: for each entry of the plan, in order, one random crop of
         every image for each view, uint8 (n, 3, size, size); all else as in `views`."""
-        settings = {"seed": seed, "workers": workers, "device": device}
-        with closing(self._cropped(views, plan, **settings)) as pieces:
+        with closing(self._cropped(views, plan, seed, workers, device)) as pieces:
             for _, _, crops in pieces:
                 yield crops
 
@@ -130,7 +128,7 @@ class FolderImages:
         device: torch.device | str = "cpu",
         batch_size: int = 500,
         workers: int | None = None,
-    ) -> Iterator[Tensor]:
+    ) -> Generator[Tensor]:
         """The images `rows` (by default all) through `view`: float32 (n, 3, size, size).
 
         Streamed images come 64 at a time, whatever `batch_size` says; all else as in `views`.
@@ -147,11 +145,10 @@ class FolderImages:
         self,
         views: Views | View,
         plan: Plan,
-        *,
         seed: int,
         workers: int | None,
         device: torch.device | str,
-    ) -> Iterator[tuple[int, Tensor, tuple[Tensor, ...]]]:
+    ) -> Generator[tuple[int, Tensor, tuple[Tensor, ...]]]:
         """For each entry of the plan: step, indices, and each view's crops of its images."""
         ahead: deque[tuple[int, Tensor]] = deque()  # entries that were handed out
 
@@ -216,7 +213,7 @@ class FolderImages:
 
     def _stream(
         self, read: Callable, parts: Iterable, workers: int | None, device: torch.device | str
-    ) -> Iterator[list[Tensor]]:
+    ) -> Generator[list[Tensor]]:
         """The tensors that `read` makes of each part; its last item, unreadable files, is noted."""
         with closing(stream(read, parts, workers, device)) as results:
             for *crops, unreadable in results:

@@ -4,7 +4,7 @@ challenge's own layout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -75,7 +75,7 @@ class VOCImages:
         indices: Sequence[int] | None = None,
         workers: int | None = None,
         device: torch.device | str = "cpu",
-    ) -> Iterator[tuple[list[int], Tensor]]:
+    ) -> Generator[tuple[list[int], Tensor]]:
         """The images in order, whole: the shorter side to `resize`, then to size × size pixels,
         bilinear and antialiased.
 
@@ -138,10 +138,7 @@ def open_voc(
         raise ValueError(f"data set {name!r} is not in VOC's layout: give {PREFIX}PATH")
     sources.check_choices(split, on_corrupt)
     folder = sources.find_folder(name, root)
-    base = next(
-        (folder / place for place in ("VOCdevkit/VOC2007", "VOC2007") if (folder / place).is_dir()),
-        folder,
-    )
+    base = base_of(folder)
     suffix = f"_{LISTS[split]}.txt"
     lists = sorted((base / "ImageSets/Main").glob(f"*{suffix}"))
     if not lists or not (base / "JPEGImages").is_dir():
@@ -162,6 +159,12 @@ def open_voc(
     return VOCImages(
         name, folder.name, split, home, stems, labels.contiguous(), classes, on_corrupt
     )
+
+
+def base_of(folder: Path) -> Path:
+    """The folder that holds JPEGImages and the like: below `folder` as unpacked, or itself."""
+    nested = (folder / place for place in ("VOCdevkit/VOC2007", "VOC2007"))
+    return next(filter(Path.is_dir, nested), folder)
 
 
 def _read_list(file: Path) -> dict[str, int]:

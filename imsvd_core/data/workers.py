@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def stream(
     parts: Iterable,
     workers: int | None = None,
     device: torch.device | str = "cpu",
-) -> Iterator[Any]:
+) -> Generator[Any]:
     """What `read` makes of each part, in order, made by worker processes some parts ahead.
 
     Args:
@@ -143,7 +143,7 @@ def _heed_the_trainer_alone(worker: int) -> None:
 
 
 def _end_with_the_trainer() -> None:
-    trainer = multiprocessing.parent_process().pid
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+    trainer = multiprocessing.parent_process()
+    while trainer and signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer.pid:
         pass
     os._exit(0)

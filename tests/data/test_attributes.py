@@ -60,9 +60,8 @@ def test_factors_are_uniform_and_independent():
     names = list(attributes.FACTORS)
     for i, name in enumerate(names):
         k = len(attributes.FACTORS[name])
-        assert factors[name].dtype == torch.int64 and factors[name].unique().tolist() == list(
-            range(k)
-        )
+        assert factors[name].dtype == torch.int64
+        assert factors[name].unique().tolist() == list(range(k))
         for other in names[i + 1 :]:
             cells = k * len(attributes.FACTORS[other])
             counts = torch.bincount(factors[name] * (cells // k) + factors[other], minlength=cells)
@@ -108,7 +107,8 @@ def test_edges_are_anti_aliased_so_that_a_small_picture_is_a_large_one_averaged(
     large = attributes.draw(some, size=256).float()
     averaged = torch.nn.functional.avg_pool2d(large, 8)
     error = (attributes.draw(some).float() - averaged).abs()
-    assert error.mean() < 1 and error.quantile(0.999) < 20
+    assert error.mean() < 1
+    assert error.quantile(0.999) < 20
 
 
 def test_the_label_is_shape_and_texture(factors):

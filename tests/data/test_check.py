@@ -1,4 +1,6 @@
-"""Data roots in miniature: a whole one passes, each kind of fault is reported with what to do about it."""
+"""Data roots in miniature: a whole one passes, each kind of fault is reported with what to do about
+it.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,8 @@ def look(
 def test_a_whole_root_is_well_and_says_so_in_its_stamp(tmp_path, name, decode):
     report = look(name, tmp_path / "root", decode=decode)
     assert report.ok, report
-    assert "all is well" in str(report) and prepared.checked(name, tmp_path / "root") == report
+    assert "all is well" in str(report)
+    assert prepared.checked(name, tmp_path / "root") == report
     assert prepared.checked("places205", tmp_path / "root") is None
 
 
@@ -271,7 +274,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("name, spoil, expected", FAULTS)
+@pytest.mark.parametrize(("name", "spoil", "expected"), FAULTS)
 def test_each_fault_of_a_root_is_reported_with_its_remedy_and_no_other(
     tmp_path, name, spoil, expected
 ):
@@ -279,14 +282,11 @@ def test_each_fault_of_a_root_is_reported_with_its_remedy_and_no_other(
     found = {problem.what: problem.first[0] for problem in report.problems}
     for what, example in expected.items():
         assert example in found.pop(what)
-    assert set(found) <= {"wrong count"} and all(
-        problem.remedy in str(report) for problem in report.problems
-    )
-    assert (
-        "not ready" in str(report)
-        and not report.ok
-        and not prepared.checked(name, tmp_path / "root").ok
-    )
+    assert set(found) <= {"wrong count"}
+    assert all(problem.remedy in str(report) for problem in report.problems)
+    assert "not ready" in str(report)
+    assert not report.ok
+    assert not prepared.checked(name, tmp_path / "root").ok
 
 
 def test_no_good_image_is_to_be_removed_for_a_fault_of_its_list(tmp_path):
@@ -298,7 +298,8 @@ def test_no_good_image_is_to_be_removed_for_a_fault_of_its_list(tmp_path):
             lambda b: b.replace(b'"id": 1, "file', b'"id": 2, "file'),
         ),
     )
-    assert "image listed twice" in str(report) and "remove" not in str(report)
+    assert "image listed twice" in str(report)
+    assert "remove" not in str(report)
     assert "without annotation" not in str(report)
 
 
@@ -334,7 +335,7 @@ def grey(jpeg: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "change, seen_by",
+    ("change", "seen_by"),
     [
         (spoilt_png, {"full"}),
         (lambda b: b[:-20], {"header", "full"}),
@@ -376,7 +377,8 @@ def test_a_png_named_jpeg_is_an_image_and_a_gif_is_none(tmp_path):
             )
 
     (problem,) = look("imagenet", tmp_path / "root", rename).problems
-    assert problem.count == 1 and "_1.JPEG" in problem.first[0]
+    assert problem.count == 1
+    assert "_1.JPEG" in problem.first[0]
 
 
 def test_ten_examples_and_the_count_are_told(tmp_path):
@@ -386,8 +388,10 @@ def test_ten_examples_and_the_count_are_told(tmp_path):
 
     report = look("imagenet", tmp_path / "root", spoil)
     (problem,) = report.problems
-    assert problem.count == 15 and len(problem.first) == 10
-    assert "unreadable image (15):" in str(report) and "and 5 more" in str(report)
+    assert problem.count == 15
+    assert len(problem.first) == 10
+    assert "unreadable image (15):" in str(report)
+    assert "and 5 more" in str(report)
 
 
 def test_a_stamp_that_is_none_and_a_root_that_cannot_be_written_are_borne(tmp_path, monkeypatch):
@@ -400,10 +404,8 @@ def test_a_stamp_that_is_none_and_a_root_that_cannot_be_written_are_borne(tmp_pa
         raise PermissionError(path)
 
     monkeypatch.setattr(prepared, "atomic_write", refuse)
-    assert (
-        look("imagenet", tmp_path / "root").ok
-        and prepared.checked("imagenet", tmp_path / "root") is None
-    )
+    assert look("imagenet", tmp_path / "root").ok
+    assert prepared.checked("imagenet", tmp_path / "root") is None
 
 
 def test_published_counts_and_layouts_agree_with_each_other():
@@ -411,9 +413,8 @@ def test_published_counts_and_layouts_agree_with_each_other():
     assert SPECS["places205"].counts["val"] == 100 * SPECS["places205"].classes
     assert sum(SPECS["voc07"].counts.values()) == 9963
     for spec in SPECS.values():
-        assert "/data/root/" in prepared.how_to(
-            spec, "/data/root"
-        ) and "{root}" not in prepared.how_to(spec, "x")
+        assert "/data/root/" in prepared.how_to(spec, "/data/root")
+        assert "{root}" not in prepared.how_to(spec, "x")
 
 
 def run(*words: str) -> int:
@@ -437,14 +438,13 @@ def test_the_command_exits_with_0_or_2_and_writes_its_report(tmp_path, capsys):
         == 0
     )
     written = json.loads((tmp_path / "report.json").read_text())
-    assert (
-        written["ok"]
-        and written["found"]["train images"] == 9
-        and "all is well" in capsys.readouterr().out
-    )
+    assert written["ok"]
+    assert written["found"]["train images"] == 9
+    assert "all is well" in capsys.readouterr().out
     assert run("check", "imagenet", str(tmp_path / "root"), "--no-progress") == 2
     told = capsys.readouterr().out
-    assert "train images: 9, expected 1,281,167" in told and "ILSVRC2012_img_val.tar" in told
+    assert "train images: 9, expected 1,281,167" in told
+    assert "ILSVRC2012_img_val.tar" in told
 
 
 def test_without_a_root_the_command_says_how_to_prepare_one(tmp_path, capsys):
@@ -456,11 +456,11 @@ def test_without_a_root_the_command_says_how_to_prepare_one(tmp_path, capsys):
     ):
         assert run("check", name, str(tmp_path / "nowhere")) == 2
         said = capsys.readouterr().err
-        assert archive in said and "nowhere is not a folder" in said and "Traceback" not in said
-    assert (
-        run("check", "svhn", str(tmp_path)) == 2
-        and "choose imagenet, places205" in capsys.readouterr().err
-    )
+        assert archive in said
+        assert "nowhere is not a folder" in said
+        assert "Traceback" not in said
+    assert run("check", "svhn", str(tmp_path)) == 2
+    assert "choose imagenet, places205" in capsys.readouterr().err
     assert run() == 2
     assert run("--help") == 0
     assert "imsvd data check imagenet|places205" in capsys.readouterr().out

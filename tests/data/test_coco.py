@@ -1,4 +1,6 @@
-"""COCO's images: what stands in them, in the order of a plan, and what is left out as detectron2 leaves it out."""
+"""COCO's images: what stands in them, in the order of a plan, and what is left out as detectron2
+leaves it out.
+"""
 
 import json
 
@@ -19,7 +21,9 @@ def outline(x, y, w, h):
 
 
 def draw_coco(root, train=4, test=3, seed=0):
-    """A data root of grey pictures with one to three bright rectangles each, whose colour is their class."""
+    """A data root of grey pictures with one to three bright rectangles each, whose colour is their
+    class.
+    """
     generator = np.random.default_rng(seed)
     for split, n in (("train", train), ("val", test)):
         images, objects = [], []
@@ -292,7 +296,7 @@ def test_a_resized_picture_is_refused(drawn, tmp_path):
 
 
 def test_the_data_set_travels_to_workers_as_bytes(drawn):
-    """Objects would be copied, page by page, into every worker that counts its references to them."""
+    """Objects would be copied, page by page, into every worker that counts references to them."""
     data = open_coco(drawn)
     assert isinstance(data, CocoImages)
     assert data.records.dtype == torch.uint8

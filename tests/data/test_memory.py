@@ -1,4 +1,4 @@
-"""Data sets: what is found, what is drawn, what is said when neither network nor files are there."""
+"""Data sets: what is found and drawn, what is said when neither network nor files are there."""
 
 import hashlib
 import http.server
@@ -26,7 +26,9 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No data set chosen from outside, and a process that has neither tried to download nor said a word."""
+    """No data set chosen from outside, and a process that has neither tried to download nor said a
+    word.
+    """
     monkeypatch.delenv("IMSVD_DATASET", raising=False)
     sources.say_once.cache_clear()
     for variable in ("http_proxy", "https_proxy", "all_proxy"):
@@ -106,7 +108,8 @@ def published(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-# --- files --------------------------------------------------------------------------------------------------
+# --- files
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_tree_and_torchvisions_layout_give_the_same_tensors(tmp_path, monkeypatch):
@@ -118,7 +121,8 @@ def test_a_tree_and_torchvisions_layout_give_the_same_tensors(tmp_path, monkeypa
             datasets.load("cifar10", split, root=tmp_path / place)
             for place in ("tree", "layout", "below")
         )
-        assert one.images.shape == (20, 3, 32, 32) and one.images.dtype == torch.uint8
+        assert one.images.shape == (20, 3, 32, 32)
+        assert one.images.dtype == torch.uint8
         assert torch.equal(
             one.images,
             torch.from_numpy(
@@ -126,19 +130,19 @@ def test_a_tree_and_torchvisions_layout_give_the_same_tensors(tmp_path, monkeypa
             ).permute(0, 3, 1, 2),
         )
         for layout in (other, below):
-            assert torch.equal(one.images, layout.images) and torch.equal(one.labels, layout.labels)
-            assert (
-                one.classes == layout.classes == CLASSES and one.title == layout.title == "CIFAR-10"
-            )
-            assert one.images.is_contiguous() and layout.images.is_contiguous()
+            assert torch.equal(one.images, layout.images)
+            assert torch.equal(one.labels, layout.labels)
+            assert one.classes == layout.classes == CLASSES
+            assert one.title == layout.title == "CIFAR-10"
+            assert one.images.is_contiguous()
+            assert layout.images.is_contiguous()
 
 
 def test_a_jpeg_tree_is_called_one_and_has_the_pixels_of_pillow(tmp_path):
     tree(tmp_path, "jpg")
     data = datasets.load("auto", "test", root=tmp_path)
-    assert data.name == "cifar10" and data.title == "CIFAR-10 (JPEG)" == sources.title(
-        root=tmp_path
-    )
+    assert data.name == "cifar10"
+    assert data.title == "CIFAR-10 (JPEG)" == sources.title(root=tmp_path)
     with Image.open(tmp_path / "cifar10/test/bird/0001.jpg") as picture:
         assert np.array_equal(data.images[5].permute(1, 2, 0), np.asarray(picture))
 
@@ -154,10 +158,10 @@ def test_fashion_mnist_is_padded_and_repeated_in_three_channels(tmp_path):
         )
         (raw / stem.removesuffix(".gz")).write_bytes(magic + content.tobytes())
     data = datasets.load("fashion-mnist", root=tmp_path)
-    assert data.images.shape == (7, 3, 32, 32) and data.labels.tolist() == list(range(7))
-    assert (
-        np.array_equal(data.images[3, 1, 2:30, 2:30], grey[3]) and data.images[3, :, :2].max() == 0
-    )
+    assert data.images.shape == (7, 3, 32, 32)
+    assert data.labels.tolist() == list(range(7))
+    assert np.array_equal(data.images[3, 1, 2:30, 2:30], grey[3])
+    assert data.images[3, :, :2].max() == 0
 
 
 def test_a_folder_of_unequal_images_needs_a_size_and_is_cropped_to_the_middle(tmp_path):
@@ -171,11 +175,9 @@ def test_a_folder_of_unequal_images_needs_a_size_and_is_cropped_to_the_middle(tm
         datasets.load("folder:mine", root=tmp_path)
     for name in ("folder:mine", f"folder:{tmp_path / 'mine'}"):
         data = datasets.load(name, root=tmp_path, size=20)
-        assert (
-            data.images.shape == (2, 3, 20, 20)
-            and data.title == "mine"
-            and data.classes == ("a", "b")
-        )
+        assert data.images.shape == (2, 3, 20, 20)
+        assert data.title == "mine"
+        assert data.classes == ("a", "b")
         assert (
             data.images[0, :, :, 2:-2] == 200
         ).all()  # all but the two blurred edges of the crop
@@ -211,9 +213,11 @@ def test_a_changed_byte_of_a_png_never_passes_for_other_pixels(tmp_path):
     for place in range(0, len(content), 13):
         file.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
         try:
-            assert torch.equal(datasets.decode(str(file)), whole), place
+            changed = datasets.decode(str(file))
         except ValueError as error:
-            assert "0000.png" in str(error)
+            changed, message = whole, str(error)
+            assert "0000.png" in message
+        assert torch.equal(changed, whole), place
 
 
 def test_a_tree_that_cannot_be_used_is_refused_with_its_path(tmp_path):
@@ -242,15 +246,19 @@ def test_a_tree_that_cannot_be_used_is_refused_with_its_path(tmp_path):
     attempt("split is 'validation'", "validation")
     attempt("on_corrupt is 'ignore'", on_corrupt="ignore")
     attempt("size is 0", size=0)
-    with pytest.raises(ValueError, match="'cifar' is unknown: choose auto, cifar10, .*folder:PATH"):
+    with pytest.raises(
+        ValueError, match=r"'cifar' is unknown: choose auto, cifar10, .*folder:PATH"
+    ):
         datasets.load("cifar")
 
 
 def test_the_root_and_the_meaning_of_auto_come_from_the_environment(tmp_path, monkeypatch, offline):
     monkeypatch.setenv("IMSVD_DATA", str(tree(tmp_path)))
-    assert sources.data_root() == tmp_path and sources.resolve() == "cifar10"
+    assert sources.data_root() == tmp_path
+    assert sources.resolve() == "cifar10"
     monkeypatch.setenv("IMSVD_DATASET", "attributes")
-    assert sources.resolve() == "attributes" and datasets.manifest().startswith("attributes")
+    assert sources.resolve() == "attributes"
+    assert datasets.manifest().startswith("attributes")
     assert sources.resolve("cifar10") == "cifar10"
     monkeypatch.setenv("IMSVD_DATASET", "imagenet")
     with pytest.raises(ValueError, match="'imagenet' is unknown"):
@@ -259,7 +267,8 @@ def test_the_root_and_the_meaning_of_auto_come_from_the_environment(tmp_path, mo
     assert sources.data_root() == Path("~/.cache/imsvd").expanduser()
 
 
-# --- the drawn data set and subsets -------------------------------------------------------------------------
+# --- the drawn data set and subsets
+# -------------------------------------------------------------------------
 
 
 def test_attributes_are_the_same_at_every_load_and_differ_by_split_and_seed(monkeypatch):
@@ -271,15 +280,20 @@ def test_attributes_are_the_same_at_every_load_and_differ_by_split_and_seed(monk
         3,
         32,
         32,
-    ) and one.factors.keys() > one.factor_values.keys() == {
-        "shape",
-        "texture",
-        "colour",
-        "size",
-        "place",
-        "background",
-        "ground",
-    }
+    )
+    assert (
+        one.factors.keys()
+        > one.factor_values.keys()
+        == {
+            "shape",
+            "texture",
+            "colour",
+            "size",
+            "place",
+            "background",
+            "ground",
+        }
+    )
     assert torch.equal(one.images, datasets.load("attributes", "train").images)
     all_four = [
         datasets.load("attributes", split, seed=seed)
@@ -312,7 +326,7 @@ def test_a_subset_is_balanced_deterministic_and_takes_its_factors_along():
 
 def test_image_data_refuses_tensors_that_do_not_fit():
     images, labels = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(ValueError, match="images are torch.float32"):
+    with pytest.raises(ValueError, match=r"images are torch\.float32"):
         ImageData("x", "x", "train", images.float(), labels, ("a",))
     with pytest.raises(ValueError, match=r"labels are torch.int64 \(3,\): give torch.int64 \(4,\)"):
         ImageData("x", "x", "train", images, labels[:3], ("a",))
@@ -321,7 +335,8 @@ def test_image_data_refuses_tensors_that_do_not_fit():
     )
 
 
-# --- no network ---------------------------------------------------------------------------------------------
+# --- no network
+# ---------------------------------------------------------------------------------------------
 
 
 def test_auto_falls_back_with_one_line_that_names_the_download_and_asks_no_network(
@@ -444,7 +459,8 @@ def test_half_a_torchvision_layout_is_never_taken_for_the_data_set(tmp_path, mon
     assert sources.resolve("auto", root) == "cifar10"
 
 
-# --- the manifest -------------------------------------------------------------------------------------------
+# --- the manifest
+# -------------------------------------------------------------------------------------------
 
 
 def test_the_manifest_follows_names_and_sizes_and_needs_no_network(tmp_path, offline, capfd):
@@ -464,4 +480,5 @@ def test_the_manifest_follows_names_and_sizes_and_needs_no_network(tmp_path, off
     assert len(set(seen)) == 4
     assert sources.title("folder:cifar10", tmp_path) == "cifar10"
     assert sources.title("auto", tmp_path) == "CIFAR-10"
-    assert not offline and capfd.readouterr() == ("", "")
+    assert not offline
+    assert capfd.readouterr() == ("", "")

@@ -1,4 +1,6 @@
-"""Images streamed from a tree: what is read, what is drawn, what a worker survives and what ends it."""
+"""Images streamed from a tree: what is read, what is drawn, what a worker survives and what ends
+it.
+"""
 
 from __future__ import annotations
 
@@ -54,12 +56,11 @@ def crops(
 def test_names_and_labels_are_the_trees_and_nothing_is_decoded(tree):
     (tree / "train/cat/0.jpg").write_bytes(b"no image")
     data = open_folder(f"tree:{tree}")
-    assert (
-        data.classes == ("cat", "dog")
-        and len(data) == 16
-        and data.labels.tolist() == [0] * 8 + [1] * 8
-    )
-    assert data.title == "mine" and data.file(9) == tree / "train/dog/1.JPEG"
+    assert data.classes == ("cat", "dog")
+    assert len(data) == 16
+    assert data.labels.tolist() == [0] * 8 + [1] * 8
+    assert data.title == "mine"
+    assert data.file(9) == tree / "train/dog/1.JPEG"
     assert len(open_folder("tree:mine", "test", tree.parent)) == 6
     loaded = datasets.load("folder:mine", "test", root=tree.parent, size=32)
     assert torch.equal(loaded.labels, open_folder("tree:mine", "test", tree.parent).labels)
@@ -91,14 +92,13 @@ def test_a_crop_depends_on_seed_step_and_image_and_on_nothing_else(tree, monkeyp
     ):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     ((again1, again2),) = crops(data, (1, [3]))  # a resumption, or another rank
-    assert torch.equal(again1[0], whole[1][0][1]) and torch.equal(again2[0], whole[1][1][1])
+    assert torch.equal(again1[0], whole[1][0][1])
+    assert torch.equal(again2[0], whole[1][1][1])
     for other in (crops(data, (2, [3])), crops(data, (1, [3]), seed=1)):
         assert not torch.equal(other[0][0], again1)
-    assert (
-        not torch.equal(again1, again2)
-        and again1.shape == (1, 3, 24, 24)
-        and again1.dtype == torch.uint8
-    )
+    assert not torch.equal(again1, again2)
+    assert again1.shape == (1, 3, 24, 24)
+    assert again1.dtype == torch.uint8
 
 
 def test_one_views_crops_are_drawn_as_the_first_of_two(tree):
@@ -180,7 +180,7 @@ def test_a_spoilt_png_is_an_error_and_not_the_end_of_the_process(tmp_path):
     picture(1).save(file)
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2] + bytes(99) + content[len(content) // 2 + 99 :])
-    with pytest.raises(ValueError, match="spoilt.png cannot be read"):
+    with pytest.raises(ValueError, match=r"spoilt\.png cannot be read"):
         decode(str(file))
 
 
@@ -212,11 +212,12 @@ def claiming(jpeg: bytes, *size: int) -> bytes:
 def test_a_file_that_cannot_be_read_is_an_error_that_names_it(tree, kind, workers):
     data = open_folder(f"tree:{tree}")
     broken(tree / "train/cat/3.jpg", kind)
-    with pytest.raises(ValueError, match="^.*cat/3.jpg cannot be read.*replace or remove it"):
+    with pytest.raises(ValueError, match=r"^.*cat/3\.jpg cannot be read.*replace or remove it"):
         crops(data, (0, [1, 3]), workers=workers)
     assert not multiprocessing.active_children()
     data = replace(data, on_corrupt="skip")
-    assert len(crops(data, (0, [1, 3]), workers=workers)[0][0]) == 2 and data.unreadable == {3}
+    assert len(crops(data, (0, [1, 3]), workers=workers)[0][0]) == 2
+    assert data.unreadable == {3}
 
 
 def test_an_unreadable_file_may_be_replaced_and_is_counted_and_told_once(tree, caplog):
@@ -224,9 +225,12 @@ def test_an_unreadable_file_may_be_replaced_and_is_counted_and_told_once(tree, c
         broken(tree / "train/cat" / name, "truncated")
     data = open_folder(f"tree:{tree}", on_corrupt="skip")
     (found, _), (again, _) = crops(data, (0, [1, 3, 5]), (0, [1, 3, 5]), workers=1)
-    assert found.shape == (3, 3, 24, 24) and torch.equal(found, again) and data.skipped == 2
+    assert found.shape == (3, 3, 24, 24)
+    assert torch.equal(found, again)
+    assert data.skipped == 2
     said = [record.message for record in caplog.records]
-    assert len(said) == 2 and "cat/3.jpg cannot be read and is replaced by the next" in said[0]
+    assert len(said) == 2
+    assert "cat/3.jpg cannot be read and is replaced by the next" in said[0]
     for file in (tree / "val").glob("*/*"):
         broken(file, "empty")
     with pytest.raises(ValueError, match="val holds no image that can be read, of 6 files"):
@@ -247,7 +251,8 @@ def test_closing_early_leaves_no_process_and_the_trainers_chance_alone(tree):
     assert len(multiprocessing.active_children()) == 2
     assert 1 <= next(steps) <= 10  # the plan is read ahead, but not far
     stream.close()
-    assert not multiprocessing.active_children() and torch.equal(torch.get_rng_state(), before)
+    assert not multiprocessing.active_children()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.skipif(
@@ -280,7 +285,9 @@ def test_a_worker_heeds_the_trainer_alone(tree):
     not Path("/proc/self/task").is_dir(), reason="without /proc nobody sees what a thread blocks"
 )
 def test_no_thread_of_a_worker_dies_of_the_jobs_sigterm(tree):
-    """Where the trainer computes with several threads, torch starts some in the worker before it is told whom to heed."""
+    """Where the trainer computes with several threads, torch starts some in the worker before it is
+    told whom to heed.
+    """
     before, mask = torch.get_num_threads(), signal.pthread_sigmask(signal.SIG_BLOCK, ())
     torch.set_num_threads(2)
     try:
@@ -299,7 +306,8 @@ def test_no_thread_of_a_worker_dies_of_the_jobs_sigterm(tree):
         stream.close()
     finally:
         torch.set_num_threads(before)
-    assert len(blocked) > 1 and blocked.count(0) == 1  # the one that waits for it
+    assert len(blocked) > 1
+    assert blocked.count(0) == 1
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask  # the trainer goes on hearing
 
 
@@ -341,11 +349,10 @@ def test_evaluation_takes_streamed_images_for_those_in_memory(tree, monkeypatch)
     view, backbone = EvalView(32, 28, interpolation="bicubic"), torch.nn.Flatten()
     streamed = [open_folder(f"tree:{tree}", split) for split in ("train", "test")]
     loaded = [datasets.load(f"folder:{tree}", split) for split in ("train", "test")]
-    for some, others in zip(streamed, loaded):
+    for some, others in zip(streamed, loaded, strict=True):
         ours, theirs = (features.embed(backbone, data, view) for data in (some, others))
-        assert (
-            ours.shape == theirs.shape and (ours - theirs).abs().max() < 2.5 / 255 / 0.22
-        )  # a byte's rounding, twice
+        assert ours.shape == theirs.shape
+        assert (ours - theirs).abs().max() < 2.5 / 255 / 0.22
     config = knn.KNNConfig(neighbors=(3,), gallery=10)
     assert knn.evaluate(backbone, streamed, config, view=view) == knn.evaluate(
         backbone, loaded, config, view=view
