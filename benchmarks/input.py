@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from imsvd_core.data import sources
-from imsvd_core.data import tree as folders
+from imsvd_core.data.decoding import decode
 from imsvd_core.data.tree import FolderImages
 from imsvd_core.results import provenance, write_result
 from imsvd_core.system.devices import pick_device
@@ -163,7 +163,7 @@ def main() -> None:
     every, generator = list(range(n)), torch.Generator(device).manual_seed(0)
     crops = [
         crop.to(device)
-        for crop in next(ours.two_crops(VIEWS, [(0, torch.arange(n))], seed=0, workers=0))
+        for crop in next(ours.crops(VIEWS, [(0, torch.arange(n))], seed=0, workers=0))
     ]
     finish = lambda: VIEWS.finish(crops, generator)  # noqa: E731
 
@@ -173,7 +173,7 @@ def main() -> None:
             "ours": lambda: cpu_time(
                 lambda: ours._read_crops((VIEWS.first, VIEWS.second), 0, (0, every))
             ),
-            "decode": lambda: cpu_time(lambda: [folders.decode(file) for file in files]),
+            "decode": lambda: cpu_time(lambda: [decode(file) for file in files]),
             "finish": lambda: wall_time(finish) if device.type != "cpu" else cpu_time(finish),
         },
         rounds,
@@ -184,7 +184,7 @@ def main() -> None:
 
     def run_ours(finished: bool = True) -> None:
         plan = enumerate(torch.arange(n).repeat(4).split(64))
-        for pair in ours.two_crops(VIEWS, plan, seed=0, workers=arguments.workers, device=device):
+        for pair in ours.crops(VIEWS, plan, seed=0, workers=arguments.workers, device=device):
             VIEWS.finish(pair, generator) if finished else pair
 
     def run_pil() -> None:

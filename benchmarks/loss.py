@@ -38,7 +38,8 @@ def logits(samples: int, dim: int, device: str) -> list[Tensor]:
 
 def bare_products(z1: Tensor, z2: Tensor, units: int, dtype: torch.dtype = torch.float32) -> None:
     """P = Z1ᵀZ2, then Z2Pᵀ and Z1P, in slabs of rows: what is left of the loss without its
-    elementwise work."""
+    elementwise work.
+    """
     a, b = z1.detach().to(dtype), z2.detach().to(dtype)
     slab = 480 if a.device.type == "cpu" else 4080
     cells, g1, g2 = a.new_empty(slab, a.shape[1]), torch.empty_like(a), torch.zeros_like(b)
@@ -178,22 +179,22 @@ def _figures(
 ) -> dict[str, float]:
     median = {other: statistics.median(values) for other, values in seconds.items()}
     same_type = "bare_products_bf16" if name.endswith("bf16") else "bare_products"
-    found = {
+    figures = {
         "time_over_fp32_products": median[name] / median["bare_products"],
         "time_over_products": median[name] / median[same_type],
         "paired_ratio": statistics.median(
-            a / b for a, b in zip(seconds[name], seconds[same_type], strict=False)
+            a / b for a, b in zip(seconds[name], seconds[same_type], strict=True)
         ),
         "peak_over_full_matrix": memory[name] / memory["full_matrix"],
         "peak_over_lean_matrix": memory[name] / memory["lean_matrix"],
         "extra_peak_MB": memory[name] / 1e6,
     }
     if args.device == "cuda":  # only there does an absolute time say something
-        found |= {
+        figures |= {
             "milliseconds": 1e3 * median[name],
             "TFLOP_per_s": 6e-12 * args.samples * args.dim**2 / median[name],
         }
-    return {key: round(value, 3) for key, value in found.items()}
+    return {key: round(value, 3) for key, value in figures.items()}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Ranks of one training: how they find each other, who holds which samples, and how tables change
-hands.
+"""Ranks of one training: which samples each holds, and how tables change hands.
 
 Without a process group everything here is the identity, so that the code that uses it is the same
 on one process.
@@ -29,34 +28,35 @@ T = TypeVar("T")
 
 
 def on_rank_0(work: Callable[P, T]) -> Callable[P, T]:
-    """Let rank 0 do `work` while the others wait; every rank gets its result, or its exception."""
+    """Let rank 0 do `work` while the others wait. Its result or exception is that of every rank."""
 
     @functools.wraps(work)
-    def on_all(*args: P.args, **kwargs: P.kwargs) -> T:
+    def shared(*args: P.args, **kwargs: P.kwargs) -> T:
         rank, size = world()
         if size == 1:
             return work(*args, **kwargs)
-        outcome: list[Any] = [None, None]  # result, exception
-        exception: Exception | None = None
+        outcome: list[Any] = [None, None]
+        error: Exception | None = None
         if rank == 0:
             try:
-                outcome[0] = work(*args, **kwargs)
+                outcome = [work(*args, **kwargs), None]
             except Exception as raised:
-                exception = outcome[1] = raised
+                error, outcome = raised, [None, raised]
         dist.broadcast_object_list(outcome)
-        if exception or outcome[1]:
-            raise exception or outcome[1]
+        # On rank 0 the exception itself, with its traceback, and not a copy
+        if error := error or outcome[1]:
+            raise error
         result: T = outcome[0]
         return result
 
-    return on_all
+    return shared
 
 
 def rank_0_first(work: Callable[[], T]) -> T:
     """Let rank 0 do `work`, then every other rank: what the first fetches, the others find."""
-    first: list[T] = []
-    on_rank_0(lambda: first.append(work()))()
-    return first[0] if first else work()
+    results: list[T] = []
+    on_rank_0(lambda: results.append(work()))()
+    return results[0] if results else work()
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
@@ -77,15 +77,14 @@ def of_first_rank(value: Tensor) -> Tensor:
 
 
 def refuse_unlike(device: torch.device, facts: dict[str, int]) -> None:
-    """Raise ValueError, on every rank, unless all ranks bring the same `facts`. Costs one small
-    exchange."""
+    """Raise ValueError, on every rank, unless all bring the same `facts`: one small exchange."""
     size = world()[1]
     if size == 1:
         return
-    mine = torch.tensor(list(facts.values()), dtype=torch.int64, device=device)
-    everyones = mine.new_empty(size * len(facts))
-    dist.all_gather_into_tensor(everyones, mine)
-    for name, values in zip(facts, everyones.view(size, -1).T.tolist(), strict=True):
+    row = torch.tensor(list(facts.values()), dtype=torch.int64, device=device)
+    rows = row.new_empty(size * len(facts))
+    dist.all_gather_into_tensor(rows, row)
+    for name, values in zip(facts, rows.view(size, -1).T.tolist(), strict=True):
         if len(set(values)) > 1:
             raise ValueError(
                 f"the ranks differ in {name}, {values}: all need the same "
@@ -94,8 +93,7 @@ def refuse_unlike(device: torch.device, facts: dict[str, int]) -> None:
 
 
 class Exchange:
-    """Tables (N, D) whose samples are spread over ranks, n to each, and whose columns each rank may
-    own a share of.
+    """Tables (N, D) whose samples are spread over ranks, n to each, and whose columns may be too.
 
     Args:
         table: this rank's rows of such a table, (n, D).
@@ -138,29 +136,23 @@ class Exchange:
         """(n, D) → (N, own): all samples, the columns that this rank owns."""
         if self.size == 1:
             return table
-        sent = torch.cat([part.flatten() for part in table.split(self.widths, dim=1)])
-        mine = table.new_empty(self.samples, len(self.own))
-        dist.all_to_all_single(
-            mine.view(-1),
-            sent,
-            [self.rows * len(self.own)] * self.size,
-            [self.rows * width for width in self.widths],
-        )
-        return mine
+        parts = torch.split_with_sizes(table, self.widths, dim=1)
+        sent = torch.cat([part.flatten() for part in parts])
+        received = table.new_empty(self.samples, len(self.own))
+        here = [self.rows * len(self.own)] * self.size
+        dist.all_to_all_single(received.view(-1), sent, here, self._sizes())
+        return received
 
     def to_samples(self, columns: Tensor) -> Tensor:
         """(N, own) → (n, D): the inverse of `to_columns`."""
         if self.size == 1:
             return columns
         received = columns.new_empty(self.rows * sum(self.widths))
-        sizes = [self.rows * width for width in self.widths]
-        dist.all_to_all_single(
-            received, columns.contiguous().view(-1), sizes, [self.rows * len(self.own)] * self.size
-        )
-        return torch.cat(
-            [
-                part.view(self.rows, width)
-                for part, width in zip(received.split(sizes), self.widths, strict=True)
-            ],
-            dim=1,
-        )
+        here = [self.rows * len(self.own)] * self.size
+        dist.all_to_all_single(received, columns.contiguous().view(-1), self._sizes(), here)
+        parts = torch.split_with_sizes(received, self._sizes())
+        return torch.cat([part.view(self.rows, len(part) // self.rows) for part in parts], dim=1)
+
+    def _sizes(self) -> list[int]:
+        """Entries that this rank exchanges with every other."""
+        return [self.rows * width for width in self.widths]

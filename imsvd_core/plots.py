@@ -1,5 +1,4 @@
-"""The house style: every figure of the book in light and dark, as vectors, with a text that says
-what is seen.
+"""The house style: every figure of the book, light and dark, with a text that says what is seen.
 
 A figure is a function of a theme. `show` draws it once in the light theme and once in the dark one,
 and returns a `Picture`, which a notebook or the rendered book displays: both drawings are there,
@@ -26,8 +25,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.rcsetup import cycler
 
-SHORTEST_ALT = 30  # characters; below that a text names a figure and does not say what it shows
+#: Characters; a shorter text names a figure and does not say what it shows
+SHORTEST_ALT = 30
 
 
 @dataclass(frozen=True)
@@ -48,21 +49,14 @@ class Theme:
 
     def rc(self) -> dict[str, Any]:
         """Return matplotlib's settings for this theme."""
-        labels = (
-            "axes.labelcolor",
-            "axes.titlecolor",
-            "hatch.color",
-            "legend.labelcolor",
-            "text.color",
-        )
-        ticks = ("xtick.labelcolor", "ytick.labelcolor")
+        labels = "axes.labelcolor", "axes.titlecolor", "legend.labelcolor", "text.color"
+        ticks = "hatch.color", "xtick.labelcolor", "ytick.labelcolor"
+        lines = "axes.edgecolor", "grid.color", "xtick.color", "ytick.color"
         return {
             **_HOUSE,
             **dict.fromkeys(labels + ticks, self.ink),
-            **dict.fromkeys(
-                ("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), self.muted
-            ),
-            "axes.prop_cycle": matplotlib.cycler(color=list(self.colors)),
+            **dict.fromkeys(lines, self.muted),
+            "axes.prop_cycle": cycler(color=list(self.colors)),
             "patch.edgecolor": self.paper,
         }
 
@@ -130,16 +124,15 @@ THEMES = (LIGHT, DARK)
 # The rendered book switches on its own attribute (book/_static/custom.css); notebooks carry their
 # switch along.
 _NOTEBOOK_SWITCH = (
-    "<style>[data-jp-theme-light=false] .imsvd-light,.vscode-dark "
-    ".imsvd-light{display:none!important}"
-    "[data-jp-theme-light=false] .imsvd-dark,.vscode-dark "
-    ".imsvd-dark{display:inline-block!important}</style>"
+    "<style>[data-jp-theme-light=false] .imsvd-light,.vscode-dark .imsvd-light"
+    "{display:none!important}[data-jp-theme-light=false] .imsvd-dark,.vscode-dark .imsvd-dark"
+    "{display:inline-block!important}</style>"
 )
 
 
 @dataclass(frozen=True)
 class Picture:
-    """Something to look at: HTML for notebooks and pages, alternative text for all others."""
+    """A figure as HTML for notebooks and pages, and as its alternative text for everybody else."""
 
     html: str
     alt: str
@@ -165,9 +158,8 @@ def figure(
     """
     if min(width, height) <= 0 or min(rows, cols) < 1:
         raise ValueError(
-            f"a figure needs a positive size and at least one panel; got width={width}, "
-            f"height={height}, "
-            f"rows={rows}, cols={cols}"
+            f"width={width}, height={height}, rows={rows}, cols={cols}: "
+            "a figure needs a positive size and at least one panel"
         )
     drawing = Figure(figsize=(width, height), layout="constrained")
     return drawing, drawing.subplots(rows, cols, **subplots)
@@ -197,16 +189,14 @@ def animate(
     `draw_frame(frame, theme)` returns the figure of one frame, where `frame` runs through `frames`
     (a number counts from 0). `labels` name the frames for the reader ("step 40"); `interval` is the
     time of a frame in milliseconds. Without scripts the last frame is shown. All figures must have
-    the same size. Raises `ValueError` for a short `alt`, no frames, or labels that do not match
-    them.
+    the same size.
+    Raises `ValueError` for a short `alt`, no frames, or labels that do not match them.
     """
     _check_alt(alt)
     items = list(range(frames)) if isinstance(frames, int) else list(frames)
-    names = (
-        [f"{i + 1} of {len(items)}" for i in range(len(items))]
-        if labels is None
-        else [str(n) for n in labels]
-    )
+    if labels is None:
+        labels = [f"{i + 1} of {len(items)}" for i in range(len(items))]
+    names = [str(label) for label in labels]
     if not items:
         raise ValueError("frames is empty: an animation needs at least one frame")
     if len(names) != len(items):
@@ -230,9 +220,8 @@ def animate(
         'style="display:none;gap:.75em;align-items:center">'
         '<button type="button" aria-label="Play">&#9654;&#xFE0E;</button>'
         f'<input type="range" min="0" max="{len(items) - 1}" value="{len(items) - 1}" '
-        f'aria-label="Frame" '
-        f'style="flex:1"><output aria-live="off">{html.escape(names[-1])}</output></div></div>'
-        f"<script>{player.strip()}({json.dumps(name)},{_script_json(uris)},"
+        f'aria-label="Frame" style="flex:1"><output aria-live="off">{html.escape(names[-1])}'
+        f"</output></div></div><script>{player.strip()}({json.dumps(name)},{_script_json(uris)},"
         f"{_script_json(names)},{interval});</script>"
     )
     return Picture(page, alt)
@@ -248,8 +237,7 @@ def draw_joint(
     colorbar: bool = True,
     label: str = r"$\hat P$",
 ) -> AxesImage:
-    """Draw a (cross-)joint matrix (D, D) of Eq. 10 as an image, with lines between the variables'
-    blocks.
+    """Draw a (cross-)joint matrix (D, D) of Eq. 10 as an image, with lines between its blocks.
 
     `units` is the number of units of every variable, or one number for each. The shades go with the
     square root of the probability, unless `norm` says otherwise: the diagonal blocks of a hard code
@@ -263,21 +251,19 @@ def draw_joint(
     sizes = [units] * (dim // units if units else 0) if isinstance(units, int) else list(units)
     if not sizes or min(sizes) < 1 or sum(sizes) != dim:
         raise ValueError(f"units={units} does not divide the {dim} rows of joint into variables")
-    norm = (
-        norm if norm is not None else PowerNorm(0.5, vmin=0.0, vmax=max(float(table.max()), 1e-12))
-    )
-    image = ax.imshow(
-        table, cmap=theme.sequential, norm=norm, interpolation="none" if dim <= 256 else "auto"
-    )
+    if norm is None:
+        norm = PowerNorm(0.5, vmin=0.0, vmax=max(float(table.max()), 1e-12))
+    pixels = "none" if dim <= 256 else "auto"
+    image = ax.imshow(table, cmap=theme.sequential, norm=norm, interpolation=pixels)
     edges = np.concatenate([[0], np.cumsum(sizes)]) - 0.5
     if len(sizes) <= 40:
-        lines = {"color": theme.muted, "linewidth": 0.5 if len(sizes) <= 16 else 0.25, "alpha": 0.7}
-        ax.hlines(edges[1:-1], edges[0], edges[-1], **lines)
-        ax.vlines(edges[1:-1], edges[0], edges[-1], **lines)
-    named = len(sizes) <= 12
-    centres = (edges[1:] + edges[:-1]) / 2 if named else []
-    ax.set_xticks(centres, [f"$X_{{{v + 1}}}$" for v in range(len(sizes))] if named else [])
-    ax.set_yticks(centres, [f"$X_{{{v + 1}}}$" for v in range(len(sizes))] if named else [])
+        width = 0.5 if len(sizes) <= 16 else 0.25
+        for rule in (ax.hlines, ax.vlines):
+            rule(edges[1:-1], edges[0], edges[-1], color=theme.muted, linewidth=width, alpha=0.7)
+    centers = list((edges[1:] + edges[:-1]) / 2) if len(sizes) <= 12 else []
+    names = [f"$X_{{{v + 1}}}$" for v in range(len(centers))]
+    ax.set_xticks(centers, names)
+    ax.set_yticks(centers, names)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(True)
     if colorbar:
@@ -287,8 +273,7 @@ def draw_joint(
 
 
 def gallery(images: Any, alt: str, *, columns: int = 8, scale: int = 2, gap: int = 2) -> Picture:
-    """Return a contact sheet of uint8 images (N, 3, H, W), each pixel enlarged to `scale` by
-    `scale`.
+    """Return a contact sheet of uint8 images (N, 3, H, W), each pixel `scale` times as large.
 
     The gaps are transparent, so one sheet serves both themes. Raises `ValueError` for other shapes
     or types.
@@ -298,30 +283,27 @@ def gallery(images: Any, alt: str, *, columns: int = 8, scale: int = 2, gap: int
     uri = _array_uri(sheet)
     img = (
         f'<img class="dark-light imsvd-pixels" src="{uri}" alt="{html.escape(alt)}" '
-        f'width="{sheet.shape[1]}" '
-        'style="max-width:100%;height:auto;image-rendering:pixelated">'
+        f'width="{sheet.shape[1]}" style="max-width:100%;height:auto;image-rendering:pixelated">'
     )
     return Picture(f'<div class="imsvd-figure">{img}</div>', alt)
 
 
 def draw_gallery(ax: Axes, images: Any, *, columns: int = 8, gap: int = 2) -> AxesImage:
-    """Draw a contact sheet of uint8 images (N, 3, H, W) into `ax`, without axes: for galleries
-    inside figures."""
+    """Draw a contact sheet of uint8 images (N, 3, H, W) into `ax`, which loses its axes."""
     ax.set_axis_off()
     return ax.imshow(contact_sheet(images, columns=columns, gap=gap), interpolation="none")
 
 
 def contact_sheet(images: Any, *, columns: int = 8, gap: int = 2, scale: int = 1) -> np.ndarray:
-    """Return images (N, 3, H, W) of uint8 as one RGBA array, row by row, transparent where there is
-    no image.
+    """Return images (N, 3, H, W) of uint8 as one RGBA array, row by row, elsewhere transparent.
 
     Every pixel becomes `scale` by `scale` pixels; `gap` pixels of the sheet lie between images.
     """
     stack = _array(images)
     if stack.ndim != 4 or stack.shape[1] != 3 or stack.dtype != np.uint8 or not len(stack):
         raise ValueError(
-            f"images has shape {stack.shape} and type {stack.dtype}; uint8 of shape (N, 3, H, "
-            f"W), N >= 1, is needed"
+            f"images has shape {stack.shape} and type {stack.dtype}: "
+            "uint8 of shape (N, 3, H, W), N >= 1, is needed"
         )
     if columns < 1 or scale < 1 or gap < 0:
         raise ValueError(
@@ -334,9 +316,8 @@ def contact_sheet(images: Any, *, columns: int = 8, gap: int = 2, scale: int = 1
     sheet = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, 4), np.uint8)
     for i, image in enumerate(stack):
         top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
-        sheet[top : top + height, left : left + width] = np.dstack(
-            [image, np.full((height, width), 255, np.uint8)]
-        )
+        sheet[top : top + height, left : left + width, :3] = image
+        sheet[top : top + height, left : left + width, 3] = 255
     return sheet
 
 
@@ -344,8 +325,7 @@ def _check_alt(alt: str) -> None:
     if len(alt.strip()) < SHORTEST_ALT:
         raise ValueError(
             f"alt={alt!r} is too short: say in a sentence of at least {SHORTEST_ALT} characters "
-            f"what the picture "
-            "shows, for a reader who cannot see it"
+            "what the picture shows, for a reader who cannot see it"
         )
 
 
@@ -359,31 +339,28 @@ def _img(theme: Theme, alt: str, uri: str, width: float) -> str:
     display = "none" if theme.name == "dark" else "inline-block"
     return (
         f'<img class="imsvd-{theme.name} dark-light" src="{uri}" alt="{html.escape(alt)}" '
-        f'width="{width:.0f}" '
-        f'style="display:{display};max-width:100%;height:auto">'
+        f'width="{width:.0f}" style="display:{display};max-width:100%;height:auto">'
     )
 
 
 def _render(draw: Callable[[Theme], Figure], theme: Theme, kind: str) -> tuple[str, float]:
     """Return a drawing as a data URI, and its width on a page, where an inch has 96 pixels."""
-    options = {
-        "svg": {
-            "dpi": 200,
-            "metadata": dict.fromkeys(("Date", "Creator", "Format", "Type")),
-        },  # a date differs daily
-        "webp": {"dpi": 2 * 96, "pil_kwargs": {"lossless": True, "method": 4}},
-    }[kind]
+    options: dict[str, Any] = {"dpi": 2 * 96, "pil_kwargs": {"lossless": True, "method": 4}}
+    if kind == "svg":
+        # No metadata: a date would differ daily.
+        options = {"dpi": 200, "metadata": dict.fromkeys(("Date", "Creator", "Format", "Type"))}
     stream = io.BytesIO()
-    with matplotlib.rc_context(theme.rc()):
+    # Matplotlib's types name every setting; a theme's are words like any others.
+    settings: Any = theme.rc()
+    with matplotlib.rc_context(settings):
         drawing = draw(theme)
         if not isinstance(drawing, Figure):
             raise ValueError(
                 f"draw returned {type(drawing).__name__}: it must return the Figure that it drew"
             )
         drawing.savefig(stream, format=kind, transparent=True, **options)
-    return _uri(
-        "image/svg+xml" if kind == "svg" else "image/webp", stream.getvalue()
-    ), 96 * drawing.get_figwidth()
+    media = "image/svg+xml" if kind == "svg" else "image/webp"
+    return _uri(media, stream.getvalue()), 96 * drawing.get_figwidth()
 
 
 def _array_uri(pixels: np.ndarray) -> str:

@@ -4,39 +4,40 @@ Both are plain autograd on one process's batch, for studies; `loss.CrossJointEnt
 trains.
 """
 
+from functools import reduce
+
 import torch
 from torch import Tensor, nn
 
 from imsvd_core.discretization import Units, soft_discretize, split_variables, unit_counts
 from imsvd_core.information import joint_entropy, mean_subset_entropy
-from imsvd_core.loss import LossTerms, check_logits, check_settings
+from imsvd_core.loss import LossTerms, check_logits, check_number_drawn, check_settings
 
 
 class _Objective(nn.Module):
-    """Weights and terms: codes are made in float32 under any autocast, a subclass says what its
-    `terms` are."""
+    """Weights and terms, of codes in float32 under any autocast; a subclass has its `terms`."""
 
     def __init__(self, units: Units, temperature: float, **weights: float):
         super().__init__()
-        check_settings(units, temperature, **weights)
+        check_settings(units, temperature, "inner_product", **weights)
         self.units, self.temperature, self.weights = units, temperature, tuple(weights.values())
 
     def forward(self, z1: Tensor, z2: Tensor) -> LossTerms:
         check_logits(z1, z2, self.units)
         wide = torch.promote_types(z1.dtype, torch.float32)
         with torch.autocast(z1.device.type, enabled=False):
-            terms = self.terms(
-                *(soft_discretize(z.to(wide), self.units, self.temperature) for z in (z1, z2))
-            )
-            return LossTerms(
-                sum(weight * term for weight, term in zip(self.weights, terms, strict=False)),
-                *terms,
-            )
+            p1, p2 = (soft_discretize(z.to(wide), self.units, self.temperature) for z in (z1, z2))
+            terms = self.terms(p1, p2)
+            weighted = [weight * term for weight, term in zip(self.weights, terms, strict=True)]
+            return LossTerms(weighted[0] + weighted[1] + weighted[2], *terms)
+
+    def terms(self, p1: Tensor, p2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The three terms of the loss, from the codes (N, D) of both views."""
+        raise NotImplementedError
 
 
 class CollisionLoss(_Objective):
-    """Eq. 11 with OE replaced by a bound from above that needs N×N Gram matrices only (Rényi's
-    entropy of order 2).
+    """Eq. 11 with OE bounded from above, by N×N Gram matrices only (Rényi's entropy of order 2).
 
     Σ P log P ≤ log Σ P², the logarithm of the chance that two samples collide in both variables.
     Its mean over pairs is at most the logarithm of the mean, and that mean is Σ_nm K¹_nm K²_nm / N²
@@ -71,21 +72,23 @@ class CollisionLoss(_Objective):
 
 
 def log_mean_collision(p1: Tensor, p2: Tensor, units: Units) -> Tensor:
-    """log of the mean over pairs i ≠ j of Σ_bc P̂_(i,b),(j,c)², from codes (N, D) each;
-    0 for one variable."""
+    """log of the mean over pairs i ≠ j of Σ_bc P̂_(i,b),(j,c)², from codes (N, D) each.
+
+    0 for one variable.
+    """
     samples, variables = len(p1), len(unit_counts(units, p1.shape[1]))
     if variables == 1:
         return p1.new_zeros(())
     every_pair = ((p1 @ p1.T) * (p2 @ p2.T)).sum() / samples**2
-    own = [split_variables(p, units).transpose(0, 1) for p in (p1, p2)]
-    same_variable = (own[0].mT @ own[1] / samples).square().sum()
+    first, second = (split_variables(p, units).transpose(0, 1) for p in (p1, p2))
+    same_variable = (first.mT @ second / samples).square().sum()
     return ((every_pair - same_variable) / (variables * (variables - 1))).log()
 
 
 class SubsetEntropyLoss(_Objective):
-    """The general objective (Eq. 9) as a loss: λ·TI − (α − βK) H̄_1 − β H̄_K, with H̄ averaged over
-    both views' own codes.
+    """The general objective (Eq. 9) as a loss: λ·TI − (α − βK) H̄_1 − β H̄_K.
 
+    H̄ is averaged over both views' own codes.
     On hard codes its least value is −(1 + K) log B at the default weights α = 1 + K, β = 1, which
     only arrays of strength K attain; for K = 2 it equals Eq. 11 there.
 
@@ -124,29 +127,30 @@ class SubsetEntropyLoss(_Objective):
             raise ValueError(
                 f"order={order!r} must be a whole number ≥ 2: subsets of one variable are H̄_1"
             )
-        if subsets is not None and (type(subsets) is not int or subsets < 1):
-            raise ValueError(f"subsets={subsets!r} must be a whole number ≥ 1, or None for all")
+        check_number_drawn("subsets", subsets)
         self.order, self.subsets = order, subsets
 
     def terms(self, p1: Tensor, p2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         views, variables = (p1, p2), len(unit_counts(self.units, p1.shape[1]))
         if self.order > variables:
-            raise ValueError(f"order={self.order} exceeds the {variables} variables that there are")
-        single = sum(mean_subset_entropy(p, self.units, 1) for p in views) / 2
+            raise ValueError(f"order={self.order} exceeds the {variables} variables of the codes")
+        single = [mean_subset_entropy(p, self.units, 1) for p in views]
         if self.subsets is None:
-            several = sum(mean_subset_entropy(p, self.units, self.order) for p in views) / 2
+            several = [mean_subset_entropy(p, self.units, self.order) for p in views]
         else:
             drawn = [torch.randperm(variables)[: self.order].tolist() for _ in range(self.subsets)]
-            several = sum(
-                joint_entropy(p, self.units, subset) for p in views for subset in drawn
-            ) / (2 * len(drawn))
-        return -single, -several, _diagonal_terms(p1, p2, self.units)[1]
+            several = [joint_entropy(p, self.units, subset) for p in views for subset in drawn]
+        disagreement = _diagonal_terms(p1, p2, self.units)[1]
+        return -_mean(single), -_mean(several), disagreement
+
+
+def _mean(values: list[Tensor]) -> Tensor:
+    return reduce(torch.add, values) / len(values)
 
 
 def _diagonal_terms(p1: Tensor, p2: Tensor, units: Units) -> tuple[Tensor, Tensor]:
     """DE and TI of Eq. 11, from codes."""
     both = split_variables(p1 * p2, units)
     occupancy = both.mean(0)
-    return torch.special.xlogy(occupancy, occupancy).sum() / len(occupancy), -both.sum(
-        -1
-    ).log().mean()
+    diagonal = torch.special.xlogy(occupancy, occupancy).sum() / len(occupancy)
+    return diagonal, -both.sum(-1).log().mean()

@@ -61,7 +61,7 @@ def test_the_cross_joint_is_equation_10_and_the_self_joint_equation_3(
     for found, other in ((joint(p1, p2), p2), (joint(p1), p1)):
         for a, b in product(range(sum(units)), repeat=2):
             expected = sum(
-                x[a] * y[b] for x, y in zip(p1.tolist(), other.tolist(), strict=False)
+                x[a] * y[b] for x, y in zip(p1.tolist(), other.tolist(), strict=True)
             ) / len(p1)
             assert found[a, b].item() == pytest.approx(expected, abs=1e-15)
 
@@ -131,8 +131,8 @@ def test_unequal_units_pass_gradcheck() -> None:
 def test_half_precision_codes_are_accumulated_in_float32(
     dtype: torch.dtype, autocast: bool
 ) -> None:
-    # 4096 samples put 2⁻¹² into each cell of a 64 × 64 block, in steps of 2⁻²⁶ that float16 cannot
-    # hold.
+    # 4096 samples put 2⁻¹² into each cell of a 64 × 64 block, in steps of 2⁻²⁶: too small for
+    # float16.
     p = torch.full((4096, 64), 1 / 64, dtype=dtype)
     with torch.autocast("cpu", dtype=dtype, enabled=autocast):
         found = joint(p, p), marginals(p)

@@ -93,7 +93,8 @@ def test_training_under_ddp_is_training_on_the_joined_batch(ranks):
 
 def unlike(rank, size):
     """What is said where rank 1 differs: in samples, having none, in dimensions, in type, in
-    wanting a gradient."""
+    wanting a gradient.
+    """
     whole = torch.randn(4, 6, requires_grad=True)
     wide, detached = whole.detach().double().requires_grad_(), whole.detach()
     said = []
@@ -303,7 +304,7 @@ def test_the_ranks_of_a_job_meet_where_no_other_attempt_does(slurm):
 
 def test_a_first_node_that_has_no_address_here_is_named_at_once(slurm):
     with pytest.raises(
-        ValueError, match=r"MASTER_ADDR='nowhere.invalid', the job's first node, has no address on"
+        ValueError, match=r"MASTER_ADDR='nowhere\.invalid', the job's first node, has no address on"
     ):
         meeting_point(slurm, SLURM_JOB_NODELIST="nowhere.invalid,localhost")
 

@@ -1,5 +1,6 @@
 """Entropies, total correlation and mutual information, against `dit` and values known in closed
-form."""
+form.
+"""
 
 import math
 from itertools import combinations, product
@@ -47,8 +48,7 @@ def full_table(p: Tensor, units: tuple[int, ...]) -> dict[tuple[int, ...], float
     rows = p.tolist()
     return {
         cell: sum(
-            math.prod(row[start + b] for start, b in zip(starts, cell, strict=False))
-            for row in rows
+            math.prod(row[start + b] for start, b in zip(starts, cell, strict=True)) for row in rows
         )
         / len(rows)
         for cell in product(*map(range, units))

@@ -1,5 +1,6 @@
 """Figures: two themes, a text for those who cannot see, the same bytes every time, nothing from
-elsewhere."""
+elsewhere.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Tables that a batch can hold: orthogonal arrays, hard packings, free soft tables, and what bounds
-them all.
+"""Tables that a batch can hold: orthogonal arrays, hard packings, free soft tables; their bounds.
 
-`designs` builds hard codes that attain the bounds of `bounds`; `tables` searches for codes that no
+`designs` builds hard codes that attain the bounds of `bounds`; `search` looks for codes that no
 construction gives.
 """
 

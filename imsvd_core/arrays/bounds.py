@@ -9,34 +9,32 @@ from math import comb, log
 
 import torch
 
-SMALLEST = 1e-12  # agreement that is looked at: f is infinite, or 0, at 0
+#: The smallest agreement that is tried: f is infinite, or 0, at 0
+SMALLEST = 1e-12
 
 
 def population_bound(units: int, invariance_weight: float = 1.0, strength: int = 2) -> float:
-    """Least value of DE + OE + λ·TI over batches of all sizes; −3 log B if λ ≥ 1 − log B (Theorem
-    1).
+    """Least value of DE + OE + λ·TI over all batches; −3 log B if λ ≥ 1 − log B (Theorem 1).
 
     No batch goes below, and not every batch attains it (`rao_bound`, `hard_bound`, `fano_bound`).
 
     With `strength` K it bounds the loss that has the joint entropy of K variables in place of that
     of pairs. Below 1 − log B, which needs B = 2, softer codes win, and the value is min f(s) − K
-    log B over 0 < s ≤ 1 with f(s) = s log(s/B) − λ log s. Raises ValueError unless B ≥ 2, λ ≥ 0 and
-    K ≥ 2.
+    log B over 0 < s ≤ 1 with f(s) = s log(s/B) − λ log s.
+    Raises ValueError unless B ≥ 2, λ ≥ 0 and K ≥ 2.
     """
     _check(units=units, least=2)
     if strength < 2 or not invariance_weight >= 0:
         raise ValueError(
-            f"strength={strength}, invariance_weight={invariance_weight}: need strength ≥ 2 and "
-            f"a weight ≥ 0"
+            f"strength={strength}, invariance_weight={invariance_weight}: "
+            "need strength ≥ 2 and a weight ≥ 0"
         )
-    return _least(lambda s: agreement_cost(s, units, invariance_weight), SMALLEST, 1.0)[
-        1
-    ] - strength * log(units)
+    _, cost = _least(lambda s: agreement_cost(s, units, invariance_weight), SMALLEST, 1.0)
+    return cost - strength * log(units)
 
 
 def agreement_cost(s: float, units: int, invariance_weight: float = 1.0) -> float:
-    """f(s) = s log(s/B) − λ log s: least DE + λ·TI of a variable whose views agree with probability
-    s.
+    """f(s) = s log(s/B) − λ log s: least DE + λ·TI of a variable whose views agree with chance s.
 
     Raises ValueError unless 0 < s ≤ 1.
     """
@@ -46,8 +44,7 @@ def agreement_cost(s: float, units: int, invariance_weight: float = 1.0) -> floa
 
 
 def hard_bound(samples: int, units: int) -> float:
-    """Least value of DE + OE + λ·TI that hard codes which agree might have: −H_bal(N, B) − H_bal(N,
-    B²).
+    """−H_bal(N, B) − H_bal(N, B²): no lower DE + OE + λ·TI have hard codes that agree.
 
     Attained by `hard_packing`, and by orthogonal arrays; not by every N, B and V (`plotkin_bound`).
     """
@@ -55,8 +52,7 @@ def hard_bound(samples: int, units: int) -> float:
 
 
 def balanced_entropy(samples: int, cells: int) -> float:
-    """Largest entropy of N counted samples in M cells, in nats: counts as equal as whole numbers
-    can be.
+    """Largest entropy of N counted samples in M cells, in nats: of counts as equal as can be.
 
     Raises ValueError unless N, M ≥ 1.
     """
@@ -67,19 +63,17 @@ def balanced_entropy(samples: int, cells: int) -> float:
 
 
 def rao_bound(samples: int, units: int) -> int:
-    """No more variables than this has an orthogonal array of strength 2 with N rows: V ≤ (N − 1) /
-    (B − 1) (Rao, 1947)."""
+    """V ≤ (N − 1) / (B − 1): most variables of an array of strength 2 with N rows (Rao, 1947)."""
     _check(samples=samples)
     _check(units=units, least=2)
     return (samples - 1) // (units - 1)
 
 
 def plotkin_bound(samples: int, units: int) -> float:
-    """No more variables than this have N hard samples of which any two agree in at most one
-    variable.
+    """Most variables of N hard samples of which any two agree in at most one variable.
 
-    That is what balanced marginals and pairs that occur at most once each ask for; B(N − 1)/(N − B)
-    if B divides N. Infinite for N ≤ B, where no two samples need ever agree.
+    Balanced marginals, and pairs that occur at most once each, need that; B(N − 1)/(N − B) if B
+    divides N. Infinite for N ≤ B, where no two samples need ever agree.
     """
     _check(samples=samples)
     _check(units=units, least=2)
@@ -89,11 +83,11 @@ def plotkin_bound(samples: int, units: int) -> float:
 
 
 def fano_entropy(agreement: float, units: int) -> float:
-    """F_B(s): largest entropy of a distribution on B units that agrees with another with
-    probability s or more, in nats.
+    """F_B(s): largest entropy of a distribution on B units that agrees with another, in nats.
 
-    Its top probability is at least s, so F_B(s) = −s log s − (1 − s) log((1 − s)/(B − 1)) for s ≥
-    1/B, log B below. Raises ValueError unless B ≥ 2 and 0 ≤ s ≤ 1.
+    They agree with probability s or more. The top probability is at least s, and so
+    F_B(s) = −s log s − (1 − s) log((1 − s)/(B − 1)) for s ≥ 1/B, log B below.
+    Raises ValueError unless B ≥ 2 and 0 ≤ s ≤ 1.
     """
     _check(units=units, least=2)
     if not 0 <= agreement <= 1 + 1e-9:
@@ -103,8 +97,7 @@ def fano_entropy(agreement: float, units: int) -> float:
 
 
 def fano_bound(samples: int, units: int, invariance_weight: float = 1.0) -> float:
-    """A value below which no codes of N samples, soft or hard, can bring the loss: not always
-    attained.
+    """A bound of the loss of N samples' codes, soft or hard; it is not always attained.
 
     min over s of f(s) − min(2 log B, log N + 2 F_B(s)): a pair tells at most the sample, and the
     noise of its two codes.
@@ -122,8 +115,7 @@ def fano_bound(samples: int, units: int, invariance_weight: float = 1.0) -> floa
 def smoothed_packing_loss(
     theta: float, samples: int, units: int, invariance_weight: float = 1.0
 ) -> float:
-    """Loss of a hard packing's codes smoothed to p = a·one-hot + (1 − a)/B, θ = a², for any number
-    of variables.
+    """Loss of a hard packing's codes smoothed to p = a·one-hot + (1 − a)/B, θ = a², for any V.
 
     Exact for the codes of `hard_packing`. Raises ValueError unless 0 ≤ θ ≤ 1 and N ≤ B².
     """
@@ -170,27 +162,22 @@ def expected_entropy(samples: int, cells: int) -> float:
 def simulated_entropy(
     samples: int, cells: int, draws: int = 100, seed: int = 0
 ) -> tuple[float, float]:
-    """(mean, standard error) of the plug-in entropy over `draws` simulated batches: what
-    `expected_entropy` gives exactly.
+    """(mean, standard error) of the plug-in entropy over simulated batches.
 
+    The mean estimates what `expected_entropy` gives exactly.
     Raises ValueError unless N, M ≥ 1 and draws ≥ 2.
     """
     _check(samples=samples, cells=cells)
     _check(draws=draws, least=2)
     generator = torch.Generator().manual_seed(seed)
-    counts = torch.stack(
-        [
-            torch.randint(cells, (samples,), generator=generator).bincount(minlength=cells)
-            for _ in range(draws)
-        ]
-    ).double()
+    batches = [torch.randint(cells, (samples,), generator=generator) for _ in range(draws)]
+    counts = torch.stack([batch.bincount(minlength=cells) for batch in batches]).double()
     entropies = log(samples) - torch.xlogy(counts, counts).sum(1) / samples
     return entropies.mean().item(), (entropies.std() / math.sqrt(draws)).item()
 
 
 def visible_share(samples: int, units: int) -> float:
-    """Share of the entropy that its last unit adds to a pair of variables which a batch of N shows
-    on average.
+    """Share that a batch of N shows, on average, of the entropy that the last unit adds to a pair.
 
     Going from B − 1 to B units adds 2 log B − 2 log(B − 1) to the entropy of a uniform independent
     pair, and less to the mean of its plug-in estimate. Near 1 for B² ≪ N, near 0 for B² ≫ N. Raises
@@ -198,8 +185,8 @@ def visible_share(samples: int, units: int) -> float:
     """
     _check(samples=samples)
     _check(units=units, least=2)
-    seen = expected_entropy(samples, units**2) - expected_entropy(samples, (units - 1) ** 2)
-    return seen / (2 * log(units) - 2 * log(units - 1))
+    shown = expected_entropy(samples, units**2) - expected_entropy(samples, (units - 1) ** 2)
+    return shown / (2 * log(units) - 2 * log(units - 1))
 
 
 def suggest_units(batch_size: int, *, dim: int | None = None, visible: float = 0.25) -> int:
@@ -240,8 +227,7 @@ def _xlogx(x: float) -> float:
 
 
 def _least(function: Callable[[float], float], low: float, high: float) -> tuple[float, float]:
-    """(place, value) of the least value of a convex function on [low, high], the ends included:
-    golden section."""
+    """(place, least value) of a convex function on [low, high], ends included: golden section."""
     ends = [(function(x), x) for x in (low, high)]
     ratio = (math.sqrt(5) - 1) / 2
     left, right = high - ratio * (high - low), low + ratio * (high - low)

@@ -1,5 +1,4 @@
-"""Orthogonal arrays and packings: hard codes that are as uniform and as independent as a batch
-allows.
+"""Orthogonal arrays and packings: hard codes as uniform and independent as a batch allows.
 
 A table of hard codes is an integer tensor (N, V), values 0 … B − 1; `one_hot_codes` turns it into
 soft codes p.
@@ -37,14 +36,17 @@ def galois_field(order: int) -> GaloisField:
     factors = factorint(order) if isinstance(order, int) and 2 <= order <= MAX_FIELD else {}
     if len(factors) != 1:
         raise ValueError(
-            f"order={order!r}: a field needs a prime power from 2 to {MAX_FIELD} (2, 3, 4, 5, "
-            f"7, 8, 9, 11, …)"
+            f"order={order!r}: a field needs a prime power from 2 to {MAX_FIELD} "
+            "(2, 3, 4, 5, 7, 8, 9, 11, …)"
         )
     ((prime, degree),) = factors.items()
 
     def digits(x: int) -> list[int]:
         """Coefficients, highest first, as sympy has them."""
-        return gf_strip([x // prime**power % prime for power in reversed(range(degree + 1))])
+        coefficients: list[int] = gf_strip(
+            [x // prime**power % prime for power in reversed(range(degree + 1))]
+        )
+        return coefficients
 
     modulus = next(
         poly for poly in map(digits, range(order, 2 * order)) if gf_irreducible_p(poly, prime, ZZ)
@@ -52,20 +54,14 @@ def galois_field(order: int) -> GaloisField:
     place = prime ** torch.arange(degree)
     coefficients = torch.arange(order)[:, None] // place % prime
     add = ((coefficients[:, None] + coefficients) % prime * place).sum(-1)
-    multiply = torch.tensor(
-        [
-            [
-                _number(gf_rem(gf_mul(digits(x), digits(y), prime, ZZ), modulus, prime, ZZ), prime)
-                for y in range(order)
-            ]
-            for x in range(order)
-        ]
-    )
+
+    def product(x: int, y: int) -> int:
+        result = gf_rem(gf_mul(digits(x), digits(y), prime, ZZ), modulus, prime, ZZ)
+        return reduce(lambda number, digit: number * prime + int(digit), result, 0)
+
+    elements = range(order)
+    multiply = torch.tensor([[product(x, y) for y in elements] for x in elements])
     return GaloisField(add, multiply)
-
-
-def _number(poly: list[int], prime: int) -> int:
-    return reduce(lambda number, digit: number * prime + int(digit), poly, 0)
 
 
 def orthogonal_array(units: int, strength: int = 2, variables: int | None = None) -> Tensor:
@@ -97,12 +93,11 @@ def orthogonal_array(units: int, strength: int = 2, variables: int | None = None
 
 
 def hard_packing(samples: int, units: int, variables: int) -> Tensor:
-    """N ≤ B² samples of V variables: uniform marginals, and no pair of values twice in any two
-    columns.
+    """N ≤ B² samples of V variables, marginals uniform, no pair of values twice in two columns.
 
     Sample (a, b) has the values a + k·b over GF(B): a runs over the field, b over N / B of its
-    elements, and every variable has its own k. Returns integers (N, V). Raises ValueError unless B
-    = `units` is a prime power, B divides N ≤ B², and V ≤ B.
+    elements, and every variable has its own k. Returns integers (N, V).
+    Raises ValueError unless B = `units` is a prime power, B divides N ≤ B², and V ≤ B.
     """
     field = galois_field(units)
     if samples % units or not units <= samples <= units**2:
@@ -118,25 +113,19 @@ def one_hot_codes(values: Tensor, units: int, dtype: torch.dtype = torch.float64
 
     Raises ValueError for values that are no such integers.
     """
-    if (
-        values.ndim != 2
-        or values.dtype != torch.int64
-        or not values.numel()
-        or values.min() < 0
-        or values.max() >= units
-    ):
+    is_table = values.ndim == 2 and values.dtype == torch.int64 and values.numel()
+    if not is_table or values.min() < 0 or values.max() >= units:
         raise ValueError(
-            f"values of shape {tuple(values.shape)} and {values.dtype}: need int64 (N, V) from "
-            f"0 to {units - 1}"
+            f"values of shape {tuple(values.shape)} and {values.dtype}: "
+            f"need int64 (N, V) from 0 to {units - 1}"
         )
     return one_hot(values, units).flatten(1).to(dtype)
 
 
 def strength(values: Tensor, units: int) -> int:
-    """Largest k for which any k columns of integers (N, V) show all Bᵏ tuples equally often; 0 if
-    not even one does.
+    """Largest k for which any k columns of integers (N, V) show all Bᵏ tuples equally often.
 
-    Raises ValueError for values outside 0 … B − 1.
+    0 if not even single columns do. Raises ValueError for values outside 0 … B − 1.
     """
     one_hot_codes(values, units)  # refuses what is no table of values
     samples, variables = values.shape

@@ -1,9 +1,9 @@
-"""Codes without a network: tables of free numbers, and hard codes, driven to the least loss that a
-search finds."""
+"""Codes without a network: free tables and hard codes, driven to the least loss that is found."""
 
+import itertools
 import math
 import random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +18,8 @@ class FreeTables(NamedTuple):
     loss: float  #: of the best, in nats
     p1: Tensor  #: its codes of view 1, (N, V·B)
     p2: Tensor  #: its codes of view 2, (N, V·B)
-    mean_top: (
-        float  #: mean over samples, variables and views of the top probability; 1 for hard codes
-    )
+    #: mean over samples, variables and views of the top probability; 1 for hard codes
+    mean_top: float
     restarts: Tensor  #: final loss of every restart, (R,)
 
 
@@ -34,7 +33,7 @@ def optimise_tables(
     learning_rate: float = 0.1,
     scale: float = 2.0,
     seed: int = 0,
-    **settings,
+    **settings: Any,
 ) -> FreeTables:
     """Minimise the loss over the logits of both views: Adam, from many random starts at once.
 
@@ -44,19 +43,13 @@ def optimise_tables(
     In float64, in memory for `restarts` matrices of (V·B)² cells.
     Raises ValueError unless there are 1 sample, restart and step, 2 units and 2 variables.
     """
-    _check_sizes(
-        samples=(samples, 1),
-        units=(units, 2),
-        variables=(variables, 2),
-        restarts=(restarts, 1),
-        steps=(steps, 1),
-    )
+    _check_sizes(1, samples=samples, restarts=restarts, steps=steps)
+    _check_sizes(2, units=units, variables=variables)
     generator = torch.Generator().manual_seed(seed)
 
     def normal() -> Tensor:
-        return torch.randn(
-            restarts, samples, variables * units, generator=generator, dtype=torch.float64
-        )
+        shape = restarts, samples, variables * units
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     common = scale * normal()
     views = [(common + 0.1 * scale * normal()).requires_grad_() for _ in range(2)]
@@ -65,7 +58,7 @@ def optimise_tables(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         optimizer.zero_grad()
-        losses(*views).sum().backward()
+        torch.autograd.backward(losses(*views).sum())
         optimizer.step()
         schedule.step()
     with torch.no_grad():
@@ -86,36 +79,27 @@ def search_hard_codes(
     seed: int = 0,
     target: float = -math.inf,
 ) -> tuple[float, Tensor]:
-    """(loss, values (N, V)) of the best hard codes that simulated annealing finds, the same in both
-    views.
+    """(loss, values (N, V)) of the best hard codes, the same in both views, by simulated annealing.
 
     Each move gives one variable of one sample another value; the temperature falls to zero over the
     sweeps. Stops early at `target` (say `hard_bound`, which nothing hard can beat). Meant for tens
-    of samples. Raises ValueError unless there are at least 1 sample, 2 units, 2 variables, 1
-    restart and 1 sweep.
+    of samples.
+    Raises ValueError unless there are at least 1 sample, 2 units, 2 variables, 1 restart and 1
+    sweep.
     """
-    _check_sizes(
-        samples=(samples, 1),
-        units=(units, 2),
-        variables=(variables, 2),
-        restarts=(restarts, 1),
-        sweeps=(sweeps, 1),
-    )
+    _check_sizes(1, samples=samples, restarts=restarts, sweeps=sweeps)
+    _check_sizes(2, units=units, variables=variables)
     chance = random.Random(seed)
-    best, values = math.inf, None
+    best, values = math.inf, torch.empty(0)
     for _ in range(restarts):
         counted = _CountedCodes(samples, units, variables, chance)
         for sweep in range(sweeps):
             heat = 0.5 * (1 - sweep / sweeps) ** 2
             for _ in range(samples * variables):
-                move = (
-                    chance.randrange(samples),
-                    chance.randrange(variables),
-                    chance.randrange(units),
-                )
-                change = counted.change(*move)
+                n, v, b = map(chance.randrange, (samples, variables, units))
+                change = counted.change(n, v, b)
                 if change <= 0 or chance.random() < math.exp(-change / heat):
-                    counted.make(*move)
+                    counted.make(n, v, b)
         if counted.loss() < best:
             best, values = counted.loss(), torch.tensor(counted.values).T.contiguous()
         if best <= target + 1e-12:
@@ -124,35 +108,28 @@ def search_hard_codes(
 
 
 class _CountedCodes:
-    """Hard codes, and how many samples hold each value and each pair of values, kept up with every
-    move."""
+    """Hard codes, and how many samples hold each value and each pair of values, move by move."""
 
     def __init__(self, samples: int, units: int, variables: int, chance: random.Random):
         self.values = [
             chance.sample([n % units for n in range(samples)], samples) for _ in range(variables)
         ]
         self.single = [[column.count(b) for b in range(units)] for column in self.values]
-        self.pair = {
-            (v, j): [[0] * units for _ in range(units)]
-            for v in range(variables)
-            for j in range(variables)
-            if j != v
-        }
-        for (v, j), table in self.pair.items():  # table[c][b]: X_j = c, X_v = b
+        self.pair = {}
+        for v, j in itertools.permutations(range(variables), 2):
+            table = [[0] * units for _ in range(units)]  # table[c][b]: X_j = c, X_v = b
             for b, c in zip(self.values[v], self.values[j], strict=True):
                 table[c][b] += 1
+            self.pair[v, j] = table
         self.xlogx = [0.0] + [count * math.log(count) for count in range(1, samples + 1)]
 
     def change(self, n: int, v: int, new: int) -> float:
-        """Change of N·V times the loss, up to its constant, if variable v of sample n took another
-        value."""
-        old, others = self.values[v][n], len(self.values) - 1
-        pairs = sum(
-            self._moved(self.pair[v, j][self.values[j][n]], old, new)
-            for j in range(others + 1)
-            if j != v
-        )
-        return self._moved(self.single[v], old, new) + 2 * pairs / others
+        """Change of N·V times the loss if variable v of sample n took the value `new`."""
+        old, pairs = self.values[v][n], 0.0
+        for j, column in enumerate(self.values):
+            if j != v:
+                pairs += self._moved(self.pair[v, j][column[n]], old, new)
+        return self._moved(self.single[v], old, new) + 2 * pairs / (len(self.values) - 1)
 
     def _moved(self, counts: list[int], old: int, new: int) -> float:
         """Change of Σ k log k over `counts` when one sample moves from cell `old` to cell `new`."""
@@ -172,19 +149,14 @@ class _CountedCodes:
 
     def loss(self) -> float:
         """−H̄_1 − H̄_2: DE + OE of hard codes that agree, where TI is 0."""
-        samples = len(self.values[0])
-        crowds = [
-            [self.xlogx[k] for counts in self.single for k in counts],
-            [self.xlogx[k] for table in self.pair.values() for counts in table for k in counts],
-        ]
-        means = [
-            sum(crowd) / tables
-            for crowd, tables in zip(crowds, (len(self.single), len(self.pair)), strict=True)
-        ]
-        return sum(means) / samples - 2 * math.log(samples)
+        samples, tables = len(self.values[0]), self.pair.values()
+        single = sum(self.xlogx[k] for counts in self.single for k in counts)
+        pair = sum(self.xlogx[k] for table in tables for counts in table for k in counts)
+        means = single / len(self.single) + pair / len(self.pair)
+        return means / samples - 2 * math.log(samples)
 
 
-def _check_sizes(**sizes: tuple[int, int]) -> None:
-    for name, (value, least) in sizes.items():
+def _check_sizes(least: int, **sizes: int) -> None:
+    for name, value in sizes.items():
         if value < least:
             raise ValueError(f"{name}={value} must be at least {least}")

@@ -53,7 +53,7 @@ def data(argv: Sequence[str]) -> None:
     """Download a data set, or verify a data root."""
     if argv[:1] == ["get"]:
         name = tyro.cli(DataGetCommand, prog="imsvd data get", args=argv[1:]).name
-        print(f"{name} is in {download.get(name)}")
+        print(f"{name} is in {download.get(name).folder}")
         return
     if argv[:1] != ["check"]:
         raise usage(

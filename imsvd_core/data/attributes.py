@@ -59,7 +59,8 @@ FACTORS: dict[str, tuple[str, ...]] = {
     "ground": tuple(GROUND_PALETTE),
 }
 """The discrete factors and the names of their values, in the order of the integers that stand for
-them."""
+them.
+"""
 
 CLASSES: tuple[str, ...] = tuple(
     f"{texture} {shape}" for shape in FACTORS["shape"] for texture in FACTORS["texture"]
@@ -137,7 +138,8 @@ def draw(
 
 def _picture(factors: dict[str, Tensor], size: int) -> Tensor:
     """One block of pictures, float32 (N, 3, size, size) in grey levels: background, shadow, shape,
-    light."""
+    light.
+    """
     f = {name: values[:, None, None] for name, values in factors.items()}
     axis = (torch.arange(size) + 0.5) * (2 / size) - 1
     x, y = axis.expand(1, size, size), axis[:, None].expand(1, size, size)
@@ -207,7 +209,8 @@ def _star(
     drop: float = 0.04,
 ) -> Tensor:
     """A star whose points reach out to `tip` and whose hollows reach in to `hollow`; with 3 or 5
-    points."""
+    points.
+    """
     x, y = x.abs(), drop - y
     for angle in (
         2 * math.pi / points,
@@ -271,7 +274,8 @@ _SHAPES = (_disc, _box, _triangle, _star, _heart, _cross, _ring, _moon)
 
 def _wave(t: Tensor) -> Tensor:
     """A triangle wave of period 1 between -1 and 1, the cheap and exactly rounded cousin of the
-    cosine."""
+    cosine.
+    """
     return 4 * (t - torch.floor(t) - 0.5).abs() - 1
 
 

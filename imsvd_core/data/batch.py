@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -36,8 +36,26 @@ class OrderLike(Protocol):
         """A new generator on `device`, seeded for the draws of all pieces of `step`."""
 
 
+#: (step, int64 (n,) indices of images) of each piece; consumed ahead of what is made of it
+Plan = Iterable[tuple[int, Tensor]]
+
+
 def members(views: Views | View) -> tuple[View, ...]:
     """The single views that `views` draws of every image, in the order of their draws."""
-    if isinstance(views, View):
-        return (views,)
-    return views.views
+    return (views,) if isinstance(views, View) else views.views
+
+
+def balanced(labels: Tensor, n: int, seed: int, owner: str) -> Tensor:
+    """Sorted indices (n,) of images drawn at random, as evenly over the classes as possible.
+
+    Raises ValueError, naming the `owner` of the labels (N,), unless 1 <= n <= N.
+    """
+    if not 1 <= n <= len(labels):
+        raise ValueError(f"n is {n}: take 1 to {len(labels)}, as many as {owner} holds")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    labels = labels[order]
+    by_class = labels.argsort(stable=True)
+    counts = labels.bincount()
+    turn = torch.empty_like(labels)  # an image's rank within its class
+    turn[by_class] = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]
+    return order[turn.argsort(stable=True)[:n]].sort().values

@@ -22,23 +22,26 @@ from xml.etree import ElementTree
 
 from rich.progress import Progress
 
-from imsvd_core.data import memory as datasets
 from imsvd_core.data import sources
-from imsvd_core.data import tree as folders
+from imsvd_core.data.decoding import decode as decode_image
+from imsvd_core.data.decoding import open_image
+from imsvd_core.data.voc import base_of as voc_base
+from imsvd_core.data.workers import share_of_cores
 from imsvd_core.system.files import atomic_write
 
 Decode = Literal["none", "header", "full"]
 STAMP = ".imsvd-checked.json"
+LISTS = "ImageSets/Main"  # of VOC
 SHOWN = 10  # examples of each problem
 UNPACK, PREPARE = "unpack the archives again", "prepare the data root as told below"
 JPEG_END, PNG_END = b"\xff\xd9", b"IEND\xaeB`\x82"
 
 IMAGENET_HELP = """\
 From ImageNet's site (it asks for registration) put ILSVRC2012_img_train.tar,
-ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz into {root}; torchvision unpacks them, val
-into class folders too:
-  python -c 'from torchvision.datasets import ImageNet; ImageNet("{root}", "train")'
-  python -c 'from torchvision.datasets import ImageNet; ImageNet("{root}", "val")'
+ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz into {root};
+torchvision unpacks them, val into class folders too:
+  python -c 'from torchvision.datasets import ImageNet as I; [
+    I("{root}", s) for s in ("train", "val")]'
 That gives {root}/train/<wnid>/*.JPEG and {root}/val/<wnid>/*.JPEG."""
 PLACES_HELP = """\
 From the Places database's site at MIT unpack imagesPlaces205_resize.tar.gz and
@@ -47,21 +50,22 @@ trainvalsplit_places205.zip into {root}; then link the images of both lists into
   import os
   for split in ("train", "val"):
       for line in open(f"trainvalsplit_places205/{{split}}_places205.csv"):
-          letter, *place, name = line.split()[0].split("/")
+          path = line.split()[0]
+          letter, *place, name = path.split("/")
           os.makedirs(home := f"{{split}}/" + "_".join(place), exist_ok=True)
-          source = "data/vision/torralba/deeplearning/images256/" + line.split()[0]
-          os.link(source, f"{{home}}/{{name}}")
+          os.link("data/vision/torralba/deeplearning/images256/" + path, f"{{home}}/{{name}}")
   END
 That gives {root}/train/<place>/*.jpg and {root}/val/<place>/*.jpg."""
 VOC_HELP = """\
 torchvision downloads and unpacks the archives of the VOC challenge's site:
-  python -c 'from torchvision.datasets import VOCDetection as V; V("{root}", "2007", "trainval", 1)'
-  python -c 'from torchvision.datasets import VOCDetection as V; V("{root}", "2007", "test", 1)'
-That gives JPEGImages, Annotations and ImageSets in {root}/VOCdevkit/VOC2007, of both splits."""
+  python -c 'from torchvision.datasets import VOCDetection as V; [
+    V("{root}", "2007", s, True) for s in ("trainval", "test")]'
+That gives JPEGImages, Annotations and ImageSets in {root}/VOCdevkit/VOC2007,
+of both splits together."""
 COCO_HELP = """\
 From COCO's site unpack train2017.zip, val2017.zip and annotations_trainval2017.zip into {root}.
-That gives {root}/train2017/*.jpg, {root}/val2017/*.jpg and, in {root}/annotations,
-instances_*2017.json."""
+That gives {root}/train2017/*.jpg, {root}/val2017/*.jpg and
+{root}/annotations/instances_*2017.json."""
 
 
 @dataclass
@@ -88,27 +92,27 @@ class Report:
     def ok(self) -> bool:
         return not self.problems
 
-    def add(self, what: str, example: str, remedy: str) -> None:
-        """Note one more fault of the kind `what`."""
-        same = next((problem for problem in self.problems if problem.what == what), None)
+    def add(self, kind: str, example: str, remedy: str) -> None:
+        """Note one more fault of a kind."""
+        same = next((problem for problem in self.problems if problem.what == kind), None)
         if same is None:
-            self.problems.append(same := Problem(what, remedy))
+            self.problems.append(same := Problem(kind, remedy))
         same.count += 1
         same.first += [example] if same.count <= SHOWN else []
 
-    def expect(self, what: str, found: int, expected: int) -> None:
+    def expect(self, name: str, number: int, expected: int) -> None:
         """Note a number, and where it is not the expected one a fault."""
-        self.found[what] = found
-        if found != expected:
+        self.found[name] = number
+        if number != expected:
             self.add(
                 "wrong count",
-                f"{what}: {found:,}, expected {expected:,}",
+                f"{name}: {number:,}, expected {expected:,}",
                 f"{UNPACK}; of a subset say what it holds (--classes, --counts)",
             )
 
     def __str__(self) -> str:
-        found = ", ".join(f"{what} {number:,}" for what, number in self.found.items())
-        lines = [f"{self.name} in {self.root}: {found}"]
+        numbers = ", ".join(f"{name} {number:,}" for name, number in self.found.items())
+        lines = [f"{self.name} in {self.root}: {numbers}"]
         for problem in self.problems:
             rest = f"\n    and {problem.count - SHOWN:,} more" if problem.count > SHOWN else ""
             examples = "\n    ".join(problem.first) + rest
@@ -133,7 +137,8 @@ Track = Callable[
 @dataclass(frozen=True)
 class Spec:
     """What a data root must hold. `inspect` notes what is wrong in a report and returns the images'
-    paths."""
+    paths.
+    """
 
     title: str
     counts: Mapping[str, int]  # images of each split
@@ -146,96 +151,67 @@ class Spec:
 
 def _inspect_tree(root: Path, spec: Spec, report: Report, track: Track) -> list[str]:
     """ROOT/<split>/<class>/<image>, the same classes in every split."""
-    files, classes = [], {}
+    files: list[str] = []
+    classes: dict[str, list[str]] = {}
     for split, expected in spec.counts.items():
         home = root / split
         if not home.is_dir():
             report.add("missing folder", str(home), PREPARE)
             continue
-        if loose := [
-            entry.name
-            for entry in os.scandir(home)
-            if entry.name.lower().endswith(sources.SUFFIXES)
-        ]:
-            report.add(
-                "images outside class folders",
-                f"{len(loose):,} in {home}, first {min(loose)}",
-                f"move each into {home}/<class>/, as told below",
-            )
-        classes[split] = []
-        for name in sources.class_names(home):
-            good = re.fullmatch(spec.class_name, name)
-            classes[split] += [name] if good else []
-            if not good:
-                report.add(
-                    "folder that is no class", str(home / name), "move it out of the data root"
-                )
+        classes[split] = _class_folders(home, spec, report)
         members = {
             name: [f"{home}/{name}/{file}" for file, _ in sources.scan(home / name)]
             for name in track(classes[split], description=f"listing {split}")
         }
         report.expect(f"{split} classes", len(members), spec.classes)
         report.expect(f"{split} images", sum(map(len, members.values())), expected)
-        for name, some in members.items():
-            share = expected // spec.classes
-            if not some or (split in spec.balanced and len(some) != share):
-                wanted = f"{share:,}" if split in spec.balanced else "some"
-                report.add(
-                    "class of the wrong size",
-                    f"{home / name}: {len(some):,} images, expected {wanted}",
-                    UNPACK,
-                )
-            files += some
+        share, balanced = expected // spec.classes, split in spec.balanced
+        for name, images in members.items():
+            if not images or (balanced and len(images) != share):
+                count = f"{share:,}" if balanced else "some"
+                example = f"{home / name}: {len(images):,} images, expected {count}"
+                report.add("class of the wrong size", example, UNPACK)
+            files += images
     for split, names in classes.items():
         for name in sorted(set().union(*classes.values()) - set(names)):
-            report.add(
-                "missing class",
-                str(root / split / name),
-                f"{UNPACK}: every split needs every class",
-            )
+            remedy = f"{UNPACK}: every split needs every class"
+            report.add("missing class", str(root / split / name), remedy)
     return files
 
 
+def _class_folders(home: Path, spec: Spec, report: Report) -> list[str]:
+    """The names of the class folders in `home`, and a problem for everything else."""
+    if loose := [entry.name for entry in os.scandir(home) if sources.is_image(entry.name)]:
+        example = f"{len(loose):,} in {home}, first {min(loose)}"
+        remedy = f"move each into {home}/<class>/, as told below"
+        report.add("images outside class folders", example, remedy)
+    names = sources.class_names(home)
+    classes = [name for name in names if re.fullmatch(spec.class_name, name)]
+    for name in names:
+        if name not in classes:
+            remedy = "move it out of the data root"
+            report.add("folder that is no class", str(home / name), remedy)
+    return classes
+
+
 def _inspect_voc(root: Path, spec: Spec, report: Report, track: Track) -> list[str]:
-    """JPEGImages, Annotations and ImageSets/Main, lists of each split and of its classes."""
-    base = next(
-        (root / place for place in ("VOCdevkit/VOC2007", "VOC2007") if (root / place).is_dir()),
-        root,
-    )
+    """JPEGImages, Annotations and ImageSets/Main: lists of each split, and of each class in it."""
+    base = voc_base(root)
     stems = {}
-    for folder, suffix in (
-        ("JPEGImages", ".jpg"),
-        ("Annotations", ".xml"),
-        ("ImageSets/Main", ".txt"),
-    ):
+    for folder, suffix in (("JPEGImages", "jpg"), ("Annotations", "xml"), (LISTS, "txt")):
         if not (base / folder).is_dir():
             report.add("missing folder", str(base / folder), PREPARE)
-        stems[folder] = {path.stem for path in (base / folder).glob("*" + suffix)}
+        stems[folder] = {path.stem for path in (base / folder).glob(f"*.{suffix}")}
     images, annotations, lists = stems.values()
     classes = {name.removesuffix("_trainval") for name in lists if name.endswith("_trainval")}
     report.expect("classes", len(classes), spec.classes)
     splits: dict[str, set[str]] = {}
     for split, expected in spec.counts.items():
-        members = (
-            [stem for stem, *_ in _lines(base / f"ImageSets/Main/{split}.txt", report)]
-            if split in lists
-            else []
-        )
+        lines = _lines(base / LISTS / f"{split}.txt", report) if split in lists else []
+        members = [stem for stem, *_ in lines]
         report.expect(f"{split} images", len(members), expected)
         for name in sorted(classes):
-            file = base / f"ImageSets/Main/{name}_{split}.txt"
-            if f"{name}_{split}" not in lists:
-                report.add("missing list", str(file), UNPACK)
-                continue
-            lines = _lines(file, report)
-            if [stem for stem, *_ in lines] != members:
-                report.add("list of other images", str(file), UNPACK)
-            if odd := [line for line in lines if line[1:] not in (["-1"], ["0"], ["1"])]:
-                report.add(
-                    "list without labels",
-                    f"{file} says {' '.join(odd[0])!r}: a stem and -1, 0 or 1 belong there",
-                    UNPACK,
-                )
+            _inspect_list(base / LISTS / f"{name}_{split}.txt", members, report)
         splits[split] = set(members)
         for stem in members:
             if stem not in images:
@@ -243,28 +219,39 @@ def _inspect_voc(root: Path, spec: Spec, report: Report, track: Track) -> list[s
             if stem not in annotations:
                 report.add("missing annotation", str(base / f"Annotations/{stem}.xml"), UNPACK)
     for stem in sorted(splits.get("trainval", set()) & splits.get("test", set())):
-        report.add(
-            "image of both splits",
-            f"{stem}, in {base}/ImageSets/Main/trainval.txt and test.txt",
-            UNPACK,
-        )
+        example = f"{stem}, in {base / LISTS}/trainval.txt and test.txt"
+        report.add("image of both splits", example, UNPACK)
     for stem in sorted(annotations - images):
         report.add("annotation without image", str(base / f"Annotations/{stem}.xml"), UNPACK)
     for stem in track(sorted(annotations), description="annotations"):
-        file = base / f"Annotations/{stem}.xml"
-        try:
-            odd = {name.text for name in ElementTree.parse(file).iterfind("object/name")} - classes
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            ElementTree.ParseError,
-        ) as error:  # a folder, an odd encoding, no XML
-            report.add("unreadable annotation", f"{file} ({type(error).__name__}: {error})", UNPACK)
-        else:
-            for name in sorted(map(str, odd)):
-                report.add("unknown class", f"{name} in {file}", UNPACK)
+        _inspect_annotation(base / f"Annotations/{stem}.xml", classes, report)
     return [str(base / f"JPEGImages/{stem}.jpg") for stem in sorted(images)]
+
+
+def _inspect_list(file: Path, members: list[str], report: Report) -> None:
+    """The list of one class in one split: its members, each with a label."""
+    if not file.exists():
+        report.add("missing list", str(file), UNPACK)
+        return
+    lines = _lines(file, report)
+    if [stem for stem, *_ in lines] != members:
+        report.add("list of other images", str(file), UNPACK)
+    if unlabelled := [line for line in lines if line[1:] not in (["-1"], ["0"], ["1"])]:
+        line = " ".join(unlabelled[0])
+        example = f"{file} says {line!r}: a stem and -1, 0 or 1 belong there"
+        report.add("list without labels", example, UNPACK)
+
+
+def _inspect_annotation(file: Path, classes: set[str], report: Report) -> None:
+    """What stands in one image: objects of the known classes."""
+    try:
+        names = {name.text for name in ElementTree.parse(file).iterfind("object/name")}
+    # A folder, an unknown encoding, no XML.
+    except (OSError, ValueError, LookupError, ElementTree.ParseError) as error:
+        report.add("unreadable annotation", f"{file} ({type(error).__name__}: {error})", UNPACK)
+        return
+    for name in sorted(map(str, names - classes)):
+        report.add("unknown class", f"{name} in {file}", UNPACK)
 
 
 def _lines(file: Path, report: Report) -> list[list[str]]:
@@ -277,28 +264,28 @@ def _lines(file: Path, report: Report) -> list[list[str]]:
 
 
 def _inspect_coco(root: Path, spec: Spec, report: Report, track: Track) -> list[str]:
-    """<split>2017/*.jpg and annotations/instances_<split>2017.json, which must speak of the same
-    images."""
+    """<split>2017/*.jpg and annotations/instances_<split>2017.json, of the same images."""
     files = []
     for split, expected in spec.counts.items():
         home, listing = root / f"{split}2017", root / f"annotations/instances_{split}2017.json"
-        there = {home: home.is_dir(), listing: listing.is_file()}
-        if missing := [str(place) for place, found in there.items() if not found]:
-            for place in missing:
-                report.add("missing folder or file", place, PREPARE)
+        missing = [] if home.is_dir() else [home]
+        missing += [] if listing.is_file() else [listing]
+        for place in missing:
+            report.add("missing folder or file", str(place), PREPARE)
+        if missing:
             continue
         names = {file for file, _ in sources.scan(home)}
         files += [f"{home}/{name}" for name in sorted(names)]
         report.expect(f"{split} images", len(names), expected)
         try:
-            told = json.loads(listing.read_text())
-            listed = {image["id"]: image["file_name"] for image in told["images"]}
-            named = {image["file_name"] for image in told["images"]}
-            ids = Counter(image["id"] for image in told["images"])
-            categories = {category["id"] for category in told["categories"]}
+            content = json.loads(listing.read_text())
+            listed = {image["id"]: image["file_name"] for image in content["images"]}
+            named = {image["file_name"] for image in content["images"]}
+            ids = Counter(image["id"] for image in content["images"])
+            categories = {category["id"] for category in content["categories"]}
             orphans = [
                 box["id"]
-                for box in told["annotations"]
+                for box in content["annotations"]
                 if box["image_id"] not in listed or box["category_id"] not in categories
             ]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -306,7 +293,7 @@ def _inspect_coco(root: Path, spec: Spec, report: Report, track: Track) -> list[
                 "unreadable annotation", f"{listing} ({type(error).__name__}: {error})", UNPACK
             )
             continue
-        report.found[f"{split} objects"] = len(told["annotations"])
+        report.found[f"{split} objects"] = len(content["annotations"])
         report.expect(f"{split} categories", len(categories), spec.classes)
         for number, times in ids.items():
             if times > 1:
@@ -378,7 +365,7 @@ def check(
     Args:
         name: one of `SPECS`.
         decode: of every image read nothing, its two ends ("header": finds what is cut short or no
-            image), or all ("full": finds what cannot be decoded too). Neither sees a JPEG spoilt
+            image), or all ("full": finds what cannot be decoded too). Neither sees a JPEG damaged
             inside: libjpeg fills in grey.
         workers: threads that read; by default as many as cores.
         spec: what to expect of a subset, say; by default what was published.
@@ -391,7 +378,7 @@ def check(
     if decode not in ("none", "header", "full") or (workers is not None and workers < 1):
         raise ValueError(
             f"decode is {decode!r} and workers {workers}: choose none, header or full, and 1 or "
-            f"more"
+            "more"
         )
     root = Path(root).expanduser()
     if not root.is_dir():
@@ -401,7 +388,7 @@ def check(
         files = spec.inspect(root, spec, report, bars.track)
         if decode != "none":
             parts = [files[start : start + 64] for start in range(0, len(files), 64)]
-            with ThreadPoolExecutor(workers or folders.share_of_cores()) as pool:
+            with ThreadPoolExecutor(workers or share_of_cores()) as pool:
                 examined = pool.map(lambda part: list(_examine(part, decode)), parts)
                 for faults in bars.track(
                     examined, total=len(parts), description="images, 64 at a time"
@@ -417,7 +404,7 @@ def check(
 
 
 def checked(name: str, root: Path | str) -> Report | None:
-    """The report that the last `check` of this data set left in the root; None without one."""
+    """The report that the last `check` of this data set left in the root, or None."""
     try:
         stamp = json.loads((Path(root).expanduser() / STAMP).read_text())
         report = Report(
@@ -432,16 +419,16 @@ def _examine(files: list[str], decode: Decode) -> Iterator[str]:
     """What is wrong with each of these image files that cannot be read."""
     for file in files:
         try:
-            folders.decode(file) if decode == "full" else _look_at_both_ends(file)
+            decode_image(file) if decode == "full" else _look_at_both_ends(file)
         except Exception as error:  # a broken file makes Pillow raise nearly anything
             yield f"{file} ({' '.join(str(error.__cause__ or error).split())})"
 
 
 def _look_at_both_ends(file: str) -> None:
     with open(file, "rb") as content:
-        datasets.open_image(content)
+        open_image(content)
         content.seek(0)
         end = JPEG_END if content.read(2) == b"\xff\xd8" else PNG_END
         content.seek(-len(end), os.SEEK_END)
         if content.read() != end:  # cut short, or some camera wrote on: read on to tell
-            folders.decode(file)
+            decode_image(file)

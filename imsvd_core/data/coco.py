@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import math
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing, redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +22,17 @@ import numpy as np
 import torch
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
-from rich.progress import Progress
 from torch import Tensor
 
-from imsvd_core.data import memory as datasets
 from imsvd_core.data import sources
+from imsvd_core.data.batch import Plan, balanced
+from imsvd_core.data.decoding import decode
 from imsvd_core.data.sources import OnCorrupt, Split
-from imsvd_core.data.tree import Plan, decode, stream
+from imsvd_core.data.workers import Unreadable, stream
+from imsvd_core.system.progress import bar
 
 PREFIX = "coco:"
 SPLITS = {"train": "train2017", "test": "val2017"}
-
-log = logging.getLogger(__name__)
 
 #: What stands in an image, as torchvision's detectors take it: boxes float32 (n, 4), x1 y1 x2 y2 in
 #: pixels; labels int64 (n,), from 1; masks uint8 (n, H, W); area float32 (n,); iscrowd int64 (n,);
@@ -64,9 +61,7 @@ class CocoImages:
     classes: tuple[str, ...] = field(repr=False)  # of labels 1, 2, ...
     categories: tuple[int, ...] = field(repr=False)  # COCO's numbers of the classes
     on_corrupt: OnCorrupt = "error"
-    unreadable: set[int] = field(
-        default_factory=set, repr=False
-    )  # images met so far that could not be read
+    unreadable: Unreadable = field(default_factory=Unreadable, repr=False)  # images so far
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -86,44 +81,47 @@ class CocoImages:
         Raises ValueError unless 1 <= n <= len(self).
         """
         as_one_class = torch.zeros(len(self), dtype=torch.int64)
-        rows = datasets.balanced(as_one_class, n, seed, f"{self.title} ({self.split})")
-        return replace(self, ids=self.ids[rows], places=self.places[rows], unreadable=set())
+        rows = balanced(as_one_class, n, seed, f"{self.title} ({self.split})")
+        return replace(self, ids=self.ids[rows], places=self.places[rows], unreadable=Unreadable())
 
     def target(self, index: int, *, masks: bool = True) -> Target:
         """What stands in an image; see `Target`. Without `masks` they are left out, which saves the
-        time to draw them."""
+        time to draw them.
+        """
         record = self.record(index)
         objects, height, width = record["objects"], record["height"], record["width"]
         boxes = torch.tensor(
-            [_corners(one, height, width) for one in objects], dtype=torch.float32
+            [_corners(mark, height, width) for mark in objects], dtype=torch.float32
         ).reshape(-1, 4)
         label = {category: number for number, category in enumerate(self.categories, 1)}
         target = {
             "boxes": boxes,
             "labels": torch.tensor(
-                [label[one["category_id"]] for one in objects], dtype=torch.int64
+                [label[mark["category_id"]] for mark in objects], dtype=torch.int64
             ),
-            "area": torch.tensor([one["area"] for one in objects], dtype=torch.float32),
-            "iscrowd": torch.tensor([one.get("iscrowd", 0) for one in objects], dtype=torch.int64),
+            "area": torch.tensor([mark["area"] for mark in objects], dtype=torch.float32),
+            "iscrowd": torch.tensor(
+                [mark.get("iscrowd", 0) for mark in objects], dtype=torch.int64
+            ),
             "image_id": torch.tensor(record["id"]),
         }
         if masks:
             target["masks"] = torch.zeros(len(objects), height, width, dtype=torch.uint8)
-            for out, one in zip(target["masks"], objects, strict=True):
+            for out, mark in zip(target["masks"], objects, strict=True):
                 out[:] = torch.from_numpy(
-                    rle.decode(_run_lengths(one["segmentation"], height, width))
+                    rle.decode(_run_lengths(mark["segmentation"], height, width))
                 )
         return target
 
     def read(self, index: int, *, masks: bool = True) -> tuple[Tensor, Target]:
         """An image, uint8 (3, H, W), and what stands in it. Raises ValueError naming a file that
-        cannot be read, or whose size is not what the annotations were made for."""
+        cannot be read, or whose size is not what the annotations were made for.
+        """
         image, record = decode(str(self.file(index))), self.record(index)
         if image.shape[1:] != (record["height"], record["width"]):
             raise ValueError(
-                f"{self.file(index)} is {image.shape[2]}×{image.shape[1]} and "
-                f"{self.listing.name} says "
-                f"{record['width']}×{record['height']}: unpack the images again, unresized"
+                f"{self.file(index)} is {image.shape[2]}×{image.shape[1]} and {self.listing.name} "
+                f"says {record['width']}×{record['height']}: unpack the images again, unresized"
             )
         return image, self.target(index, masks=masks)
 
@@ -134,7 +132,7 @@ class CocoImages:
         masks: bool = True,
         workers: int | None = None,
         device: torch.device | str = "cpu",
-    ) -> Iterator[tuple[list[Tensor], list[Target]]]:
+    ) -> Generator[tuple[list[Tensor], list[Target]]]:
         """Images and targets on `device`, for each entry (step, indices (n,)) of the plan, in
         order; read ahead by workers.
 
@@ -142,45 +140,28 @@ class CocoImages:
         testing goes without: then there are fewer than n.
         """
 
-        def parts() -> Iterator[list[int]]:
-            return (indices.tolist() for _, indices in plan)
-
-        with closing(stream(partial(self._read_all, masks), parts(), workers, device)) as results:
+        entries = (indices.tolist() for _, indices in plan)
+        read = partial(self._read_all, masks)
+        with closing(stream(read, entries, workers, device)) as results:
             for pixels, shapes, targets, unreadable in results:
-                for index in set(unreadable) - self.unreadable:
-                    self.unreadable.add(index)
-                    log.warning(
-                        "%s cannot be read and is left out (%d such so far)",
-                        self.file(index),
-                        len(self.unreadable),
-                    )
-                pictures = iter(
-                    [
-                        part.view(shape)
-                        for part, shape in zip(
-                            pixels.split([math.prod(shape) for shape in shapes]),
-                            shapes,
-                            strict=True,
-                        )
-                    ]
-                )
-                images = list(islice(pictures, len(targets)))
-                rest = [
-                    {name: torch.as_tensor(value, device=device) for name, value in one.items()}
-                    for one in targets
+                self.unreadable.note(unreadable, self.file, "left out")
+                parts = pixels.split([math.prod(shape) for shape in shapes])
+                tables = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+                images, pictures = tables[: len(targets)], tables[len(targets) :]
+                sent = [
+                    {name: torch.as_tensor(value, device=device) for name, value in target.items()}
+                    for target in targets
                 ]
-                yield (
-                    images,
-                    [one | {"masks": mask} for one, mask in zip(rest, pictures, strict=True)]
-                    if masks
-                    else rest,
-                )
+                for target, mask in zip(sent, pictures, strict=masks):
+                    target["masks"] = mask
+                yield images, sent
 
     def _read_all(
         self, masks: bool, indices: Iterable[int]
     ) -> tuple[Tensor, list[torch.Size], list[dict], list[int]]:
         """Everything of one entry: all pixels in one tensor, since each that leaves a worker keeps
-        a file open."""
+        a file open.
+        """
         images, targets, unreadable = [], [], []
         for index in indices:
             for place in range(index, index + (len(self) if self.split == "train" else 1)):
@@ -202,12 +183,13 @@ class CocoImages:
             if pictures
             else torch.empty(0, dtype=torch.uint8)
         )
-        rest = [{name: value.numpy() for name, value in target.items()} for target in targets]
-        return pixels, [picture.shape for picture in pictures], rest, unreadable
+        numbers = [{name: value.numpy() for name, value in target.items()} for target in targets]
+        return pixels, [picture.shape for picture in pictures], numbers, unreadable
 
     def truth(self) -> COCO:
         """The annotations as pycocotools reads them, for its scoring: of all images of the split,
-        crowds included."""
+        crowds included.
+        """
         return read_listing(self.listing)
 
 
@@ -229,9 +211,7 @@ def open_coco(
     if not name.startswith(PREFIX):
         raise ValueError(f"data set {name!r} is not COCO: give {PREFIX}PATH")
     sources.check_choices(split, on_corrupt)
-    folder = sources.find_folder(
-        name, sources.data_root() if root is None else Path(root).expanduser()
-    )
+    folder = sources.find_folder(name, root)
     home, listing = folder / SPLITS[split], folder / f"annotations/instances_{SPLITS[split]}.json"
     for place in (home, listing):
         if not place.exists():
@@ -239,45 +219,49 @@ def open_coco(
                 f"{place} is not there: {name!r} needs train2017/, val2017/ and annotations/ with "
                 "instances_train2017.json and instances_val2017.json, as COCO's archives unpack"
             )
-    records: list[bytes] = []
-    ids: list[int] = []
-    with Progress(disable=not progress, transient=True) as bars:
-        bar = bars.add_task(f"reading {listing.name}", total=None)
+    with bar(f"reading {listing.name}", None, progress):
         coco = read_listing(listing)
-        bars.remove_task(bar)
-        for number in bars.track(sorted(coco.imgs), description=f"sorting {listing.name}"):
-            image = coco.imgs[number]
-            _refuse_incomplete(image, coco.imgToAnns.get(number, []), coco, listing)
-            objects = [one for one in coco.imgToAnns.get(number, []) if _usable(one, image, split)]
-            if objects or split == "test":
-                ids.append(number)
-                records.append(pickle.dumps({**image, "objects": objects}))
-    if not coco.anns or not ids:
+    records = _sorted_records(coco, listing, split, progress)
+    if not coco.anns or not records:
         raise ValueError(
             f"{listing} lists no image with an object: unpack COCO's annotations again"
         )
-    ends = torch.tensor([len(record) for record in records]).cumsum(0)
-    places = torch.stack([ends - torch.tensor([len(record) for record in records]), ends], 1)
+    sizes = torch.tensor([len(record) for record in records.values()])
+    ends = sizes.cumsum(0)
     categories = tuple(sorted(coco.cats))
-    joined = torch.frombuffer(bytearray().join(records), dtype=torch.uint8)
     return CocoImages(
         name,
         folder.name,
         split,
         home,
         listing,
-        torch.tensor(ids),
-        joined,
-        places,
+        torch.tensor(list(records)),
+        torch.frombuffer(bytearray().join(records.values()), dtype=torch.uint8),
+        torch.stack([ends - sizes, ends], 1),
         tuple(coco.cats[number]["name"] for number in categories),
         categories,
         on_corrupt,
     )
 
 
+def _sorted_records(coco: COCO, listing: Path, split: Split, progress: bool) -> dict[int, bytes]:
+    """The pickled record of each image that the split uses, by COCO's numbers, ascending."""
+    records = {}
+    with bar(f"sorting {listing.name}", len(coco.imgs), progress) as advance:
+        for number in sorted(coco.imgs):
+            image, marked = coco.imgs[number], coco.imgToAnns.get(number, [])
+            _refuse_incomplete(image, marked, coco, listing)
+            objects = [mark for mark in marked if _usable(mark, image, split)]
+            if objects or split == "test":
+                records[number] = pickle.dumps({**image, "objects": objects})
+            advance(1)
+    return records
+
+
 def read_listing(file: Path) -> COCO:
     """COCO's annotations from their file, without pycocotools' remarks. Raises ValueError for a
-    file that holds none."""
+    file that holds none.
+    """
     try:
         with redirect_stdout(io.StringIO()):
             coco = COCO(str(file))
@@ -293,44 +277,45 @@ def _refuse_incomplete(
     image: dict[str, Any], objects: Sequence[dict[str, Any]], coco: COCO, listing: Path
 ) -> None:
     """Raise ValueError for an image or one of its objects of which something is missing, or speaks
-    of another picture."""
-    for what, entry, needed in (
+    of another picture.
+    """
+    for kind, entry, needed in (
         ("image", image, ("file_name", "height", "width")),
-        *(("annotation", one, ("category_id", "bbox", "area", "segmentation")) for one in objects),
+        *(
+            ("annotation", mark, ("category_id", "bbox", "area", "segmentation"))
+            for mark in objects
+        ),
     ):
         if missing := [key for key in needed if key not in entry]:
             raise ValueError(
-                f"{listing}: {what} {entry['id']} has no {', '.join(missing)}: give COCO's "
-                f"annotations of instances, "
-                "boxes and masks"
+                f"{listing}: {kind} {entry['id']} has no {', '.join(missing)}: give COCO's "
+                "annotations of instances, boxes and masks"
             )
-    for one in objects:
-        if one["category_id"] not in coco.cats:
+    for mark in objects:
+        if mark["category_id"] not in coco.cats:
             raise ValueError(
-                f"{listing}: annotation {one['id']} is of category {one['category_id']}, which "
-                f"is not among its "
-                f"{len(coco.cats)} categories: unpack COCO's annotations again"
+                f"{listing}: annotation {mark['id']} is of category {mark['category_id']}, which "
+                f"is not among its {len(coco.cats)} categories: unpack COCO's annotations again"
             )
-        shape = one["segmentation"]
-        if isinstance(shape, dict) and list(shape.get("size", ())) != [
-            image["height"],
-            image["width"],
-        ]:
+        shape = mark["segmentation"]
+        size = [image["height"], image["width"]]
+        if isinstance(shape, dict) and list(shape.get("size", ())) != size:
             raise ValueError(
-                f"{listing}: the mask of annotation {one['id']} is of size {shape.get('size')}, "
-                f"and its image {image['id']} "
-                f"of {[image['height'], image['width']]}: unpack COCO's annotations again"
+                f"{listing}: the mask of annotation {mark['id']} is of size {shape.get('size')}, "
+                f"and its image {image['id']} of {size}: unpack COCO's annotations again"
             )
 
 
-def _usable(one: dict[str, Any], image: dict[str, Any], split: Split) -> bool:
-    x1, y1, x2, y2 = _corners(one, image["height"], image["width"])
-    drawn = split == "test" or (not one.get("iscrowd", 0) and _polygons(one["segmentation"]) != [])
+def _usable(mark: dict[str, Any], image: dict[str, Any], split: Split) -> bool:
+    x1, y1, x2, y2 = _corners(mark, image["height"], image["width"])
+    drawn = split == "test" or (
+        not mark.get("iscrowd", 0) and _polygons(mark["segmentation"]) != []
+    )
     return drawn and x2 > x1 and y2 > y1
 
 
-def _corners(one: dict[str, Any], height: int, width: int) -> list[float]:
-    x, y, w, h = one["bbox"]
+def _corners(mark: dict[str, Any], height: int, width: int) -> list[float]:
+    x, y, w, h = mark["bbox"]
     return [
         min(max(x, 0), width),
         min(max(y, 0), height),
@@ -341,7 +326,8 @@ def _corners(one: dict[str, Any], height: int, width: int) -> list[float]:
 
 def _polygons(segmentation: Any) -> Any:
     """Polygons less those of fewer than three corners, which pycocotools would take for boxes; run
-    lengths as they are."""
+    lengths as they are.
+    """
     if not isinstance(segmentation, list):
         return segmentation
     return [corners for corners in segmentation if len(corners) >= 6 and len(corners) % 2 == 0]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torchvision.datasets import FashionMNIST
 
-from imsvd_core.data.sources import PUBLISHED, TITLES, find, layout, root_of
+from imsvd_core.data.sources import PUBLISHED, TITLES, Place, data_root, find, layout
 
 PROBE_SECONDS = 5.0  #: for the first byte; silent for longer, a host counts as out of reach
 STALL_SECONDS = 10.0  #: of silence end a download that had begun
@@ -22,20 +22,23 @@ class DownloadError(FileNotFoundError):
     """A data set could not be downloaded; the message says why, and what else can be done."""
 
 
-def get(name: str, root: Path | str | None = None) -> Path:
+def get(name: str, root: Path | str | None = None) -> Place:
     """Download `name` through torchvision, which verifies its checksum and shows a bar.
 
     The files go to the data root only when all are whole: a download that is cut short leaves
-    nothing to be found. Nothing is done where the data set is there already. Returns the data root.
+    nothing to be found. Nothing is done where the data set is there already. Returns where it is.
     Raises ValueError for a name that is not published; DownloadError within ten seconds where there
     is no network.
     """
     if name not in PUBLISHED:
         raise ValueError(f"data set {name!r} cannot be downloaded: choose {', '.join(PUBLISHED)}")
-    root, published = root_of(root), PUBLISHED[name]
-    if find(name, root):
-        return root
-    url = published.url if published is not FashionMNIST else _first_file(published)
+    root, published = data_root(root), PUBLISHED[name]
+    if place := find(name, root):
+        return place
+    if published is FashionMNIST:
+        url = published.mirrors[0] + published.resources[0][0]
+    else:
+        url = published.url
     timeout = socket.getdefaulttimeout()
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -57,11 +60,7 @@ def get(name: str, root: Path | str | None = None) -> Path:
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
-    return root
-
-
-def _first_file(published: type[FashionMNIST]) -> str:
-    return published.mirrors[0] + published.resources[0][0]
+    return Place(root, tree=False)
 
 
 def _probe(url: str) -> None:

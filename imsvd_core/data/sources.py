@@ -1,6 +1,6 @@
-"""Where data sets are: names, layouts on disk, and what is found under the data root.
+"""Where data sets are: names, layouts on disk, and what is under the data root.
 
-`IMSVD_DATA` is the data root, `IMSVD_DATASET` says what `auto` shall mean.
+`IMSVD_DATA` is the data root, `IMSVD_DATASET` says what the name `auto` means.
 """
 
 from __future__ import annotations
@@ -16,10 +16,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 from torchvision.datasets.utils import check_integrity
 
 Split = Literal["train", "test"]
-
-
 OnCorrupt = Literal["error", "skip"]
-
 
 TITLES = {
     "cifar10": "CIFAR-10",
@@ -27,28 +24,22 @@ TITLES = {
     "fashion-mnist": "Fashion-MNIST",
     "attributes": "attributes (drawn)",
 }
-
-
 PUBLISHED = {"cifar10": CIFAR10, "cifar100": CIFAR100, "fashion-mnist": FashionMNIST}
-
-
 SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
-
-
 SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
-def data_root() -> Path:
-    """Where data sets are looked for and downloaded to: `IMSVD_DATA`, or ~/.cache/imsvd."""
-    return Path(os.environ.get("IMSVD_DATA") or "~/.cache/imsvd").expanduser()
+def data_root(root: Path | str | None = None) -> Path:
+    """The folder of all data sets: `root`, or else `IMSVD_DATA`, or else ~/.cache/imsvd."""
+    return Path(root or os.environ.get("IMSVD_DATA") or "~/.cache/imsvd").expanduser()
 
 
-def resolve(name: str = "auto", root: Path | str | None = None) -> str:
-    """The data set that `name` stands for here and now.
+def resolve(name: str = "auto", root: Path | str | None = None, *, quiet: bool = False) -> str:
+    """The data set that `name` stands for here and now; downloads nothing.
 
     `auto` is `IMSVD_DATASET` if that is set; else `cifar10` if it is under the root; else
-    `attributes`, which one printed line says, once a process. Nothing is downloaded. Raises
-    ValueError for an unknown name.
+    `attributes`, which one printed line says, once a process, unless `quiet`. Raises ValueError for
+    an unknown name.
     """
     if name == "auto":
         name = os.environ.get("IMSVD_DATASET") or "auto"
@@ -56,33 +47,33 @@ def resolve(name: str = "auto", root: Path | str | None = None) -> str:
         return name
     if name != "auto":
         raise ValueError(
-            f"data set {name!r} is unknown: choose auto, {', '.join(TITLES)}, folder:PATH or, "
-            "streamed, tree:PATH"
+            f"data set {name!r} is unknown: choose auto, {', '.join(TITLES)} or folder:PATH "
+            "(tree:PATH, voc:PATH and coco:PATH where images are streamed)"
         )
-    root = root_of(root)
-    if find("cifar10", root):
+    root = data_root(root)
+    if find("cifar10", root, verify=not quiet):
         return "cifar10"
-    say_once(
-        f"Data set: {TITLES['attributes']}. CIFAR-10 is not under {root}: "
-        "`imsvd data get cifar10` downloads it."
-    )
+    if not quiet:
+        say_once(
+            f"Data set: {TITLES['attributes']}. CIFAR-10 is not under {root}: "
+            "`imsvd data get cifar10` downloads it."
+        )
     return "attributes"
 
 
-@cache
-def say_once(message: str) -> None:
-    """Print a line, the first time that a process is asked to."""
-    print(message, flush=True)
-
-
 def title(name: str = "auto", root: Path | str | None = None) -> str:
-    """What a page prints for the data found now, such as "CIFAR-10 (JPEG)"; downloads and prints
-    nothing."""
-    root = root_of(root)
-    name = known_name(name, root)
+    """A page's name of the data at hand, such as "CIFAR-10 (JPEG)"; prints nothing."""
+    root = data_root(root)
+    name = resolve(name, root, quiet=True)
     if name.startswith("folder:"):
         return find_folder(name, root).name
-    return title_of(name, find(name, root, check=False))
+    return title_of(name, find(name, root, verify=False))
+
+
+@cache
+def say_once(line: str) -> None:
+    """Print a line, the first time that a process is asked to."""
+    print(line, flush=True)
 
 
 class Place(NamedTuple):
@@ -90,34 +81,25 @@ class Place(NamedTuple):
     tree: bool  # of images, {train,test}/<class>/; else what torchvision calls its root
 
 
-def root_of(root: Path | str | None) -> Path:
-    return data_root() if root is None else Path(root).expanduser()
-
-
-def known_name(name: str, root: Path) -> str:
-    """`resolve` without network and without a word."""
-    if name == "auto" and os.environ.get("IMSVD_DATASET", "auto") in ("", "auto"):
-        return "cifar10" if find("cifar10", root, check=False) else "attributes"
-    return resolve(name, root)
-
-
 def check_choices(split: str, on_corrupt: str) -> None:
-    """Raise ValueError for a split or a way with unreadable files that does not exist."""
+    """Raise ValueError for a split or a treatment of unreadable files that does not exist."""
     if split not in SPLIT_FOLDERS:
         raise ValueError(f"split is {split!r}: choose 'train' or 'test'")
     if on_corrupt not in ("error", "skip"):
         raise ValueError(f"on_corrupt is {on_corrupt!r}: choose 'error' or 'skip'")
 
 
-def find_folder(name: str, root: Path) -> Path:
-    """The folder that `folder:PATH` or `tree:PATH` names, absolute or below `root`;
-    FileNotFoundError if it is none."""
+def find_folder(name: str, root: Path | str | None = None) -> Path:
+    """The folder that `folder:PATH` and the like name, absolute or below the data root.
+
+    Raises FileNotFoundError if there is none.
+    """
+    root = data_root(root)
     path = root / Path(name.partition(":")[2]).expanduser()
     if not path.is_dir():
         raise FileNotFoundError(
-            f"{path} is not a folder: {name!r} is an absolute path, or one under {root}; give "
-            f"another --data, "
-            "or put it there (`imsvd data check` tells how)"
+            f"{path} is not a folder: {name!r} is an absolute path, or one under {root}; "
+            "give another --data, or put it there (`imsvd data check` tells how)"
         )
     return path
 
@@ -126,25 +108,23 @@ def layout(name: str) -> list[Path]:
     """The files of torchvision's layout, relative to the folder that it calls its root."""
     published = PUBLISHED[name]
     if published is FashionMNIST:
-        return [
-            Path("FashionMNIST/raw", file.removesuffix(".gz")) for file, _ in published.resources
-        ]
+        names = [file.removesuffix(".gz") for file, _ in published.resources]
+        return [Path("FashionMNIST/raw", file) for file in names]
     files = [*published.train_list, *published.test_list, [published.meta["filename"]]]
     return [Path(published.base_folder, file[0]) for file in files]
 
 
-def find(name: str, root: Path, check: bool = True) -> Place | None:
-    """Where `name` can be read, torchvision's layout first; with `check`, its checksums must be
-    right."""
+def find(name: str, root: Path, verify: bool = True) -> Place | None:
+    """Where `name` can be read, torchvision's layout first; `verify` compares its checksums."""
     if name.startswith("folder:"):
         return Place(find_folder(name, root), tree=True)
     if name not in PUBLISHED:
         return None
     for folder in (root, root / name):
         with suppress(FileNotFoundError, NotADirectoryError):
-            found = [(str(folder / file), (folder / file).stat()) for file in layout(name)]
-            if not check or all(
-                intact(name, path, now.st_size, now.st_mtime_ns) for path, now in found
+            files = [(str(folder / file), (folder / file).stat()) for file in layout(name)]
+            if not verify or all(
+                _intact(name, path, status.st_size, status.st_mtime_ns) for path, status in files
             ):
                 return Place(folder, tree=False)
     splits = [root / name / folder for folders in SPLIT_FOLDERS.values() for folder in folders]
@@ -152,31 +132,25 @@ def find(name: str, root: Path, check: bool = True) -> Place | None:
 
 
 def title_of(name: str, place: Place | None) -> str:
+    """The published name of a data set, with a remark if its files are JPEGs."""
     first = next(scan(place.folder), ("", None))[0] if place and place.tree else ""
     return TITLES[name] + (" (JPEG)" if first.lower().endswith((".jpg", ".jpeg")) else "")
 
 
 @lru_cache(maxsize=64)
-def intact(name: str, path: str, size: int, modified: int) -> bool:
-    """Whether a file of torchvision's layout has its published checksum: half a download is no data
-    set."""
+def _intact(name: str, path: str, size: int, modified: int) -> bool:
+    """Whether a file of torchvision's layout has its published checksum."""
     published = PUBLISHED[name]
-    if (
-        published is FashionMNIST
-    ):  # its checksums are of the compressed files; its reader counts bytes
+    if published is FashionMNIST:
+        # Its checksums are of the compressed files; its reader counts bytes.
         return size > 0
-    sums = dict(
-        [
-            *published.train_list,
-            *published.test_list,
-            (published.meta["filename"], published.meta["md5"]),
-        ]
-    )
+    files = [*published.train_list, *published.test_list]
+    sums = dict([*files, (published.meta["filename"], published.meta["md5"])])
     return check_integrity(path, sums[os.path.basename(path)])
 
 
 def scan(folder: Path | str, prefix: str = "") -> Iterator[tuple[str, os.DirEntry]]:
-    """The image files below `folder`, sorted: name relative to it, and its entry."""
+    """The image files below `folder`, sorted: name relative to it, and its directory entry."""
     with os.scandir(folder) as entries:
         ordered = sorted(entries, key=lambda entry: entry.name)
     for entry in ordered:
@@ -184,44 +158,48 @@ def scan(folder: Path | str, prefix: str = "") -> Iterator[tuple[str, os.DirEntr
             continue
         if entry.is_dir():
             yield from scan(entry.path, f"{prefix}{entry.name}/")
-        elif entry.name.lower().endswith(SUFFIXES):
+        elif is_image(entry.name):
             yield prefix + entry.name, entry
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name is that of an image."""
+    return name.lower().endswith(SUFFIXES)
 
 
 def find_split(folder: Path, split: Split) -> tuple[Path, tuple[str, ...]]:
     """Where one split of a tree is, and its classes, which every split of the tree must have.
 
-    Raises FileNotFoundError or ValueError, saying what a tree looks like, for a folder that is
-    none.
+    Raises FileNotFoundError or ValueError, with the layout of a tree, for a folder that is none.
     """
     homes = {}
     for key, options in SPLIT_FOLDERS.items():
-        there = [folder / option for option in options if (folder / option).is_dir()]
-        homes[key] = next(filter(class_names, there), there[0] if there else None)
+        folders = [folder / option for option in options if (folder / option).is_dir()]
+        homes[key] = next(filter(class_names, folders), folders[0] if folders else None)
     home = homes[split]
     if home is None:
-        wanted = " or ".join(str(folder / option) for option in SPLIT_FOLDERS[split])
+        paths = " or ".join(str(folder / option) for option in SPLIT_FOLDERS[split])
         raise FileNotFoundError(
-            f"split {split!r} is not there: make {wanted}, one folder a class in it"
+            f"split {split!r} is not there: make {paths}, one folder a class in it"
         )
     classes = class_names(home)
     if not classes:
         raise ValueError(f"{home} holds no class folder: put the images in {home}/<class>/")
     for other in homes.values():
         if other and class_names(other) != classes:
-            odd = sorted(set(classes) ^ set(class_names(other)))
+            difference = sorted(set(classes) ^ set(class_names(other)))
             raise ValueError(
-                f"{home} and {other} differ in classes ({', '.join(odd[:5])}): give both all"
+                f"{home} and {other} differ in classes ({', '.join(difference[:5])}): give both all"
             )
     return home, classes
 
 
-def find_images(home: Path, name_of_class: str) -> list[str]:
-    """The image files of one class, sorted, relative to its folder; ValueError without one."""
-    files = [file for file, _ in scan(home / name_of_class)]
+def find_images(home: Path, class_name: str) -> list[str]:
+    """The image files of one class, sorted, relative to its folder; ValueError if it has none."""
+    files = [file for file, _ in scan(home / class_name)]
     if not files:
         raise ValueError(
-            f"{home / name_of_class} holds no {', '.join(SUFFIXES)} file: fill or remove it"
+            f"{home / class_name} holds no {', '.join(SUFFIXES)} file: fill or remove it"
         )
     return files
 

@@ -1,10 +1,10 @@
 """PASCAL VOC 2007: images that show several classes, or none for certain, streamed from the
-challenge's own layout."""
+challenge's own layout.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from imsvd_core.data import memory as datasets
 from imsvd_core.data import sources
-from imsvd_core.data import tree as folders
+from imsvd_core.data.batch import balanced
+from imsvd_core.data.decoding import decode
 from imsvd_core.data.sources import OnCorrupt, Split
+from imsvd_core.data.workers import Unreadable, stream
 
 PREFIX = "voc:"
 LISTS = {
@@ -26,7 +27,7 @@ LISTS = {
 }  # the challenge's words for what is trained and tested on
 LABELS = {"-1": -1, "0": 0, "1": 1}
 
-log = logging.getLogger(__name__)
+PART = 64  # images that a worker hands over at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +44,7 @@ class VOCImages:
     )  # int8 (N, classes): 1 present, 0 only as a difficult object, -1 absent
     classes: tuple[str, ...] = field(repr=False)
     on_corrupt: OnCorrupt = "error"
-    unreadable: set[int] = field(
-        default_factory=set, repr=False
-    )  # images met so far that had to be left out
+    unreadable: Unreadable = field(default_factory=Unreadable, repr=False)  # images so far
 
     def __len__(self) -> int:
         return len(self.stems)
@@ -60,12 +59,12 @@ class VOCImages:
         The same `n` and `seed` give the same images. Raises ValueError unless 1 <= n <= len(self).
         """
         as_one_class = torch.zeros(len(self), dtype=torch.int64)
-        rows = datasets.balanced(as_one_class, n, seed, f"{self.title} ({self.split})")
+        rows = balanced(as_one_class, n, seed, f"{self.title} ({self.split})")
         return replace(
             self,
             stems=tuple(self.stems[row] for row in rows),
             labels=self.labels[rows],
-            unreadable=set(),
+            unreadable=Unreadable(),
         )
 
     def images(
@@ -76,7 +75,7 @@ class VOCImages:
         indices: Sequence[int] | None = None,
         workers: int | None = None,
         device: torch.device | str = "cpu",
-    ) -> Iterator[tuple[list[int], Tensor]]:
+    ) -> Generator[tuple[list[int], Tensor]]:
         """The images in order, whole: the shorter side to `resize`, then to size × size pixels,
         bilinear and antialiased.
 
@@ -90,23 +89,14 @@ class VOCImages:
         file that cannot be read, unless `on_corrupt` is "skip": then that image is missing from
         what is yielded.
         """
-        wanted = range(len(self)) if indices is None else indices
-        parts = (
-            wanted[start : start + folders.PART] for start in range(0, len(wanted), folders.PART)
-        )
-        with closing(
-            folders.stream(partial(self._read, resize, size), parts, workers, device)
-        ) as stream:
-            for kept, images, unreadable in stream:
-                for index in set(unreadable) - self.unreadable:
-                    self.unreadable.add(index)
-                    log.warning(
-                        "%s cannot be read and is left out (%d such so far)",
-                        self.file(index),
-                        len(self.unreadable),
-                    )
-                if kept:
-                    yield kept, images
+        rows = range(len(self)) if indices is None else indices
+        parts = (rows[start : start + PART] for start in range(0, len(rows), PART))
+        read = partial(self._read, resize, size)
+        with closing(stream(read, parts, workers, device)) as results:
+            for readable, images, unreadable in results:
+                self.unreadable.note(unreadable, self.file, "left out")
+                if readable:
+                    yield readable, images
 
     def _read(
         self, resize: int, size: int, part: Sequence[int]
@@ -114,7 +104,7 @@ class VOCImages:
         images, unreadable = {}, []
         for index in part:
             try:
-                image = folders.decode(str(self.file(index)))
+                image = decode(str(self.file(index)))
             except ValueError:
                 if self.on_corrupt == "error":
                     raise
@@ -147,50 +137,50 @@ def open_voc(
     if not name.startswith(PREFIX):
         raise ValueError(f"data set {name!r} is not in VOC's layout: give {PREFIX}PATH")
     sources.check_choices(split, on_corrupt)
-    root = sources.data_root() if root is None else Path(root).expanduser()
     folder = sources.find_folder(name, root)
-    base = next(
-        (folder / place for place in ("VOCdevkit/VOC2007", "VOC2007") if (folder / place).is_dir()),
-        folder,
-    )
+    base = base_of(folder)
     suffix = f"_{LISTS[split]}.txt"
     lists = sorted((base / "ImageSets/Main").glob(f"*{suffix}"))
     if not lists or not (base / "JPEGImages").is_dir():
         raise FileNotFoundError(
             f"{base} lacks JPEGImages or ImageSets/Main/*{suffix}: unpack VOC 2007 there, both "
-            f"splits "
-            "(`imsvd data check voc07` tells how)"
+            "splits (`imsvd data check voc07` tells how)"
         )
-    columns, stems = [], None
-    for file in lists:
-        try:
-            lines = [line.split() for line in file.read_text("utf-8").splitlines() if line.strip()]
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{file} is no text in UTF-8 ({error.reason} at byte {error.start}): unpack VOC "
-                f"2007 again"
-            ) from None
-        if odd := next((line for line in lines if len(line) != 2 or line[1] not in LABELS), None):
-            raise ValueError(f"{file} says {' '.join(odd)!r}: a name and -1, 0 or 1 belong there")
-        listed = [stem for stem, _ in lines]
-        stems = stems or listed
-        if not listed or len(set(listed)) < len(listed):
-            raise ValueError(
-                f"{file} lists {'an image twice' if listed else 'no image'}: unpack VOC 2007 again"
-            )
-        if listed != stems:
+    tables = [_read_list(file) for file in lists]
+    stems = tuple(tables[0])
+    for file, table in zip(lists, tables, strict=True):
+        if tuple(table) != stems:
             raise ValueError(
                 f"{file} lists other images than {lists[0].name}: unpack VOC 2007 again"
             )
-        columns.append(torch.tensor([LABELS[label] for _, label in lines], dtype=torch.int8))
+    labels = torch.tensor([list(table.values()) for table in tables], dtype=torch.int8).T
     classes = tuple(file.name.removesuffix(suffix) for file in lists)
+    home = base / "JPEGImages"
     return VOCImages(
-        name,
-        folder.name,
-        split,
-        base / "JPEGImages",
-        tuple(stems),
-        torch.stack(columns, 1),
-        classes,
-        on_corrupt,
+        name, folder.name, split, home, stems, labels.contiguous(), classes, on_corrupt
     )
+
+
+def base_of(folder: Path) -> Path:
+    """The folder that holds JPEGImages and the like: below `folder` as unpacked, or itself."""
+    nested = (folder / place for place in ("VOCdevkit/VOC2007", "VOC2007"))
+    return next(filter(Path.is_dir, nested), folder)
+
+
+def _read_list(file: Path) -> dict[str, int]:
+    """One class's list: the label of each image. Raises ValueError for what is none."""
+    try:
+        lines = [line.split() for line in file.read_text("utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file} is no text in UTF-8 ({error.reason} at byte {error.start}): unpack VOC 2007 "
+            "again"
+        ) from None
+    for line in lines:
+        if len(line) != 2 or line[1] not in LABELS:
+            raise ValueError(f"{file} says {' '.join(line)!r}: a name and -1, 0 or 1 belong there")
+    labels = {stem: LABELS[label] for stem, label in lines}
+    if len(labels) < len(lines) or not lines:
+        problem = "an image twice" if lines else "no image"
+        raise ValueError(f"{file} lists {problem}: unpack VOC 2007 again")
+    return labels

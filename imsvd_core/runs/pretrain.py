@@ -161,7 +161,7 @@ class Pretraining:
         if isinstance(images, FolderImages):
             plan = [(0, torch.arange(len(images)))]
             crops = next(
-                images.two_crops(self.views, plan, seed=self.recipe.loop.seed, device=self.device)
+                images.crops(self.views, plan, seed=self.recipe.loop.seed, device=self.device)
             )
             draws = zip((first.finish, second.finish), crops, strict=True)
         else:

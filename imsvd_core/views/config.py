@@ -161,8 +161,7 @@ def multicrop_views(size: int = 224, small_size: int = 96, small_count: int = 6)
 def cifar_multicrop_views(
     size: int = 32, small_size: int = 16, small_count: int = 4
 ) -> TwoViewConfig:
-    """SwAV's idea in CIFAR-10's colours: small crops take the shares of the area below
-    `cifar_views`'.
+    """SwAV's multi-crop in CIFAR-10's colours: small crops take smaller shares than `cifar_views`.
 
     The paper has none for CIFAR-10. A share of 5 % is a crop of 7 x 7 pixels.
     """

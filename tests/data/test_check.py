@@ -1,5 +1,6 @@
 """Data roots in miniature: a whole one passes, each kind of fault is reported with what to do about
-it."""
+it.
+"""
 
 from __future__ import annotations
 
@@ -462,6 +463,6 @@ def test_without_a_root_the_command_says_how_to_prepare_one(tmp_path, capsys):
     assert "choose imagenet, places205" in capsys.readouterr().err
     assert run() == 2
     assert run("--help") == 0
-    assert "usage: imsvd data check" in capsys.readouterr().out
+    assert "imsvd data check imagenet|places205" in capsys.readouterr().out
     with pytest.raises(ValueError, match="decode is 'half' and workers None"):
         prepared.check("coco", tmp_path, decode="half")

@@ -1,5 +1,6 @@
 """COCO's images: what stands in them, in the order of a plan, and what is left out as detectron2
-leaves it out."""
+leaves it out.
+"""
 
 import json
 
@@ -21,7 +22,8 @@ def outline(x, y, w, h):
 
 def draw_coco(root, train=4, test=3, seed=0):
     """A data root of grey pictures with one to three bright rectangles each, whose colour is their
-    class."""
+    class.
+    """
     generator = np.random.default_rng(seed)
     for split, n in (("train", train), ("val", test)):
         images, objects = [], []

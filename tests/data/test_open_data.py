@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,7 @@ def test_a_tree_is_loaded_unless_it_is_large_or_of_unequal_sizes_or_streaming_is
     assert isinstance(open_data(f"folder:{tree}", stream=False), ImageData)
     monkeypatch.setattr(imsvd_core.data, "MEMORY_BYTES", whole)
     assert isinstance(open_data(f"folder:{tree}"), ImageData)
+    monkeypatch.setattr(imsvd_core.data, "MEMORY_BYTES", 2 * whole)
     Image.new("RGB", (SIDE, SIDE + 1)).save(tree / "train/dog/7.png")
     streamed = open_data(f"folder:{tree}")
     assert isinstance(streamed, FolderImages)
@@ -106,7 +108,7 @@ def test_all_pieces_of_a_step_draw_their_views_from_one_generator(tree, stream):
             if isinstance(data, ImageData):
                 expected.append(views(data.images[indices], generator))
             else:
-                crops = data.two_crops(views, [(step, indices)], seed=3, workers=0)
+                crops = data.crops(views, [(step, indices)], seed=3, workers=0)
                 expected.append(views.finish(next(crops), generator))
     for batch, pair in zip(batches, expected, strict=True):
         assert len(batch.views) == 2
@@ -153,3 +155,7 @@ def test_an_identity_changes_with_images_and_labels(tree):
     prints |= {fingerprint(*data.subset(9).identity()) for data in (loaded, streamed)}
     assert len(prints) == 4
     assert fingerprint(*open_data(f"tree:{tree}").identity()) in prints
+    pixels = loaded.images.clone()
+    pixels[3, 0, 0, 0] ^= 1
+    changed = replace(loaded, images=pixels)
+    assert fingerprint(*changed.identity()) not in prints

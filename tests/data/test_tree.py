@@ -1,5 +1,6 @@
 """Images streamed from a tree: what is read, what is drawn, what a worker survives and what ends
-it."""
+it.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +19,8 @@ from PIL import Image
 
 from imsvd_core.data import memory as datasets
 from imsvd_core.data import tree as folders
+from imsvd_core.data import workers as processes
+from imsvd_core.data.decoding import decode
 from imsvd_core.data.tree import FolderImages, open_folder
 from imsvd_core.evaluation import features, knn
 from imsvd_core.views import EvalView, TwoViews, imagenet_views
@@ -47,7 +50,7 @@ def crops(
     data: FolderImages, *entries: tuple[int, list[int]], seed: int = 0, workers: int = 0
 ) -> list:
     plan = ((step, torch.tensor(indices)) for step, indices in entries)
-    return list(data.two_crops(VIEWS, plan, seed=seed, workers=workers))
+    return list(data.crops(VIEWS, plan, seed=seed, workers=workers))
 
 
 def test_names_and_labels_are_the_trees_and_nothing_is_decoded(tree):
@@ -100,7 +103,7 @@ def test_a_crop_depends_on_seed_step_and_image_and_on_nothing_else(tree, monkeyp
 
 def test_one_views_crops_are_drawn_as_the_first_of_two(tree):
     data, plan = open_folder(f"tree:{tree}"), [(0, torch.arange(16)), (3, torch.tensor([5, 3]))]
-    for alone, (first, _) in zip(
+    for (alone,), (first, _) in zip(
         data.crops(VIEWS.first, plan, seed=1, workers=1),
         crops(data, *((step, indices.tolist()) for step, indices in plan), seed=1),
         strict=True,
@@ -108,16 +111,16 @@ def test_one_views_crops_are_drawn_as_the_first_of_two(tree):
         assert torch.equal(alone, first)
 
 
-@pytest.mark.parametrize("wanted", [range(5, 16), range(1, 16, 3), [7, 2, 2], range(0)])
-def test_center_crops_of_a_share_are_those_of_the_whole(tree, monkeypatch, wanted):
+@pytest.mark.parametrize("rows", [range(5, 16), range(1, 16, 3), [7, 2, 2], range(0)])
+def test_images_of_a_share_are_those_of_the_whole(tree, monkeypatch, rows):
     monkeypatch.setattr(folders, "PART", 4)
     data, view = open_folder(f"tree:{tree}"), EvalView(32, 28)
-    whole = torch.cat(list(data.center_crops(view, workers=0)))
-    parts = list(data.center_crops(view, indices=wanted, workers=1))
+    whole = torch.cat(list(data.in_order(view, workers=0)))
+    parts = list(data.in_order(view, rows, workers=1))
     assert [len(part) for part in parts] == [
-        len(wanted[start : start + 4]) for start in range(0, len(wanted), 4)
+        len(rows[start : start + 4]) for start in range(0, len(rows), 4)
     ]
-    assert torch.equal(torch.cat([*parts, whole[:0]]), whole[list(wanted)])
+    assert torch.equal(torch.cat([*parts, whole[:0]]), whole[list(rows)])
 
 
 def _nested(part: int) -> dict:
@@ -128,11 +131,11 @@ def _nested(part: int) -> dict:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_anything_can_be_streamed_in_order_and_sent(workers):
-    found = list(folders.stream(_nested, range(3), workers, "meta"))
+    found = list(processes.stream(_nested, range(3), workers, "meta"))
     assert [one["name"] for one in found] == ["0", "1", "2"]
     assert all(one["tensors"][0].is_meta and one["tensors"][1][0].is_meta for one in found)
     with pytest.raises(ValueError, match="part 3 is bad"):
-        list(folders.stream(_nested, iter(range(5)), workers))
+        list(processes.stream(_nested, iter(range(5)), workers))
     assert not multiprocessing.active_children()
 
 
@@ -149,6 +152,11 @@ def test_crops_are_cut_from_their_own_image_at_its_own_size(tree):
         assert some[:, 0].flatten(1).tolist() == [[20 * i] * 24 * 24 for i in (6, 0, 3)]
 
 
+def pixels_of_pillow(file: Path) -> torch.Tensor:
+    with Image.open(file) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
 def test_whatever_a_jpeg_or_png_holds_becomes_what_pillow_makes_of_it(tmp_path):
     for mode, suffix in (
         ("L", "jpg"),
@@ -161,10 +169,10 @@ def test_whatever_a_jpeg_or_png_holds_becomes_what_pillow_makes_of_it(tmp_path):
     ):
         file = tmp_path / f"{mode}.{suffix}"
         picture(1).convert(mode).save(file, **({"transparency": 0} if mode == "P" else {}))
-        assert torch.equal(folders.decode(str(file)), datasets.decode(str(file))), mode
+        assert torch.equal(decode(str(file)), pixels_of_pillow(file)), mode
     renamed = tmp_path / "png.JPEG"  # ImageNet has one
     picture(1).save(renamed, format="PNG")
-    assert torch.equal(folders.decode(str(renamed)), datasets.decode(str(renamed)))
+    assert torch.equal(decode(str(renamed)), pixels_of_pillow(renamed))
 
 
 def test_a_spoilt_png_is_an_error_and_not_the_end_of_the_process(tmp_path):
@@ -172,8 +180,8 @@ def test_a_spoilt_png_is_an_error_and_not_the_end_of_the_process(tmp_path):
     picture(1).save(file)
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2] + bytes(99) + content[len(content) // 2 + 99 :])
-    with pytest.raises(ValueError, match=r"spoilt.png cannot be read"):
-        folders.decode(str(file))
+    with pytest.raises(ValueError, match=r"spoilt\.png cannot be read"):
+        decode(str(file))
 
 
 def broken(file: Path, kind: str) -> None:
@@ -204,7 +212,7 @@ def claiming(jpeg: bytes, *size: int) -> bytes:
 def test_a_file_that_cannot_be_read_is_an_error_that_names_it(tree, kind, workers):
     data = open_folder(f"tree:{tree}")
     broken(tree / "train/cat/3.jpg", kind)
-    with pytest.raises(ValueError, match=r"^.*cat/3.jpg cannot be read.*replace or remove it"):
+    with pytest.raises(ValueError, match=r"^.*cat/3\.jpg cannot be read.*replace or remove it"):
         crops(data, (0, [1, 3]), workers=workers)
     assert not multiprocessing.active_children()
     data = replace(data, on_corrupt="skip")
@@ -227,7 +235,7 @@ def test_an_unreadable_file_may_be_replaced_and_is_counted_and_told_once(tree, c
         broken(file, "empty")
     with pytest.raises(ValueError, match="val holds no image that can be read, of 6 files"):
         list(
-            open_folder(f"tree:{tree}", "test", on_corrupt="skip").center_crops(
+            open_folder(f"tree:{tree}", "test", on_corrupt="skip").in_order(
                 EvalView(24, 24), workers=0
             )
         )
@@ -236,7 +244,7 @@ def test_an_unreadable_file_may_be_replaced_and_is_counted_and_told_once(tree, c
 def test_closing_early_leaves_no_process_and_the_trainers_chance_alone(tree):
     before = torch.get_rng_state()
     steps = iter(range(10**9))
-    stream = open_folder(f"tree:{tree}").two_crops(
+    stream = open_folder(f"tree:{tree}").crops(
         VIEWS, ((k, torch.arange(4)) for k in steps), seed=0, workers=2
     )
     next(stream)
@@ -251,7 +259,7 @@ def test_closing_early_leaves_no_process_and_the_trainers_chance_alone(tree):
     not hasattr(signal, "sigwaitinfo"), reason="without sigwaitinfo a worker obeys every SIGTERM"
 )
 def test_a_worker_heeds_the_trainer_alone(tree):
-    stream = open_folder(f"tree:{tree}").two_crops(
+    stream = open_folder(f"tree:{tree}").crops(
         VIEWS, ((k, torch.arange(4)) for k in range(40)), seed=0, workers=1
     )
     next(stream)
@@ -260,7 +268,7 @@ def test_a_worker_heeds_the_trainer_alone(tree):
         subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
     assert len(list(stream)) == 39
 
-    stream = open_folder(f"tree:{tree}").two_crops(
+    stream = open_folder(f"tree:{tree}").crops(
         VIEWS, ((k, torch.arange(4)) for k in range(10**9)), seed=0, workers=1
     )
     next(stream)
@@ -278,12 +286,13 @@ def test_a_worker_heeds_the_trainer_alone(tree):
 )
 def test_no_thread_of_a_worker_dies_of_the_jobs_sigterm(tree):
     """Where the trainer computes with several threads, torch starts some in the worker before it is
-    told whom to heed."""
+    told whom to heed.
+    """
     before, mask = torch.get_num_threads(), signal.pthread_sigmask(signal.SIG_BLOCK, ())
     torch.set_num_threads(2)
     try:
         torch.randn(300, 300) @ torch.randn(300, 300)
-        stream = open_folder(f"tree:{tree}").two_crops(
+        stream = open_folder(f"tree:{tree}").crops(
             VIEWS, ((k, torch.arange(4)) for k in range(40)), seed=0, workers=1
         )
         next(stream)
@@ -340,7 +349,7 @@ def test_evaluation_takes_streamed_images_for_those_in_memory(tree, monkeypatch)
     view, backbone = EvalView(32, 28, interpolation="bicubic"), torch.nn.Flatten()
     streamed = [open_folder(f"tree:{tree}", split) for split in ("train", "test")]
     loaded = [datasets.load(f"folder:{tree}", split) for split in ("train", "test")]
-    for some, others in zip(streamed, loaded, strict=False):
+    for some, others in zip(streamed, loaded, strict=True):
         ours, theirs = (features.embed(backbone, data, view) for data in (some, others))
         assert ours.shape == theirs.shape
         assert (ours - theirs).abs().max() < 2.5 / 255 / 0.22

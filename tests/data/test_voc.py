@@ -96,7 +96,7 @@ def test_an_image_is_resized_twice_and_never_cropped(base):
 
 
 def test_workers_keep_the_order_and_a_part_may_be_asked_for(base, monkeypatch):
-    monkeypatch.setattr("imsvd_core.data.tree.PART", 2)
+    monkeypatch.setattr("imsvd_core.data.voc.PART", 2)
     data = open_voc(f"voc:{base}")
     alone, others = (
         list(data.images(32, 24, workers=workers, indices=[4, 0, 2])) for workers in (0, 1)
@@ -109,10 +109,10 @@ def test_workers_keep_the_order_and_a_part_may_be_asked_for(base, monkeypatch):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_image_is_an_error_or_left_out(base, workers, caplog, monkeypatch):
-    monkeypatch.setattr("imsvd_core.data.tree.PART", 2)
+    monkeypatch.setattr("imsvd_core.data.voc.PART", 2)
     for stem in ("000005", "000009", "000010"):
         (base / f"JPEGImages/{stem}.jpg").write_bytes(b"none")
-    with pytest.raises(ValueError, match=r"000005.jpg cannot be read"):
+    with pytest.raises(ValueError, match=r"000005\.jpg cannot be read"):
         list(open_voc(f"voc:{base}").images(32, 24, workers=workers))
     data = open_voc(f"voc:{base}", on_corrupt="skip")
     ((kept, images),) = data.images(32, 24, workers=workers)

@@ -11,7 +11,7 @@ import torch
 from pycocotools import mask as rle
 from torch import nn
 
-from imsvd_core.data import tree as folders
+from imsvd_core.data import workers
 from imsvd_core.data.coco import open_coco
 from imsvd_core.engine.config import LoopConfig
 from imsvd_core.evaluation.detection import protocol as detection
@@ -503,7 +503,7 @@ def _evaluate(rank, size):
     torch.distributed.broadcast_object_list(shared)
     folder = Path(shared[0])
     data = tuple(open_coco(f"coco:{folder}/drawn", split) for split in ("train", "test"))
-    folders.share_of_cores = lambda: 0  # what such processes start would import torch again
+    workers.share_of_cores = lambda: 0  # what such processes start would import torch again
     detection.BLOCK, seen, detect = 2, [], detection.detect
     detection.detect = lambda *args: seen.extend(args[2]) or detect(*args)
     figures = detection.evaluate(backbone(), data, CONFIG, run_dir=folder / "run", progress=False)

@@ -276,7 +276,7 @@ SMALL = replace(CONFIG, pool="mean", resize=12, size=8)
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch) -> tuple[VOCImages, VOCImages]:
-    monkeypatch.setattr("imsvd_core.data.tree.share_of_cores", lambda: 0)  # decode here
+    monkeypatch.setattr("imsvd_core.data.workers.share_of_cores", lambda: 0)  # decode here
     return voc(tmp_path / "images", "train", 0), voc(tmp_path / "images", "test", 1)
 
 

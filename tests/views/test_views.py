@@ -1,5 +1,6 @@
 """The two views: operations are torchvision's, draws follow torchvision's laws, every image is by
-itself."""
+itself.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ PLAIN = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))  # so that a view shows 
 
 def photographs(count: int, height: int, width: int) -> Tensor:
     """Pictures, uint8 (count, 3, height, width): CIFAR-10's at 32x32 where it is at hand, else
-    drawn."""
+    drawn.
+    """
     root = Path(os.environ.get("IMSVD_DATA", "")) / "cifar10" / "test"
     files = (
         list(itertools.islice(root.glob("*/*.[jp][pn]g"), count))
@@ -229,8 +231,8 @@ def test_a_whole_view_is_torchvisions_operations_in_the_papers_order(
     difference = (view.apply(images, p) - torch.stack(theirs)).abs() * torch.tensor(
         config.std
     ).view(3, 1, 1)
-    # theirs alone rounds the crop to whole grey levels; each later operation stretches that by 1.4
-    # at most
+    # torchvision alone rounds the crop to whole grey levels; each later operation stretches that by
+    # 1.4 at most
     assert difference.mean() < 0.5 * TOLERANCE
     assert difference.max() < 3 * TOLERANCE
 
@@ -503,7 +505,7 @@ def test_impossible_combinations_are_refused() -> None:
     small = ViewConfig(size=8, scale=(0.2, 1.0))
     with pytest.raises(ValueError, match="blur_kernel = 23"):
         replace(small, blur_probability=0.5)
-    with pytest.raises(ValueError, match=r"second.size = 9"):
+    with pytest.raises(ValueError, match=r"second\.size = 9"):
         TwoViewConfig(small, replace(small, size=9))
     with pytest.raises(ValueError, match="resize = 30"):
         EvalView(30, 32)
@@ -571,7 +573,7 @@ def test_crop_and_finish_make_the_view_up_to_the_rounding_to_bytes(
             [parameters.top, parameters.left, parameters.height, parameters.width], 1
         ).tolist()
         crops = torch.stack(
-            [view.crop(image, box) for image, box in zip(images, boxes, strict=False)]
+            [view.crop(image, box) for image, box in zip(images, boxes, strict=True)]
         )
         assert crops.dtype == torch.uint8
         assert crops.shape == (40, 3, size, size)
