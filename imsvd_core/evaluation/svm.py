@@ -16,8 +16,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from imsvd_core.data.workers import share_of_cores
 from imsvd_core.data.voc import VOCImages
+from imsvd_core.data.workers import share_of_cores
 from imsvd_core.distributed import on_rank_0
 from imsvd_core.evaluation.base import Color, Setup
 from imsvd_core.evaluation.features import fingerprint, subset
