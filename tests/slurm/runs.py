@@ -15,7 +15,7 @@ from cluster import NODES, Cluster
 
 from imsvd_core.data.sources import data_root
 
-PATIENCE = 150.0  #: seconds that a job may need for anything
+PATIENCE = 400.0  #: seconds that a job may need for anything
 
 
 @dataclass
