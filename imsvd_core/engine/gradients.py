@@ -1,6 +1,7 @@
 """The gradient of one batch: over its pieces, at its precision, averaged over the ranks."""
 
 import logging
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -115,7 +116,9 @@ def _shared(method: Method, device: torch.device) -> DistributedDataParallel:
         log.info("each rank's batch-norm sees its own samples alone: torch joins them on GPUs only")
     # Running statistics do not touch the training, and a checkpoint keeps rank 0's: no need to send
     # them at every step.
-    return DistributedDataParallel(method, broadcast_buffers=False)
+    with warnings.catch_warnings():  # torch 2.15 gives the argument a new name that 2.14 lacks
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(method, broadcast_buffers=False)
 
 
 def _norms(method: nn.Module) -> list[_BatchNorm]:

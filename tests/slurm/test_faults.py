@@ -19,11 +19,11 @@ pytestmark = [
     pytest.mark.slow,
 ]  # each trains a run to its end, most of them in two attempts
 
-EPOCHS, BATCH, SAMPLES = 4, 64, 1600
+EPOCHS, BATCH, SAMPLES = 4, 64, 960
 EPOCH = SAMPLES // BATCH
 STEPS = EPOCHS * EPOCH
 SAVE_SECONDS = 3.0
-MIDDLE = 35  #: a step in the middle of an epoch
+MIDDLE = 20  #: a step in the middle of an epoch
 TRAINING = [
     "pretrain",
     "cifar10",
@@ -62,7 +62,7 @@ Trainer.take_step = _failing
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return few_pictures(tmp_path_factory.mktemp("data") / "cifar10", 200, 40)
+    return few_pictures(tmp_path_factory.mktemp("data") / "cifar10", 100, 40)
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +267,7 @@ def test_a_higher_partition_while_it_still_imports(launch, undisturbed, figures)
 def test_a_time_limit(launch, undisturbed, figures):
     run = launch(
         replace(TWO_NODES, time="1", grace_seconds=5),
-        added=SLOWLY.format(attempts=("0", "1"), seconds=0.4),
+        added=SLOWLY.format(attempts=("0",), seconds=1.2),
     )
     run.until_step(1)
     run.until("requeued", lambda: run.attempts > 1)
@@ -290,7 +290,8 @@ def test_a_node_is_lost(node, launch, undisturbed, figures):
         run.cluster.start_node(node)
     seen = follow(run, lost)
     seen.pop("signal_to_saved_s")
-    assert_unmarked(run, undisturbed)
+    # Slurm's order to end the lost attempt may reach the node late, and with it the next attempt.
+    assert_unmarked(run, undisturbed, attempts=None)
     told = row(run, f"node lost, {'with' if node == 'n1' else 'without'} rank 0", **seen)
     figures["faults"].append(told)
     assert told["seconds_lost"] <= SAVE_SECONDS + told["seconds_per_step"]
