@@ -17,8 +17,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +77,7 @@ def lean_matrix(z1: Tensor, z2: Tensor, units: int) -> None:
     z1.grad = z2.grad = None
 
 
-CONTENDERS = {
+CONTENDERS: dict[str, Callable[..., Any]] = {
     "bare_products": bare_products,
     "bare_products_bf16": partial(bare_products, dtype=torch.bfloat16),
     "streaming": partial(loss, fused=False),
@@ -116,7 +118,7 @@ def peak_bytes(name: str | None, args: argparse.Namespace) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def timed(run, z: list[Tensor], units: int) -> float:
+def timed(run: Callable[..., Any], z: list[Tensor], units: int) -> float:
     wait = torch.cuda.synchronize if z[0].is_cuda else lambda: None
     wait()
     start = time.perf_counter()

@@ -19,7 +19,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable
-from importlib.util import find_spec
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from sphinx.environment.collectors.toctree import TocTreeCollector
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
+import imsvd_core
 from imsvd_core.data import memory as datasets
 from imsvd_core.data import sources
 
@@ -70,7 +71,7 @@ def prepare(app: Sphinx, config: Config) -> None:
 
 def what_cells_depend_on(book: Path) -> list[Path]:
     """Return the files that a cell may read or import."""
-    package = Path(find_spec("imsvd_core").origin).parent
+    package = Path(imsvd_core.__file__).parent
     sources = [path for pattern in ("*.py", "*.js") for path in package.rglob(pattern)]
     kit, requirements = Path(__file__).with_name("kit.py"), REPOSITORY / "requirements.txt"
     return [*sources, *book.joinpath("results").rglob("*.*"), kit, requirements]
@@ -121,13 +122,10 @@ def write_run(app: Sphinx, error: Exception | None) -> None:
 def copy_mathjax(app: Sphinx, error: Exception | None) -> None:
     """Copy MathJax, one file with its fonts drawn as paths, from the wheel that bundles it."""
     if error is None and app.builder.format == "html":
-        source = Path(
-            find_spec("sphinx-mathjax-offline").submodule_search_locations[0],
-            "static/mathjax/tex-svg.js",
-        )
+        source = files("sphinx-mathjax-offline") / "static" / "mathjax" / "tex-svg.js"
         target = Path(app.outdir, "_static", "mathjax")
         target.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target / "tex-svg.js")
+        target.joinpath("tex-svg.js").write_bytes(source.read_bytes())
 
 
 def silence_thebe(app: Sphinx, config: Config) -> None:

@@ -12,8 +12,10 @@ import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from imsvd_core.loss import cross_joint_entropy
+from imsvd_core.methods.imsvd import IMSVD
 from imsvd_core.recipes import recipe
 from imsvd_core.results import provenance, write_json, write_result
 from imsvd_core.runs.pretrain import Pretraining, load_data
@@ -24,9 +26,14 @@ SEEDS = (0, 1, 2)
 
 def main(run_dir: Path) -> None:
     base = recipe("cifar10-units")
+    method = base.method
+    assert isinstance(method, IMSVD)
+    units = method.units
+    assert isinstance(units, int)
     data = load_data(base)
-    variables, rows = base.network.dim // base.method.units, []
-    changed = {
+    variables = base.network.dim // units
+    rows: list[dict[str, Any]] = []
+    changed: dict[str, dict[str, Any]] = {
         "fp32": {},
         "bf16": {"products": "bf16"},
         "quarter": {"sampled_variables": variables // 4},
@@ -34,10 +41,10 @@ def main(run_dir: Path) -> None:
     for seed, (name, settings) in product(SEEDS, changed.items()):
         path = run_dir / f"{name}-seed{seed}" / "row.json"
         if not path.exists():
-            one = replace(
-                base, method=replace(base.method, **settings), loop=replace(base.loop, seed=seed)
+            varied = replace(
+                base, method=replace(method, **settings), loop=replace(base.loop, seed=seed)
             )
-            run = Pretraining(one, path.parent, data=data, progress=False)
+            run = Pretraining(varied, path.parent, data=data, progress=False)
             for _ in run:
                 pass
             write_json(
@@ -47,7 +54,7 @@ def main(run_dir: Path) -> None:
                     "seed": seed,
                     "knn_20": run.knn()["knn_20"],
                     "seconds": run.trainer.seconds,
-                    **{term: value.item() for term, value in exact_terms(run).items()},
+                    **exact_terms(run, units),
                 },
             )
         rows.append(json.loads(path.read_text()))
@@ -63,10 +70,11 @@ def main(run_dir: Path) -> None:
     write_result(run_dir / "result.json", "cifar10-laptop-cheaper", figures, origin, overwrite=True)
 
 
-def exact_terms(run: Pretraining) -> dict:
+def exact_terms(run: Pretraining, units: int) -> dict[str, float]:
     """The loss of test images, by the textbook version whatever the run was trained with."""
-    logits = (p.clamp_min(1e-30).log() for p in run.test_codes())  # whose codes are p
-    return cross_joint_entropy(*logits, run.recipe.method.units)._asdict()
+    z1, z2 = (p.clamp_min(1e-30).log() for p in run.test_codes())  # whose codes are p
+    terms = cross_joint_entropy(z1, z2, units)._asdict()
+    return {name: value.item() for name, value in terms.items()}
 
 
 if __name__ == "__main__":

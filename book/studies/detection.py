@@ -27,7 +27,7 @@ from imsvd_core.evaluation.detection import protocol as detection
 from imsvd_core.evaluation.detection.detector import DetectorConfig
 from imsvd_core.evaluation.detection.protocol import DetectionConfig
 from imsvd_core.evaluation.features import fingerprint
-from imsvd_core.networks import build_backbone
+from imsvd_core.networks import BackboneName, build_backbone
 from imsvd_core.results import STORE, provenance, write_json, write_result
 from imsvd_core.system.config import plain
 
@@ -63,7 +63,7 @@ FULL = DetectionConfig(
 )
 
 
-def backbone(name: str) -> torch.nn.Module:
+def backbone(name: BackboneName) -> torch.nn.Module:
     torch.manual_seed(stream_seed(SEED, "weights", 0))
     return build_backbone(name)
 

@@ -13,11 +13,16 @@ The data root holds cifar10, tiny-imagenet-40, voc-mini and coco-mini.
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch.nn.functional import normalize
 
+from imsvd_core.data.coco import open_coco
+from imsvd_core.data.memory import load
+from imsvd_core.data.sources import Split
+from imsvd_core.data.voc import open_voc
 from imsvd_core.evaluation import svm
 from imsvd_core.evaluation.detection import protocol as detection
 from imsvd_core.evaluation.features import embed
@@ -27,10 +32,11 @@ from imsvd_core.recipes import evaluation
 from imsvd_core.results import STORE, provenance, read_result, write_result
 from imsvd_core.runs import evaluate as evaluations
 from imsvd_core.runs.backbones import load_run, open_backbone, save_backbone
-from imsvd_core.runs.pretrain import build_network, load_data
+from imsvd_core.runs.pretrain import build_network
 from imsvd_core.system.files import atomic_write
 from imsvd_core.views import EvalView
 
+SPLITS: tuple[Split, ...] = ("train", "test")
 CIFAR, TINY = "cifar10", "folder:tiny-imagenet-40"
 ALIKE = 25.0  # root mean square of the differences of two images' bytes
 KEPT = "cifar10-laptop-40-epochs-seed0.safetensors"
@@ -54,7 +60,7 @@ def twins(store: Path) -> dict[str, float]:
     """How many test images of CIFAR-10 have their nearest neighbour among the training images in
     nearly the same pixels, and what the neighbours are worth with and without those."""
     trained = open_backbone(store / KEPT, "laptop")
-    train, test = load_data(replace(trained.recipe, data=CIFAR))
+    train, test = (load(CIFAR, split) for split in SPLITS)
     view = EvalView(**asdict(trained.recipe.eval_view))
     gallery, queries = (embed(trained.backbone, part, view) for part in (train, test))
     unit = normalize(gallery, dim=1)
@@ -89,7 +95,9 @@ def twins(store: Path) -> dict[str, float]:
 
 def main(tiny_run: Path, out: Path, names: list[str], store: Path = STORE) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    runs, features, classes = {}, {}, ()
+    runs: dict[str, dict[str, Any]] = {}
+    features: dict[str, torch.Tensor] = {}
+    classes: tuple[str, ...] = ()
     for name, file in backbones(tiny_run, out, store).items():
         if names and name not in names:
             continue
@@ -124,22 +132,22 @@ def main(tiny_run: Path, out: Path, names: list[str], store: Path = STORE) -> No
                 flush=True,
             )
         config = evaluation("voc07-svm", "laptop", trained.recipe).config
-        train, test = load_data(replace(trained.recipe, data="voc:voc-mini"))
-        classes = train.classes
-        for part in (train, test):
-            found, rows = svm.embed(trained.backbone, part, config)
-            features[f"{name}-{part.split}"] = found.half()
-            features[f"labels-{part.split}"] = part.labels[rows].contiguous()
+        for split in SPLITS:
+            images = open_voc("voc:voc-mini", split)
+            classes = images.classes
+            embedded, rows = svm.embed(trained.backbone, images, config)
+            features[f"{name}-{images.split}"] = embedded.half()
+            features[f"labels-{images.split}"] = images.labels[rows].contiguous()
         if (
             name == "tiny"
         ):  # batch-norm's running averages in place of precise ones, on the same trained detector
             config = replace(evaluation("coco-detection", "laptop").config, precise_bn=0)
-            data = load_data(replace(trained.recipe, data="coco:coco-mini"))
+            coco = open_coco("coco:coco-mini", "train"), open_coco("coco:coco-mini", "test")
             runs[name]["coco-detection-running-averages"] = detection.evaluate(
-                trained.backbone, data, config, run_dir=out / name / "coco-detection"
+                trained.backbone, coco, config, run_dir=out / name / "coco-detection"
             )
-    with atomic_write(store / "voc-mini-features.safetensors") as file:
-        file.write(safetensors.torch.save(features))
+    with atomic_write(store / "voc-mini-features.safetensors") as stored:
+        stored.write(safetensors.torch.save(features))
     config = {
         kind: evaluation(kind, "laptop")
         for kind in ("knn", "imagenet-linear", "voc07-svm", "coco-detection")

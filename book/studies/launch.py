@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from imsvd_core.data.sources import data_root, find_images, find_split
+from imsvd_core.data.sources import Split, data_root, find_images, find_split
 from imsvd_core.results import provenance, write_result
 from imsvd_core.system.config import plain
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "slurm"))
 from cluster import NODES, Cluster  # noqa: E402
 
-IMAGES = {"train": 256, "test": 40}  # of each class
+IMAGES: dict[Split, int] = {"train": 256, "test": 40}  # of each class
 SETTINGS = (
     "--scale",
     "smoke",
@@ -158,7 +158,10 @@ def launch(cluster: Cluster, run_dir: Path, data: Path) -> Watch:
     )
     if sent.returncode:
         raise RuntimeError(sent.stderr)
-    watch.job = re.search(r"job (\d+) sent", sent.stdout)[1]
+    job = re.search(r"job (\d+) sent", sent.stdout)
+    if job is None:
+        raise RuntimeError(f"imsvd launch named no job: {sent.stdout}")
+    watch.job = job[1]
     watch.note(f"imsvd launch has sent job {watch.job}")
     return watch
 
@@ -226,7 +229,8 @@ def link_images(folder: Path) -> Path:
             (folder / split / label).mkdir(parents=True, exist_ok=True)
             for name in find_images(home, label)[:count]:
                 link = folder / split / label / name
-                link.is_symlink() or link.symlink_to((home / label / name).resolve())
+                if not link.is_symlink():
+                    link.symlink_to((home / label / name).resolve())
     return folder
 
 

@@ -13,8 +13,10 @@ import sys
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from imsvd_core.discretization import hardness
+from imsvd_core.methods.imsvd import IMSVD
 from imsvd_core.recipes import recipe
 from imsvd_core.results import provenance, write_json, write_result
 from imsvd_core.runs.pretrain import Pretraining, load_data
@@ -27,23 +29,25 @@ SEEDS = (0, 1)
 
 def main(run_dir: Path) -> None:
     base = recipe("cifar10-units")
+    assert isinstance(base.method, IMSVD)
     data = load_data(base)
     untrained = Pretraining(base, run_dir / "untrained", data=data, progress=False)
+    rows: list[dict[str, Any]] = []
     figures = {
         "untrained_knn_20": untrained.knn()["knn_20"],
         "dim": base.network.dim,
         "samples": len(untrained.train),
-        "runs": [],
+        "runs": rows,
     }
     for seed, batch_size, units in product(SEEDS, BATCH_SIZES, UNITS):
         path = run_dir / f"batch{batch_size}-units{units}-seed{seed}" / "row.json"
         if not path.exists():
-            one = replace(
+            varied = replace(
                 base,
                 method=replace(base.method, units=units),
                 loop=replace(base.loop, batch_size=batch_size, seed=seed),
             )
-            run = Pretraining(one, path.parent, data=data, progress=False)
+            run = Pretraining(varied, path.parent, data=data, progress=False)
             for _ in run:
                 pass
             softness = asdict(hardness(run.test_codes()[0], units))
@@ -58,10 +62,10 @@ def main(run_dir: Path) -> None:
                     "seconds": run.trainer.seconds,
                 },
             )
-        figures["runs"].append(json.loads(path.read_text()))
-        print(figures["runs"][-1], flush=True)
+        rows.append(json.loads(path.read_text()))
+        print(rows[-1], flush=True)
         if (batch_size, units) == (BATCH_SIZES[-1], UNITS[-1]):  # a seed is complete
-            seconds = sum(one["seconds"] for one in figures["runs"])
+            seconds = sum(row["seconds"] for row in rows)
             origin = provenance(
                 config=base,
                 seed=SEEDS[0],

@@ -147,16 +147,17 @@ def _of_chapter(root: Path, chapter: str, name: str) -> Callable[..., Any]:
     if not page.exists():
         raise Fault(f"there is no chapter {chapter}")
     statements = list(_statements(page.read_text(encoding="utf-8")))
-    places = [
-        i
+    definitions = {
+        i: node
         for i, (node, _) in enumerate(statements)
         if isinstance(node, ast.FunctionDef) and node.name == name
-    ]
-    if len(places) != 1:
+    }
+    if len(definitions) != 1:
         raise Fault(
-            f"{chapter} defines {name} {len(places)} times; the ledger needs one definition"
+            f"{chapter} defines {name} {len(definitions)} times; the ledger needs one definition"
         )
-    needed, waiting = set(), [places[0]]
+    needed: set[int] = set()
+    waiting, (definition,) = list(definitions), definitions.values()
     while waiting:
         place = waiting.pop()
         if place not in needed:
@@ -172,7 +173,7 @@ def _of_chapter(root: Path, chapter: str, name: str) -> Callable[..., Any]:
         node = ast.increment_lineno(copy.deepcopy(node), line)
         exec(compile(ast.Module([node], []), str(page), "exec"), namespace)
     function = namespace[name]
-    _DEFINITIONS[function] = statements[places[0]][0]
+    _DEFINITIONS[function] = definition
     return function
 
 
@@ -238,20 +239,23 @@ def resolve(name: str) -> tuple[FunctionType, ast.FunctionDef]:
     `NN-chapter:name`."""
     place, _, qualname = name.partition(":")
     if re.match(r"\d\d-", place):
-        function = of_chapter(place, qualname)
+        named: Any = of_chapter(place, qualname)
     else:
         try:
-            function = importlib.import_module(place)
+            named = importlib.import_module(place)
             for part in qualname.split("."):
-                function = getattr(function, part)
+                named = getattr(named, part)
         except (ImportError, AttributeError) as error:
             raise Fault(f"there is no function {name} ({error})") from error
-    function = inspect.unwrap(function)
+    function = inspect.unwrap(named)
     if not isinstance(function, FunctionType):
         raise Fault(f"{name} is no Python function")
     if function.__code__.co_freevars:
         raise Fault(f"{name} is a closure; name a function that stands by itself")
     definition = _DEFINITIONS.get(function)
     if definition is None:
-        definition = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+        (statement,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+        if not isinstance(statement, ast.FunctionDef):
+            raise Fault(f"{name} is not defined by a def statement")
+        definition = statement
     return function, definition

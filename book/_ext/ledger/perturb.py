@@ -156,10 +156,10 @@ def _within(
         return
     if (
         isinstance(node, ast.Constant)
-        and type(node.value) in (int, float)
+        and isinstance(number := node.value, int | float)
+        and not isinstance(number, bool)
         and context != "compared"
     ):
-        number = node.value
         other = number + 1 if isinstance(number, int) else 1.5 * number if number else 0.5
         yield Site("factor", node, lambda: put(ast.Constant(other)), around or node)
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
@@ -191,13 +191,13 @@ def _within(
         yield Site("index", node, lambda: put(node.value), node)
     elif (
         isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr in METHODS
+        and isinstance(called := node.func, ast.Attribute)
+        and called.attr in METHODS
     ):
-        method, kind = METHODS[node.func.attr]
+        method, kind = METHODS[called.attr]
 
         def rename() -> ast.AST:
-            node.func.attr = method
+            called.attr = method
             return node
 
         yield Site(kind, node, rename, node)

@@ -107,7 +107,7 @@ class Runner:
     def _unperturbed(self, test: str, items: list[Any]) -> str:
         if not items:
             return f"there is no test {test}"
-        outcome, said = self._run(items, None, None)
+        outcome, said = self._run(items)
         return (
             "" if outcome == SURVIVED else f"{test} does not pass without any perturbation: {said}"
         )
@@ -143,8 +143,8 @@ class Runner:
     def _run(
         self,
         items: list[Any],
-        function: FunctionType | None,
-        code: CodeType | None,
+        function: FunctionType | None = None,
+        code: CodeType | None = None,
         roll: bool = False,
     ) -> tuple[str, str]:
         """Run items in a fork, with a function's code exchanged, up to the first that fails by its
@@ -157,7 +157,7 @@ class Runner:
             os.dup2(silence, 1)
             os.dup2(silence, 2)
             try:
-                if function is not None:
+                if function and code:
                     function.__code__ = code
                 answer = self._verdict(items, roll)
             except BaseException as error:
