@@ -21,6 +21,7 @@ from imsvd_core.engine import checkpoints
 from imsvd_core.export import export, read_state_dict
 from imsvd_core.networks import build_backbone
 from imsvd_core.runs.backbones import load_backbone
+from imsvd_core.system.run_folder import RunFolder
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -288,7 +289,7 @@ def test_a_backbone_is_found_in_our_own_checkpoint(tmp_path):
         "projector.0.weight": torch.ones(8, 256)
     }
     path = checkpoints.save(
-        tmp_path, 3, {"step": 3, "modules": {"network": network}, "seconds": 1.0}
+        RunFolder(tmp_path), 3, {"step": 3, "modules": {"network": network}, "seconds": 1.0}
     )
     name, cifar_stem, found = read_state_dict(path)
     assert (name, cifar_stem) == ("narrow", False)

@@ -1,7 +1,6 @@
 """Checkpoints: written atomically, read safely, and never the only copy of a run."""
 
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 from imsvd_core.system.run_folder import RunFolder
 
 FORMAT = "imsvd-checkpoint/1"
-_NAME = re.compile(r"step-(\d+)\.pt")
 log = logging.getLogger(__name__)
 
 
@@ -18,29 +16,20 @@ class CheckpointError(RuntimeError):
     """A file that is not a whole checkpoint of ours; the message names it and what to do."""
 
 
-def save(
-    directory: Path | str,
-    step: int,
-    state: dict[str, Any],
-    keep: int = 2,
-    run: RunFolder | None = None,
-) -> Path:
+def save(run: RunFolder, step: int, state: dict[str, Any], keep: int = 2) -> Path:
     """Write `state` as the checkpoint of `step`, and remove all but the newest `keep` ≥ 1.
 
     `state` may hold tensors, numbers, strings, and lists and dicts of them: what
-    `weights_only=True` reads back. `run` is the run folder that `directory` belongs to.
+    `weights_only=True` reads back. It goes to checkpoints/ in the run's folder.
     Returns the checkpoint's path. Raises Superseded if another process has taken `run` over.
     """
-    if keep < 1:
-        raise ValueError(f"keep={keep} must be at least 1: the newest checkpoint has to stay")
-    path = Path(directory).absolute() / f"step-{step:09d}.pt"
-    run = run or RunFolder(directory)
     # else the files removed next may be those that a successor is writing
     run.check()
-    for left_over in Path(directory).glob(".step-*.part"):
+    path = run.path / "checkpoints" / f"step-{step:09d}.pt"
+    for left_over in path.parent.glob(".step-*.part"):
         # of a process that was killed while it saved
         left_over.unlink(missing_ok=True)
-    with run.atomic_write(path) as file:
+    with run.atomic_write(path.relative_to(run.path)) as file:
         torch.save({"format": FORMAT, "step": step, "state": state}, file)
     run.check()
     saved = paths(path.parent)
@@ -48,17 +37,12 @@ def save(
     # files before it are of later steps: of a past that a resumption has undone
     for old in saved[:now] + saved[now + keep :]:
         old.unlink(missing_ok=True)
-    return Path(directory) / path.name
+    return path
 
 
 def paths(directory: Path | str) -> list[Path]:
     """The checkpoints under `directory`, newest step first."""
-    found = [
-        (int(match[1]), path)
-        for path in Path(directory).glob("step-*.pt")
-        if (match := _NAME.fullmatch(path.name))
-    ]
-    return [path for _, path in sorted(found, reverse=True)]
+    return sorted(Path(directory).glob(f"step-{9 * '[0-9]'}.pt"), reverse=True)
 
 
 def load(path: Path | str, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -105,11 +89,7 @@ def newest(directory: Path | str) -> Path | None:
 
 def weights(state: dict[str, Any]) -> dict[str, Any]:
     """The method's state dict in a checkpoint's state; older ones hold its parts by name."""
-    if "method" in state:
-        method: dict[str, Any] = state["method"]
-        return method
-    return {
-        f"{part}.{name}": value
-        for part, values in state["modules"].items()
-        for name, value in values.items()
-    }
+    method: dict[str, Any] = state.get("method", {})
+    for part, values in state.get("modules", {}).items():
+        method |= {f"{part}.{name}": value for name, value in values.items()}
+    return method

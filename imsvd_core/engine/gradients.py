@@ -46,7 +46,7 @@ class Gradients:
         self.shared = _shared(method, device) if world()[1] > 1 else None
 
     def __call__(self, batch: Iterable[Batch], seed: int) -> dict[str, Tensor]:
-        with _one_update_of_statistics(self.method, self.pieces):
+        with _running_statistics(self.method, 1 / self.pieces):
             if self.method.whole_batch and self.pieces > 1:
                 return self._of_the_whole(list(batch), seed)
             return self._of_each(batch, seed)
@@ -66,7 +66,7 @@ class Gradients:
     def _of_the_whole(self, batch: Sequence[Batch], seed: int) -> dict[str, Tensor]:
         """Embeddings first, gradients after (GradCache, Gao et al., 2021): a large batch
         in the memory of a piece."""
-        with torch.no_grad(), _untouched_statistics(self.method):
+        with torch.no_grad(), _running_statistics(self.method, 0):
             embeddings = list(self._embed(self.method, batch, seed))
         whole = [torch.cat(parts).requires_grad_() for parts in zip(*embeddings, strict=True)]
         with self._setting(seed):
@@ -122,40 +122,25 @@ def _shared(method: Method, device: torch.device) -> DistributedDataParallel:
 
 
 def _norms(method: nn.Module) -> list[_BatchNorm]:
-    return [
-        module
-        for module in method.modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats
-    ]
+    norms = (module for module in method.modules() if isinstance(module, _BatchNorm))
+    return [norm for norm in norms if norm.track_running_stats]
 
 
 @contextmanager
-def _one_update_of_statistics(method: nn.Module, pieces: int) -> Iterator[None]:
-    """Let `pieces` updates of batch-norm's running statistics weigh, and count, as one."""
-    restore = []
-    for norm in _norms(method) if pieces > 1 else []:
+def _running_statistics(method: nn.Module, share: float) -> Iterator[None]:
+    """Let each update of batch-norm's running statistics count as so much of one: 1 / pieces for
+    the pieces of a batch; 0 for a pass that is to leave no trace."""
+    states = []
+    for norm in _norms(method) if share < 1 else []:
         momentum, count = norm.momentum, norm.num_batches_tracked
-        if momentum is None or count is None:  # statistics that are a plain mean
+        if momentum is None or count is None:
+            # a plain mean, which is the same over two passes
             continue
-        restore.append((norm, momentum, count, count.clone()))
-        norm.momentum = 1 - (1 - momentum) ** (1 / pieces)
+        states.append((norm, momentum, count, count.clone()))
+        norm.momentum = 1 - (1 - momentum) ** share
     try:
         yield
     finally:
-        for norm, momentum, count, start in restore:
+        for norm, momentum, count, start in states:
             norm.momentum = momentum
-            count.sub_(start).div_(pieces, rounding_mode="floor").add_(start)
-
-
-@contextmanager
-def _untouched_statistics(method: nn.Module) -> Iterator[None]:
-    """Batch-norm by the statistics of the batch, as in training, with no trace of it in the running
-    ones."""
-    norms = _norms(method)
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
+            count.copy_(start + ((count - start) * share).round().long())

@@ -1,11 +1,12 @@
 """Training: one resumable loop over a method's steps; pretraining and every trained evaluation run
 on it."""
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from imsvd_core.distributed import mean_over_ranks, on_rank_0, world
 from imsvd_core.engine import checkpoints
 from imsvd_core.engine.config import LoopConfig
 from imsvd_core.engine.gradients import Gradients
-from imsvd_core.engine.metrics import Display, Metrics
+from imsvd_core.engine.metrics import Metrics
 from imsvd_core.engine.optim import OptimConfig, build_optimizer, learning_rate
 from imsvd_core.engine.order import Order
 from imsvd_core.methods.base import Method
 from imsvd_core.system import signals
-from imsvd_core.system.config import complete, differences, essential
+from imsvd_core.system.config import complete, differences, essential, plain
 from imsvd_core.system.devices import PRECISIONS, pick_device
+from imsvd_core.system.progress import bar
 from imsvd_core.system.ranks import launcher_is_gone
 from imsvd_core.system.run_folder import RunFolder
 
@@ -100,7 +102,7 @@ class Trainer:
         total = config.epochs * (samples // config.batch_size) if steps is None else steps
         self.order = Order(samples, config.batch_size, total, config.accumulate, config.seed)
         fixed = {"samples": samples, "world_size": ranks, **essential(settings or {})}
-        self.settings, self.kind = json.loads(json.dumps(fixed)), kind
+        self.settings, self.kind = plain(fixed), kind
         self.device = pick_device(config.device)
         layout = torch.channels_last if config.channels_last else torch.preserve_format
         method.to(self.device).to(memory_format=layout)
@@ -110,9 +112,14 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         precision = PRECISIONS[config.precision]
         self.gradients = Gradients(method, self.device, self.scaler, precision, config.accumulate)
-        self.rate = rate or self._scheduled_rate
+        self.rate = rate or partial(
+            learning_rate,
+            optim,
+            total_steps=total,
+            steps_per_epoch=self.order.steps_per_epoch,
+        )
         self.embed_all, self.saves = embed_all, saves
-        self.metrics, self.progress = Metrics(self.run.path / "metrics.jsonl", self.run), progress
+        self.metrics, self.progress = Metrics(self.run), progress
         self.step = 0
         self.seconds = 0.0  #: wall time of the steps so far, those before a resumption included
         self._last_good: Path | None = None
@@ -125,16 +132,23 @@ class Trainer:
 
     def train(self, batches: Iterable[Batch]) -> Iterator[Progressed]:
         """Take every step that is left; `batches` are the pieces of `order.since(step)`."""
-        self._stopping = False
+        self._stopping, self._logged_at = False, (self.step, self.seconds)
+        steps, per_epoch = self.order.steps, self.order.steps_per_epoch
         self.method.train()
         pieces = iter(batches)  # order → images → views
-        with self.run.on_rank_0(), self._display() as display:
-            while self.step < self.order.steps and not self._stopping:
-                self._begin_epoch()
+        with (
+            self.run.on_rank_0(),
+            bar("training", steps, self.progress, self.step) as advance,
+            self._tensorboard() as self._writer,
+        ):
+            while self.step < steps and not self._stopping:
+                if self.embed_all and self.step % per_epoch == 0:
+                    self.method.before_epoch(self.embed_all)
                 batch = islice(pieces, self.config.accumulate)
                 metrics = self.take_step(batch)  # embed → loss → gradients → update
-                metrics = self.keep_records(metrics, display)  # finite? log, save, stop
-                yield self._progressed(metrics)
+                metrics = self.keep_records(metrics, advance)  # finite? log, save, stop
+                ends_epoch = self.step % per_epoch == 0
+                yield Progressed(self.step, self.step / per_epoch, ends_epoch, metrics)
 
     def take_step(self, batch: Iterable[Batch]) -> dict[str, Tensor]:
         """One update of the weights from the pieces of a batch; returns what was measured."""
@@ -153,7 +167,9 @@ class Trainer:
         self.method.after_step(self.step / self.order.steps)
         return metrics
 
-    def keep_records(self, metrics: dict[str, Tensor], display: Display) -> dict[str, Tensor]:
+    def keep_records(
+        self, metrics: dict[str, Tensor], advance: Callable[..., None]
+    ) -> dict[str, Tensor]:
         """Check, log and save what is due after a step; returns what was measured, over all ranks
         if it was logged."""
         self._unchecked.append(torch.stack([metrics["loss"], metrics["grad_norm"]]))
@@ -166,11 +182,11 @@ class Trainer:
             saves = saves or save_due or self._stopping
         self.seconds += time.perf_counter() - self._started
         if logs:
-            metrics = self._log(metrics, display)
+            metrics = self._log(metrics)
         if saves and self.saves:
             self._last_good = self._write_checkpoint()
             self._saved_at = time.monotonic()
-        display.advance()
+        advance(1, f"loss {metrics['loss']:.4f}" if logs else None)
         return metrics
 
     def stop(self) -> None:
@@ -204,23 +220,16 @@ class Trainer:
         trainer wrote itself."""
         return self.metrics.lines(key)
 
-    def _scheduled_rate(self, step: int) -> float:
-        return learning_rate(self.optim, step, self.order.steps, self.order.steps_per_epoch)
+    def _tensorboard(self) -> AbstractContextManager[Any]:
+        """Writer of curves for TensorBoard, if that is wanted."""
+        if self.rank or not self.config.tensorboard:
+            return nullcontext()
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-    def _begin_epoch(self) -> None:
-        if self.embed_all and self.step % self.order.steps_per_epoch == 0:
-            self.method.before_epoch(self.embed_all)
-
-    def _progressed(self, metrics: Mapping[str, Tensor]) -> Progressed:
-        epoch = self.step / self.order.steps_per_epoch
-        return Progressed(self.step, epoch, self.step % self.order.steps_per_epoch == 0, metrics)
-
-    def _display(self) -> Display:
-        board = (
-            self.run.path / "tensorboard" if self.config.tensorboard and self.rank == 0 else None
+        writer: AbstractContextManager[Any] = SummaryWriter(
+            self.run.path / "tensorboard", purge_step=self.step + 1
         )
-        self._logged_at = self.step, self.seconds
-        return Display(self.step, self.order.steps, self.progress and self.rank == 0, board)
+        return writer
 
     def _agree(self) -> tuple[bool, bool]:
         """Whether any rank wants to stop, and whether rank 0's clock says that saving is due."""
@@ -248,17 +257,15 @@ class Trainer:
         if finite.all():
             return
         bad = int((~finite).nonzero()[0])
-        good = "no checkpoint had been saved yet"
-        if self._last_good:
-            good = f"the last good checkpoint is {self._last_good}"
         raise NonFiniteError(
             f"loss or gradient is not finite at step {self.step - len(finite) + bad} "
-            f"(loss {unchecked[bad, 0].item()}); {good}. Lower the learning rate "
+            f"(loss {unchecked[bad, 0].item()}); last good checkpoint: "
+            f"{self._last_good or 'no checkpoint yet'}. Lower the learning rate "
             f"(optim.lr={self.optim.lr}), or use precision='fp32'"
         )
 
-    def _log(self, metrics: dict[str, Tensor], display: Display) -> dict[str, Tensor]:
-        """Write the means over ranks to metrics.jsonl; returns them."""
+    def _log(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Record the means over ranks; returns them."""
         means = mean_over_ranks(torch.stack(list(metrics.values())))
         metrics = dict(zip(metrics, means, strict=True))
         step, seconds = self._logged_at
@@ -270,7 +277,9 @@ class Trainer:
             figures |= {"scale": self.scaler.get_scale(), "skipped": self._skipped}
         self._logged_at = self.step, self.seconds
         self.record(**figures)
-        display.show(self.step, figures)
+        if self._writer:
+            for name, value in figures.items():
+                self._writer.add_scalar(name, value, self.step)
         return metrics
 
     @on_rank_0
@@ -285,14 +294,12 @@ class Trainer:
             "seconds": self.seconds,
             "settings": self.settings,
         }
-        folder = self.run.path / "checkpoints"
-        return checkpoints.save(folder, self.step, state, self.config.keep, self.run)
+        return checkpoints.save(self.run, self.step, state, self.config.keep)
 
     def _resume(self) -> None:
         newest = on_rank_0(checkpoints.newest)(self.run.path / "checkpoints")
         if newest is None:
-            if self.rank == 0:
-                self.metrics.clear()
+            on_rank_0(self.metrics.forget_after)(-1)
             return
         state = checkpoints.load(newest)
         before = {"world_size": 1, **state["settings"]}  # older checkpoints do not name the ranks

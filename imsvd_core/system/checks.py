@@ -4,37 +4,33 @@ A setting whose default is None may be None. Of a tuple every item is checked. A
 """
 
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 def at_least(config: Any, **least: int) -> None:
     """Whole numbers with a lower bound: `at_least(self, epochs=1, seed=0)`."""
     for name, bound in least.items():
-        _check(config, name, partial(_is_whole, bound), f"at least {bound}, and whole")
 
+        def fits(x: Any, bound: int = bound) -> bool:
+            return isinstance(x, int) and x >= bound
 
-def _is_whole(bound: int, value: Any) -> bool:
-    return isinstance(value, int) and value >= bound
+        _check(config, [name], f"at least {bound}, and whole", fits)
 
 
 def finite(config: Any, *names: str) -> None:
     """Numbers from 0 that are neither infinite nor NaN."""
-    for name in names:
-        _check(config, name, lambda value: 0 <= value < math.inf, "a finite number ≥ 0")
+    _check(config, names, "a finite number ≥ 0", lambda x: 0 <= x < math.inf)
 
 
 def positive(config: Any, *names: str) -> None:
     """Numbers above 0 that are neither infinite nor NaN."""
-    for name in names:
-        _check(config, name, lambda value: 0 < value < math.inf, "positive and finite")
+    _check(config, names, "positive and finite", lambda x: 0 < x < math.inf)
 
 
 def between(config: Any, low: float, high: float, *names: str) -> None:
     """Numbers from `low` to `high`, both included."""
-    for name in names:
-        _check(config, name, lambda value: low <= value <= high, f"between {low:g} and {high:g}")
+    _check(config, names, f"between {low:g} and {high:g}", lambda x: low <= x <= high)
 
 
 def literals(config: Any) -> None:
@@ -44,19 +40,18 @@ def literals(config: Any) -> None:
             hint = next((part for part in get_args(hint) if get_origin(part) is Literal), None)
         words, value = get_args(hint), getattr(config, name)
         if words and value not in words and not _may_be_none(config, name, value):
-            *front, last = map(repr, words)
-            listed = f"{', '.join(front)} or {last}" if front else last
-            raise ValueError(f"{name}={value!r} must be {listed}")
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, words))}")
 
 
-def _check(config: Any, name: str, is_right: Callable[[Any], bool], rule: str) -> None:
-    value = getattr(config, name)
-    if _may_be_none(config, name, value):
-        return
-    numbers = value if isinstance(value, tuple) else (value,)
-    for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, int | float) or not is_right(number):
-            raise ValueError(f"{name}={value!r} must be {rule}")
+def _check(config: Any, names: Iterable[str], rule: str, fits: Callable[[Any], bool]) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if _may_be_none(config, name, value):
+            continue
+        for number in value if isinstance(value, tuple) else (value,):
+            is_number = isinstance(number, int | float) and not isinstance(number, bool)
+            if not (is_number and fits(number)):
+                raise ValueError(f"{name}={value!r} must be {rule}")
 
 
 def _may_be_none(config: Any, name: str, value: Any) -> bool:

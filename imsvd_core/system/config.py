@@ -8,7 +8,8 @@ changes without a new number.
 import hashlib
 import json
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -33,11 +34,11 @@ def settings(config: Any) -> Any:
 
     Goes through mappings and sequences of configurations; anything else stays as JSON holds it.
     """
-    if is_dataclass(config) and not isinstance(config, type):
-        return {"schema": SCHEMA, **_name(config), **_changed(config, default_values(type(config)))}
+    if is_dataclass(config):
+        return {"schema": SCHEMA, **_changed(config, None)}
     if isinstance(config, Mapping):
         return {str(key): settings(value) for key, value in config.items()}
-    if isinstance(config, (list, tuple)):
+    if isinstance(config, list | tuple):
         return [settings(value) for value in config]
     return plain(config)
 
@@ -52,26 +53,30 @@ def full_hash(config: Any) -> str:
     return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def default_values(kind: type) -> dict[str, Any]:
-    """The default of each field of a dataclass that has one."""
-    values = {field.name: field.default for field in fields(kind)}
+def default_values(kind: type, default: Any = None) -> dict[str, Any]:
+    """Defaults of the fields that have one; every field of `default`, if that is a `kind`."""
+    if type(default) is kind:
+        return dict(vars(default))
+    values = {}
     for field in fields(kind):
         if field.default_factory is not MISSING:
             values[field.name] = field.default_factory()
-    return {name: value for name, value in values.items() if value is not MISSING}
+        elif field.default is not MISSING:
+            values[field.name] = field.default
+    return values
 
 
-def _changed(config: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that differ from `defaults`; of a part, what differs from the default part."""
-    changed: dict[str, Any] = {}
+def _changed(config: Any, default: Any) -> dict[str, Any]:
+    """The fields that differ from those of `default`, or from those of the class where `default` is
+    of another: then with the name."""
+    kind = type(config)
+    changed: dict[str, Any] = {} if type(default) is kind else _name(config)
+    defaults = default_values(kind, default)
     for field in fields(config):
-        value, default = getattr(config, field.name), defaults.get(field.name, MISSING)
-        if value == default:
-            continue
-        if is_dataclass(value):
-            changed[field.name] = _part(value, default)
-        else:
-            changed[field.name] = _whole(plain(value))
+        value, standard = getattr(config, field.name), defaults.get(field.name, MISSING)
+        if value != standard:
+            part = is_dataclass(value)
+            changed[field.name] = _changed(value, standard) if part else _whole(plain(value))
     return changed
 
 
@@ -80,17 +85,6 @@ def _whole(value: Any) -> Any:
     if isinstance(value, list):
         return [_whole(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _part(config: Any, default: Any) -> dict[str, Any]:
-    """What differs in a part; its name only where its class is not that of the default."""
-    name = {} if type(config) is type(default) else _name(config)
-    return {**name, **_changed(config, _defaults_of(type(config), default))}
-
-
-def _defaults_of(kind: type, default: Any) -> dict[str, Any]:
-    """The defaults of a part of the class `kind`: those of the containing class, if it has some."""
-    return vars(default) if type(default) is kind else default_values(kind)
 
 
 def _name(config: Any) -> dict[str, str]:
@@ -125,78 +119,68 @@ def from_plain(kind: Any, value: Any, default: Any = MISSING, path: str = "") ->
     Raises ValueError for a value of another type, an unknown field, and a missing one.
     """
     origin, parts = get_origin(kind), get_args(kind)
-    if isinstance(kind, type) and is_dataclass(kind):
+
+    def require(fits: bool, words: str) -> None:
+        if not fits:
+            raise ValueError(f"{path}={value!r} must be {words}")
+
+    if is_dataclass(kind) and isinstance(kind, type):
         if value is None and default is not MISSING:
             # The probe's view in the oldest runs, where it was not used.
             return default
-        return _read_config(kind, _require(value, Mapping, "a table of settings", path), default)
+        require(isinstance(value, Mapping), "a table of settings")
+        return _read_config(kind, value, default)
     if origin in (Union, types.UnionType):
         return _read_option(parts, value, default, path)
     if origin is Literal:
-        words = f"one of {', '.join(map(str, parts))}"
-        if not isinstance(value, tuple(map(type, parts))):
-            raise ValueError(f"{path}={value!r} must be text, {words}")
-        if value not in parts:
-            raise ValueError(f"{path}={value!r} must be {words}")
+        require(value in parts, f"one of {', '.join(map(str, parts))}")
         return value
     if origin is tuple:
-        _require(value, (list, tuple), "a list" + (" of texts" if str in parts else ""), path)
+        require(isinstance(value, list | tuple), "a list")
         kinds = parts[:1] * len(value) if parts[-1] is ... else parts
-        if len(kinds) != len(value):
-            raise ValueError(f"{path}={value!r} must be a list of {len(kinds)}")
-        return tuple(
-            from_plain(part, item, path=path) for part, item in zip(kinds, value, strict=True)
-        )
+        require(len(kinds) == len(value), f"a list of {len(kinds)}")
+        return tuple(from_plain(*pair, path=path) for pair in zip(kinds, value, strict=True))
     if origin in (dict, Mapping):
-        _require(value, Mapping, "a table" + (" of texts" if parts[1] is str else ""), path)
+        require(isinstance(value, Mapping), "a table")
         return {
             key: from_plain(parts[1], item, path=f"{path}.{key}") for key, item in value.items()
         }
     if kind is Any:
         return tuple(value) if isinstance(value, list) else value
     accepted = {float: (float, int), Path: (Path, str)}.get(kind, kind)
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{path}={value!r} must be {WORDS.get(kind, kind)}")
-    return value if kind is types.NoneType else kind(value)
+    is_number = kind is bool or not isinstance(value, bool)
+    require(is_number and isinstance(value, accepted), WORDS[kind])
+    return value if value is None else kind(value)
 
 
-def _require(value: Any, kind: Any, words: str, path: str) -> Any:
-    if not isinstance(value, kind):
-        raise ValueError(f"{path}={value!r} must be {words}")
-    return value
-
-
-def _read_option(parts: tuple[Any, ...], value: Any, default: Any, path: str) -> Any:
+def _read_option(parts: Sequence[Any], value: Any, default: Any, path: str) -> Any:
     """`value` as the one of the types of a union that it fits; classes are told apart by `name`."""
-    if isinstance(value, Mapping) and any(is_dataclass(part) for part in parts):
+    if isinstance(value, Mapping):
         name = value.get("name", getattr(default, "name", None))
-        parts = tuple(p for p in parts if is_dataclass(p) and getattr(p, "name", None) == name)
+        parts = [part for part in parts if getattr(part, "name", None) == name]
         if not parts:
             raise ValueError(f"name={name!r} is none of the classes that {path} may have")
-    problems = []
     for part in parts:
-        try:
+        with suppress(ValueError):
             return from_plain(part, value, default, path)
-        except ValueError as error:
-            problems.append(error)
-    raise problems[0]
+    return from_plain(parts[0], value, default, path)
 
 
-def _read_config(kind: type, value: Mapping[str, Any], default: Any) -> Any:
-    hints = get_type_hints(kind)
-    if value.get("schema", SCHEMA) != SCHEMA:
-        raise ValueError(f"schema={value['schema']} is not known here, only {SCHEMA}: update imsvd")
-    names = [field.name for field in fields(kind)]
-    if unknown := sorted(set(value) - {*names, *_name(kind), "schema"}):
+def _read_config(kind: type, stored: Mapping[str, Any], default: Any) -> Any:
+    schema = stored.get("schema", SCHEMA)
+    if schema != SCHEMA:
+        raise ValueError(f"schema={schema} is not known here, only {SCHEMA}: update imsvd")
+    hints, names = get_type_hints(kind), [field.name for field in fields(kind)]
+    if unknown := sorted({*stored} - {*names, *_name(kind), "schema"}):
         has = ", ".join(names)
         raise ValueError(f"{kind.__name__} has no field {', '.join(unknown)}; it has: {has}")
-    values = _defaults_of(kind, default)
-    for field in fields(kind):
-        if field.name in value:
-            inner = values.get(field.name, MISSING)
-            values[field.name] = from_plain(hints[field.name], value[field.name], inner, field.name)
-        elif field.name not in values:
-            raise ValueError(f"{kind.__name__} needs {field.name}")
+    values = default_values(kind, default)
+    for name in names:
+        if name in stored:
+            inner = values.get(name, MISSING)
+            values[name] = from_plain(hints[name], stored[name], inner, name)
+        elif name not in values:
+            raise ValueError(f"{kind.__name__} needs {name}")
     return kind(**values)
 
 

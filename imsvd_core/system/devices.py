@@ -1,9 +1,10 @@
 """The device at hand, what it is called, and what it computes fast."""
 
 import platform
+import re
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -24,16 +25,11 @@ def pick_device(name: str = "auto") -> torch.device:
             f"device={name!r} would put {world()[1]} ranks on one GPU: "
             "use 'cuda', which gives each its own"
         )
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        name = next(kind for kind, present in available.items() if present)
-    if not available.get(name.split(":")[0], False):
-        present = ", ".join(kind for kind, present in available.items() if present)
-        raise ValueError(f"device={name!r} is not here; there is: {present}")
+    available = ["cuda"] if torch.cuda.is_available() else []
+    available += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
+    name = available[0] if name == "auto" else name
+    if name.split(":")[0] not in available:
+        raise ValueError(f"device={name!r} is not here; there is: {', '.join(available)}")
     if name == "cuda" and world()[1] > 1:
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device(name)
@@ -50,7 +46,7 @@ def bf16_is_fast(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # Older versions of torch do not tell: they are taken to have none.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return device.type != "cpu" or any(
         "bf16" in name and present for name, present in capabilities.items()
     )
@@ -67,10 +63,6 @@ def device_name(device: torch.device | str) -> str:
 
 @lru_cache(maxsize=1)
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    cpus = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.+)", cpus.read_text() if cpus.exists() else "")
+    return model[1] if model else platform.processor() or platform.machine()

@@ -1,7 +1,7 @@
 """Files that are either whole or absent."""
 
 import os
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 
 @contextmanager
-def atomic_write(path: Path | str, check: Callable[[], None] | None = None) -> Iterator[BinaryIO]:
+def atomic_write(path: Path | str, check: Callable[[], None] = lambda: None) -> Iterator[BinaryIO]:
     """Open a temporary neighbour of `path` for writing; on success flush it to disk and rename it
     into place.
 
@@ -18,24 +18,21 @@ def atomic_write(path: Path | str, check: Callable[[], None] | None = None) -> I
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(".part", f".{path.name}.", path.parent)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        if check:
-            check()
+        check()
         try:
             os.replace(temporary, path)
         except FileNotFoundError:
-            if check:
-                # a successor has tidied up
-                check()
+            # a successor has tidied up
+            check()
             raise
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
@@ -43,9 +40,3 @@ def atomic_write(path: Path | str, check: Callable[[], None] | None = None) -> I
         os.fsync(directory)
     finally:
         os.close(directory)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -11,8 +11,9 @@ from imsvd_core.distributed import world
 @contextmanager
 def bar(
     description: str, total: int | None, progress: bool, done: int = 0
-) -> Iterator[Callable[[int], None]]:
-    """A progress bar on rank 0, if `progress`; the function that it yields advances it by a count.
+) -> Iterator[Callable[..., None]]:
+    """A progress bar on rank 0, if `progress`; the function that it yields advances it by a count,
+    and may give it another description.
 
     `total` is None where nobody knows how much there is to do.
     """
@@ -25,4 +26,4 @@ def bar(
     )
     with display:
         task = display.add_task(description, total=total, completed=done)
-        yield lambda count: display.advance(task, count)
+        yield lambda count, text=None: display.update(task, advance=count, description=text)

@@ -5,6 +5,7 @@ folder. Each process that takes a folder therefore leaves a token there, a later
 it, and a process that no longer finds its own token cannot write: it is fenced off.
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -12,17 +13,12 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from imsvd_core.system import files
 from imsvd_core.system.config import plain
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]  # the token alone then keeps processes apart
 
 #: Environment variable: which attempt of which job this is; a later one compares greater.
 ATTEMPT = "IMSVD_ATTEMPT"
@@ -53,7 +49,7 @@ class RunFolder:
     def __init__(self, path: Path | str):
         self.path = Path(path)
         self._depth = 0
-        self._handle: int | None = None
+        self._lock = ExitStack()
         self._own: dict[str, Any] = {}
 
     def __enter__(self) -> "RunFolder":
@@ -83,19 +79,16 @@ class RunFolder:
         if self._depth == 0:
             self.path.mkdir(parents=True, exist_ok=True)
             self._own = _new_token()
-            self._handle = self._lock()
-            try:
-                self._take()
-            except BaseException:
-                self._unlock()
-                raise
+            with ExitStack() as lock:
+                self._take(lock.enter_context(open(self.path / ".lock", "ab")))
+                self._lock = lock.pop_all()
         self._depth += 1
 
     def release(self) -> None:
         """Leave a block; the token stays, and tells who was the last. Nothing happens outside."""
         self._depth = max(0, self._depth - 1)
         if self._depth == 0:
-            self._unlock()
+            self._lock.close()
 
     def check(self) -> None:
         """Raise Superseded if another process has taken the folder over, or removed it.
@@ -127,49 +120,24 @@ class RunFolder:
         with self.atomic_write(name) as file:
             file.write(content)
 
-    def _take(self) -> None:
-        current = self._token()
+    def _take(self, file: BinaryIO) -> None:
+        free, current = _lock(file), self._token()
         holder = current.get("holder", "another process")
         if _supersedes(current, self._own):
             raise Superseded(
                 f"run_dir={str(self.path)!r} belongs to a later attempt ({holder}): this one ends"
             )
-        if self._handle is None and not _supersedes(self._own, current):
+        if not free and not _supersedes(self._own, current):
             raise ValueError(
                 f"run_dir={str(self.path)!r} is in use by {holder}: wait for its end, "
                 "stop it, or give another folder"
             )
         self._leave_token()
-        if self._handle is None:
-            log.warning(
-                "taking %s over from an earlier attempt, %s, which may not be dead",
-                self.path,
-                holder,
-            )
+        if not free:
+            log.warning("taking %s over from %s, which may not be dead", self.path, holder)
             deadline = time.monotonic() + HANDOVER_SECONDS
-            while (handle := self._lock()) is None and time.monotonic() < deadline:
+            while not _lock(file) and time.monotonic() < deadline:
                 time.sleep(0.1)
-            self._handle = handle
-
-    def _lock(self) -> int | None:
-        """A file handle that locks the folder; 0 where there are no locks; None if another has it.
-
-        lockf's locks, unlike flock's, are not kept by forked workers that live on.
-        """
-        if fcntl is None:
-            return 0
-        handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(handle)
-            return None if isinstance(error, BlockingIOError | PermissionError) else 0
-        return handle
-
-    def _unlock(self) -> None:
-        if self._handle:
-            os.close(self._handle)
-        self._handle = None
 
     def _token(self) -> dict[str, Any]:
         """Of whoever has the folder, or had it last; {} if nobody. A failed read is repeated."""
@@ -187,6 +155,19 @@ class RunFolder:
     def _leave_token(self) -> None:
         with files.atomic_write(self.path / TOKEN) as file:
             file.write(json.dumps(self._own).encode() + b"\n")
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Lock the file until it is closed; False if another process has locked it.
+
+    True, too, where the file system has no locks. lockf's locks, unlike flock's, are not kept by
+    forked workers that live on.
+    """
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return not isinstance(error, BlockingIOError | PermissionError)
+    return True
 
 
 def _new_token() -> dict[str, Any]:

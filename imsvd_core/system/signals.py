@@ -19,8 +19,7 @@ class Stopped(RuntimeError):
 
 _signal = 0  # the last one that asked to stop
 _interruptible = False
-#: Windows has one of them.
-_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(signal, name)]
+_SIGNALS = signal.SIGTERM, signal.SIGUSR2
 
 
 @contextmanager
@@ -34,15 +33,11 @@ def handle_stop_signals(*, override: bool = False) -> Iterator[None]:
     global _signal
     replaced = {}
     if threading.current_thread() is threading.main_thread():
-        handlers = {number: signal.getsignal(number) for number in _SIGNALS}
-        replaced = {
-            number: handler
-            for number, handler in handlers.items()
-            if handler == signal.SIG_DFL or (override and handler not in (_hear, None))
-        }
-        for number in replaced:
-            signal.signal(number, _hear)
-        if override and hasattr(signal, "pthread_sigmask"):
+        for number in _SIGNALS:
+            handler = signal.getsignal(number)
+            if handler == signal.SIG_DFL or (override and handler not in (_hear, None)):
+                replaced[number] = signal.signal(number, _hear)
+        if override:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     try:
         yield

@@ -11,18 +11,19 @@ import torch
 
 from imsvd_core.engine import checkpoints
 from imsvd_core.system.files import atomic_write
+from imsvd_core.system.run_folder import RunFolder
 
 STATE = {"weights": torch.arange(3.0), "step": 7, "nested": {"list": [1, "two"]}}
 
 
 def test_state_comes_back_and_old_files_go(tmp_path):
     for step in (1, 2, 10):
-        checkpoints.save(tmp_path, step, STATE, keep=2)
-    assert [path.name for path in checkpoints.paths(tmp_path)] == [
+        checkpoints.save(RunFolder(tmp_path), step, STATE, keep=2)
+    assert [path.name for path in checkpoints.paths(tmp_path / "checkpoints")] == [
         "step-000000010.pt",
         "step-000000002.pt",
     ]
-    path = checkpoints.newest(tmp_path)
+    path = checkpoints.newest(tmp_path / "checkpoints")
     state = checkpoints.load(path)
     assert path.name == "step-000000010.pt"
     assert torch.equal(state["weights"], STATE["weights"])
@@ -31,8 +32,8 @@ def test_state_comes_back_and_old_files_go(tmp_path):
 
 @pytest.mark.parametrize("damage", ["truncate", "empty", "foreign", "text"])
 def test_a_bad_file_is_named_and_the_one_before_it_taken(tmp_path, caplog, damage):
-    checkpoints.save(tmp_path, 1, {"step": 1})
-    newest = checkpoints.save(tmp_path, 2, {"step": 2})
+    checkpoints.save(RunFolder(tmp_path), 1, {"step": 1})
+    newest = checkpoints.save(RunFolder(tmp_path), 2, {"step": 2})
     content = newest.read_bytes()
     if damage == "foreign":
         torch.save({"model": torch.zeros(2)}, newest)
@@ -42,17 +43,17 @@ def test_a_bad_file_is_named_and_the_one_before_it_taken(tmp_path, caplog, damag
         )
     with pytest.raises(checkpoints.CheckpointError, match=r"step-000000002.pt"):
         checkpoints.load(newest)
-    path = checkpoints.newest(tmp_path)
+    path = checkpoints.newest(tmp_path / "checkpoints")
     state = checkpoints.load(path)
     assert state == {"step": 1}
     assert "step-000000002.pt" in caplog.text
 
 
 def test_no_file_means_a_fresh_start_but_only_bad_files_do_not(tmp_path):
-    assert checkpoints.newest(tmp_path) is None
-    checkpoints.save(tmp_path, 1, STATE).write_bytes(b"torn")
+    assert checkpoints.newest(tmp_path / "checkpoints") is None
+    checkpoints.save(RunFolder(tmp_path), 1, STATE).write_bytes(b"torn")
     with pytest.raises(checkpoints.CheckpointError, match="none of the 1 checkpoints"):
-        checkpoints.newest(tmp_path)
+        checkpoints.newest(tmp_path / "checkpoints")
 
 
 def test_code_in_a_file_is_not_run(tmp_path):
@@ -96,12 +97,12 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
 
 def test_what_a_killed_save_left_and_what_a_resumption_undid_goes_with_the_next_save(tmp_path):
     for step in (10, 15):
-        checkpoints.save(tmp_path, step, STATE)
-    checkpoints.paths(tmp_path)[0].write_bytes(b"torn")
-    (tmp_path / ".step-000000012.pt.abc.part").write_bytes(b"half")
+        checkpoints.save(RunFolder(tmp_path), step, STATE)
+    checkpoints.paths(tmp_path / "checkpoints")[0].write_bytes(b"torn")
+    (tmp_path / "checkpoints" / ".step-000000012.pt.abc.part").write_bytes(b"half")
     for step in (12, 14):
-        checkpoints.save(tmp_path, step, STATE, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        checkpoints.save(RunFolder(tmp_path), step, STATE, keep=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "step-000000012.pt",
         "step-000000014.pt",
     ]
@@ -114,10 +115,5 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
         monkeypatch.setattr(
             os, name, lambda *a, name=name, original=original: (calls.append(name), original(*a))[1]
         )
-    checkpoints.save(tmp_path, 1, STATE)
+    checkpoints.save(RunFolder(tmp_path), 1, STATE)
     assert calls == ["fsync", "replace", "fsync"]
-
-
-def test_keep_must_leave_one(tmp_path):
-    with pytest.raises(ValueError, match="keep=0"):
-        checkpoints.save(tmp_path, 1, STATE, keep=0)

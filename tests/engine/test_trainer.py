@@ -20,6 +20,7 @@ from imsvd_core.engine.trainer import NonFiniteError, Trainer
 from imsvd_core.methods.base import Method
 from imsvd_core.system.config import plain
 from imsvd_core.system.devices import pick_device
+from imsvd_core.system.run_folder import RunFolder
 
 CONFIG = LoopConfig(epochs=3, batch_size=4, precision="fp32", log_every=2, device="cpu")
 SAMPLES = 22  # five steps an epoch, two samples left over
@@ -177,13 +178,13 @@ def test_a_finished_run_trains_no_further_and_keeps_its_seconds(tmp_path):
 HOLDER = """
 import sys
 from imsvd_core.system.run_folder import RunFolder
-RunFolder(sys.argv[1]).acquire()
+run = RunFolder(sys.argv[1])
+run.acquire()
 print('held', flush=True)
 sys.stdin.read()
 """
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no fcntl")
 def test_two_processes_do_not_train_in_one_folder_and_a_killed_one_leaves_it_free(tmp_path):
     trainer, _, _ = run(
         tmp_path
@@ -360,7 +361,7 @@ def test_a_checkpoint_of_one_process_from_before_there_were_ranks_resumes(tmp_pa
     path = checkpoints.newest(tmp_path / "checkpoints")
     state = checkpoints.load(path)
     del state["settings"]["world_size"]
-    checkpoints.save(path.parent, 5, state)
+    checkpoints.save(RunFolder(tmp_path), 5, state)
     assert make(tmp_path)[0].step == 5
 
 
@@ -370,7 +371,7 @@ def test_a_checkpoint_whose_parts_stood_by_name_resumes(tmp_path):
     path = checkpoints.newest(tmp_path / "now" / "checkpoints")
     state = checkpoints.load(path)
     parts = {name.removeprefix("model."): value for name, value in state.pop("method").items()}
-    checkpoints.save(tmp_path / "then" / "checkpoints", 5, state | {"modules": {"model": parts}})
+    checkpoints.save(RunFolder(tmp_path / "then"), 5, state | {"modules": {"model": parts}})
     _, resumed, _ = run(tmp_path / "then")
     assert identical(weights(whole), weights(resumed))
 

@@ -399,7 +399,7 @@ def test_subsets_are_drawn(data, backbone, tmp_path):
         ({"size": None}, "size=None"),
         ({"train_images": 0}, "train_images=0"),
         ({"positive_weight": 0}, "positive_weight=0"),
-        ({"pool": "max"}, "pool='max' must be 'vissl' or 'mean'"),
+        ({"pool": "max"}, "pool='max' must be one of 'vissl', 'mean'"),
         ({"difficult": "positive"}, "difficult='positive'"),
     ],
 )

@@ -28,7 +28,7 @@ def test_a_time_limit_is_read_as_slurm_reads_it(time, minutes):
         ({"time": "a day"}, "time='a day' is no time limit: write minutes"),
         ({"time": "2"}, "time='2' must exceed grace_seconds=120"),
         ({"nodes": 0}, "nodes=0 must be at least 1"),
-        ({"executor": "pbs"}, "executor='pbs' must be 'slurm', 'local' or 'debug'"),
+        ({"executor": "pbs"}, "executor='pbs' must be one of 'slurm', 'local', 'debug'"),
         ({"executor": "local", "nodes": 2}, "nodes=2 needs executor='slurm'"),
         ({"gpus_per_node": 2, "tasks_per_node": 4}, "tasks_per_node=4 exceeds gpus_per_node=2"),
         ({"mem_gb": -1.0}, "mem_gb=-1.0 must be positive"),
@@ -81,12 +81,12 @@ def test_a_profile_spares_typing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('setup = "module load cuda"', "setup='module load cuda' must be a list of texts"),
+        ('setup = "module load cuda"', "setup='module load cuda' must be a list"),
         ("time = 60", "time=60 must be text, in quotes"),
         ('mem_gb = "x"', "mem_gb='x' must be a number"),
         ("nodes = true", "nodes=True must be a whole number"),
         ("nodes = 1.5", "nodes=1.5 must be a whole number"),
-        ("executor = 3", "executor=3 must be text"),
+        ("executor = 3", "executor=3 must be one of slurm, local, debug"),
     ],
 )
 def test_a_profile_s_values_must_be_of_their_kind(tmp_path, line, words):

@@ -47,9 +47,9 @@ def test_right_settings_pass():
         ("flip", -0.1, "a finite number ≥ 0"),
         ("flip", math.inf, "a finite number ≥ 0"),
         ("flip", 1.1, "between 0 and 1"),
-        ("name", "lion", "'adamw', 'sgd' or 'lars'"),
-        ("name", None, "'adamw', 'sgd' or 'lars'"),
-        ("mode", "c", "'a' or 'b'"),
+        ("name", "lion", "one of 'adamw', 'sgd', 'lars'"),
+        ("name", None, "one of 'adamw', 'sgd', 'lars'"),
+        ("mode", "c", "one of 'a', 'b'"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_value_and_what_would_be_right(field, value, rule):

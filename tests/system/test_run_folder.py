@@ -1,6 +1,7 @@
 """Whole files, and folders that one process at a time may write to: of two attempts at the same
 work, the later."""
 
+import errno
 import json
 import os
 import signal
@@ -66,7 +67,6 @@ def writer(tmp_path):
         other.process.communicate()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no fcntl")
 def test_a_later_attempt_takes_a_folder_over_and_the_earlier_one_cannot_write_any_more(
     writer, tmp_path, monkeypatch
 ):
@@ -83,7 +83,6 @@ def test_a_later_attempt_takes_a_folder_over_and_the_earlier_one_cannot_write_an
         run.check()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no fcntl")
 @pytest.mark.parametrize(
     ("attempt", "earlier", "error", "message"),
     [
@@ -123,15 +122,18 @@ def test_an_attempt_that_comes_after_a_later_one_has_ended_is_refused_too(tmp_pa
         RunFolder(tmp_path).acquire()
 
 
+def _has_no_locks(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
 def test_without_locks_the_token_alone_keeps_two_processes_apart(writer, tmp_path, monkeypatch):
     first = writer(None)
-    monkeypatch.setattr(run_folder, "fcntl", None)
+    monkeypatch.setattr(run_folder.fcntl, "lockf", _has_no_locks)
     with RunFolder(tmp_path) as run:
         assert "has been taken over by process" in first.write("mine")
         run.check()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows does not fork")
 def test_a_lock_ends_with_its_block_and_is_not_kept_by_a_forked_worker_that_lives_on(
     writer, tmp_path
 ):
@@ -184,25 +186,24 @@ def test_an_earlier_attempt_that_falls_asleep_while_it_takes_a_folder_does_not_k
 def test_a_superseded_attempt_does_not_tidy_up_what_its_successor_is_writing(tmp_path, monkeypatch):
     monkeypatch.setenv(ATTEMPT, "2026-01-01T00:00:00#000000")
     with RunFolder(tmp_path) as earlier:
-        checkpoints.save(tmp_path / "checkpoints", 1, {}, run=earlier)
+        checkpoints.save(earlier, 1, {})
         monkeypatch.setenv(ATTEMPT, "2026-01-01T00:00:00#000001")
         with RunFolder(tmp_path):
             half = tmp_path / "checkpoints" / ".step-000000002.pt.x.part"
             half.touch()
             with pytest.raises(Superseded):
-                checkpoints.save(tmp_path / "checkpoints", 1, {}, run=earlier)
+                checkpoints.save(earlier, 1, {})
     assert half.exists()
 
 
 def test_a_superseded_attempt_neither_empties_nor_lengthens_the_record(tmp_path, monkeypatch):
     monkeypatch.setenv(ATTEMPT, "2026-01-01T00:00:00#000000")
     with RunFolder(tmp_path) as earlier:
-        metrics = Metrics(tmp_path / "metrics.jsonl", earlier)
+        metrics = Metrics(earlier)
         metrics.append(1, 0.5, {"loss": 1.0})
         monkeypatch.setenv(ATTEMPT, "2026-01-01T00:00:00#000001")
         with RunFolder(tmp_path):
             for write in (
-                metrics.clear,
                 lambda: metrics.append(2, 1.0, {"loss": 0.5}),
                 lambda: metrics.forget_after(0),
             ):
