@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,6 @@ def open_data(
     root: Path | str | None = None,
     on_corrupt: OnCorrupt = "error",
     stream: bool | None = None,
-    size: int | None = None,
     progress: bool = False,
 ) -> Images | VOCImages | CocoImages:
     """Open one split of a data set: the one door to all of them.
@@ -58,26 +58,14 @@ def open_data(
             once, into memory (False). By default the headers of 64 of the split's images, evenly
             spread, decide: the tree is streamed if these differ in size, or if all images would
             take more than 2 GB at their mean size.
-        size: in memory, the shorter side is resized to it and the centre cropped; a tree with a
-            `size` is loaded.
         progress: show a bar while files are read.
 
     Raises ValueError for an argument or a tree that cannot be used, naming an unreadable file, and
     FileNotFoundError, with the remedy, for data that are not there.
     """
-    scheme = name.partition(":")[0] if ":" in name else ""
-    if stream is not None and scheme not in ("folder", "tree"):
-        raise ValueError(
-            f"stream={stream} is for trees of class folders, folder:PATH: {name!r} is none"
-        )
-    if scheme == "tree" and stream is False:
-        raise ValueError(
-            f"stream={stream} contradicts {name!r}: give folder:PATH to load it into memory"
-        )
-    if size is not None and (stream or scheme in ("tree", "voc", "coco")):
-        raise ValueError(
-            f"size={size} is for images in memory, and {name!r} is streamed: leave it out"
-        )
+    scheme = name.partition(":")[0]
+    if scheme != "folder" and stream not in (None, scheme in ("tree", "voc", "coco")):
+        raise ValueError(f"stream={stream} contradicts {name!r}: only folder:PATH can be both")
     if scheme == "voc":
         from imsvd_core.data.voc import open_voc
 
@@ -88,21 +76,19 @@ def open_data(
         return open_coco(name, split, root, on_corrupt=on_corrupt, progress=progress)
     if scheme == "tree":
         return open_folder(name, split, root, on_corrupt=on_corrupt)
-    if scheme == "folder" and size is None and stream is not False:
+    if scheme == "folder" and stream is not False:
         images = open_folder(name, split, root, on_corrupt=on_corrupt)
         if stream or _needs_streaming(images):
             return images
-    return load(name, split, root=root, on_corrupt=on_corrupt, size=size, progress=progress)
+    return load(name, split, root=root, on_corrupt=on_corrupt, progress=progress)
 
 
 def _needs_streaming(images: FolderImages) -> bool:
     """Whether sampled images differ in size, or all would take too much memory."""
     sizes = []
     for index in np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).astype(int):
-        try:
-            with Image.open(images.file(index)) as picture:
-                sizes.append(picture.size)
-        except Exception:  # a broken file makes Pillow raise nearly anything; reading will name it
-            continue
+        # A broken file makes Pillow raise nearly anything; reading will name it.
+        with suppress(Exception), Image.open(images.file(index)) as picture:
+            sizes.append(picture.size)
     total = sum(3 * width * height for width, height in sizes)
     return len(set(sizes)) > 1 or total * len(images) > MEMORY_BYTES * len(sizes)

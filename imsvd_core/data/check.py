@@ -14,19 +14,17 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 from xml.etree import ElementTree
 
-from rich.progress import Progress
-
-from imsvd_core.data import sources
+from imsvd_core.data import sources, voc
+from imsvd_core.data.decoding import JPEG_START, open_image
 from imsvd_core.data.decoding import decode as decode_image
-from imsvd_core.data.decoding import open_image
-from imsvd_core.data.voc import base_of as voc_base
-from imsvd_core.data.workers import share_of_cores
+from imsvd_core.data.workers import in_threads
 from imsvd_core.system.files import atomic_write
 
 Decode = Literal["none", "header", "full"]
@@ -92,46 +90,45 @@ class Report:
     def ok(self) -> bool:
         return not self.problems
 
-    def add(self, kind: str, example: str, remedy: str) -> None:
-        """Note one more fault of a kind."""
-        same = next((problem for problem in self.problems if problem.what == kind), None)
-        if same is None:
-            self.problems.append(same := Problem(kind, remedy))
-        same.count += 1
-        same.first += [example] if same.count <= SHOWN else []
+    def add(self, kind: str, examples: Iterable[str], remedy: str = UNPACK) -> None:
+        """Note faults of one kind; none where there is no example."""
+        for example in examples:
+            problem = next((problem for problem in self.problems if problem.what == kind), None)
+            if problem is None:
+                problem = Problem(kind, remedy)
+                self.problems.append(problem)
+            problem.count += 1
+            if problem.count <= SHOWN:
+                problem.first.append(example)
 
     def expect(self, name: str, number: int, expected: int) -> None:
         """Note a number, and where it is not the expected one a fault."""
         self.found[name] = number
         if number != expected:
-            self.add(
-                "wrong count",
-                f"{name}: {number:,}, expected {expected:,}",
-                f"{UNPACK}; of a subset say what it holds (--classes, --counts)",
-            )
+            example = f"{name}: {number:,}, expected {expected:,}"
+            remedy = f"{UNPACK}; of a subset say what it holds (--classes, --counts)"
+            self.add("wrong count", [example], remedy)
+
+    @contextmanager
+    def reading(self, kind: str, file: Path) -> Iterator[None]:
+        """Note as a fault what stops the reading of a file."""
+        try:
+            yield
+        # A missing file, a folder, another content, an unknown encoding, no XML.
+        except (OSError, ValueError, LookupError, ElementTree.ParseError) as error:
+            self.add(kind, [f"{file} ({type(error).__name__}: {error})"])
 
     def __str__(self) -> str:
         numbers = ", ".join(f"{name} {number:,}" for name, number in self.found.items())
         lines = [f"{self.name} in {self.root}: {numbers}"]
         for problem in self.problems:
-            rest = f"\n    and {problem.count - SHOWN:,} more" if problem.count > SHOWN else ""
-            examples = "\n    ".join(problem.first) + rest
-            lines.append(
-                f"  {problem.what} ({problem.count:,}):\n    {examples}\n    → {problem.remedy}"
-            )
-        looked = {
-            "none": "files not opened",
-            "header": "both ends of every file read",
-            "full": "every file decoded",
-        }
-        return "\n".join(
-            [*lines, f"  {'all is well' if self.ok else 'not ready'} ({looked[self.decode]})"]
-        )
-
-
-Track = Callable[
-    ..., Iterable
-]  # (items, description=...): the items, with a bar that shows how many are done
+            lines.append(f"  {problem.what} ({problem.count:,}):")
+            lines += [f"    {example}" for example in problem.first]
+            if problem.count > SHOWN:
+                lines.append(f"    and {problem.count - SHOWN:,} more")
+            lines.append(f"    → {problem.remedy}")
+        state = "all is well" if self.ok else "not ready"
+        return "\n".join([*lines, f"  {state} (read of every file: {self.decode})"])
 
 
 @dataclass(frozen=True)
@@ -144,39 +141,35 @@ class Spec:
     counts: Mapping[str, int]  # images of each split
     classes: int
     help: str
-    inspect: Callable[[Path, Spec, Report, Track], list[str]]
+    inspect: Callable[[Path, Spec, Report], list[str]]
     class_name: str = r".+"  # regular expression
-    balanced: tuple[str, ...] = ()  # splits in which all classes have equally many images
 
 
-def _inspect_tree(root: Path, spec: Spec, report: Report, track: Track) -> list[str]:
-    """ROOT/<split>/<class>/<image>, the same classes in every split."""
-    files: list[str] = []
-    classes: dict[str, list[str]] = {}
+def _inspect_tree(root: Path, spec: Spec, report: Report) -> list[str]:
+    """ROOT/<split>/<class>/<image>, the same classes in every split, in val of equal size."""
+    trees: dict[str, dict[str, list[str]]] = {}
     for split, expected in spec.counts.items():
         home = root / split
         if not home.is_dir():
-            report.add("missing folder", str(home), PREPARE)
+            report.add("missing folder", [str(home)], PREPARE)
             continue
-        classes[split] = _class_folders(home, spec, report)
-        members = {
-            name: [f"{home}/{name}/{file}" for file, _ in sources.scan(home / name)]
-            for name in track(classes[split], description=f"listing {split}")
+        folders = {name: f"{home}/{name}" for name in _class_folders(home, spec, report)}
+        tree = trees[split] = {
+            name: [f"{folder}/{file}" for file, _ in sources.scan(folder)]
+            for name, folder in folders.items()
         }
-        report.expect(f"{split} classes", len(members), spec.classes)
-        report.expect(f"{split} images", sum(map(len, members.values())), expected)
-        share, balanced = expected // spec.classes, split in spec.balanced
-        for name, images in members.items():
-            if not images or (balanced and len(images) != share):
-                count = f"{share:,}" if balanced else "some"
-                example = f"{home / name}: {len(images):,} images, expected {count}"
-                report.add("class of the wrong size", example, UNPACK)
-            files += images
-    for split, names in classes.items():
-        for name in sorted(set().union(*classes.values()) - set(names)):
-            remedy = f"{UNPACK}: every split needs every class"
-            report.add("missing class", str(root / split / name), remedy)
-    return files
+        report.expect(f"{split} classes", len(tree), spec.classes)
+        report.expect(f"{split} images", sum(map(len, tree.values())), expected)
+        share = expected // spec.classes
+        for name, files in tree.items():
+            if not files or (split == "val" and len(files) != share):
+                example = f"{folders[name]}: {len(files):,} images, expected {share:,}"
+                report.add("class of the wrong size", [example])
+    classes = set().union(*trees.values())
+    for split, tree in trees.items():
+        missing = (str(root / split / name) for name in sorted(classes - tree.keys()))
+        report.add("missing class", missing, f"{UNPACK}: every split needs every class")
+    return [file for tree in trees.values() for files in tree.values() for file in files]
 
 
 def _class_folders(home: Path, spec: Spec, report: Report) -> list[str]:
@@ -184,134 +177,81 @@ def _class_folders(home: Path, spec: Spec, report: Report) -> list[str]:
     if loose := [entry.name for entry in os.scandir(home) if sources.is_image(entry.name)]:
         example = f"{len(loose):,} in {home}, first {min(loose)}"
         remedy = f"move each into {home}/<class>/, as told below"
-        report.add("images outside class folders", example, remedy)
+        report.add("images outside class folders", [example], remedy)
     names = sources.class_names(home)
     classes = [name for name in names if re.fullmatch(spec.class_name, name)]
-    for name in names:
-        if name not in classes:
-            remedy = "move it out of the data root"
-            report.add("folder that is no class", str(home / name), remedy)
+    strangers = (str(home / name) for name in names if name not in classes)
+    report.add("folder that is no class", strangers, "move it out of the data root")
     return classes
 
 
-def _inspect_voc(root: Path, spec: Spec, report: Report, track: Track) -> list[str]:
+def _inspect_voc(root: Path, spec: Spec, report: Report) -> list[str]:
     """JPEGImages, Annotations and ImageSets/Main: lists of each split, and of each class in it."""
-    base = voc_base(root)
-    stems = {}
-    for folder, suffix in (("JPEGImages", "jpg"), ("Annotations", "xml"), (LISTS, "txt")):
+    base = voc.base_of(root)
+    for folder in ("JPEGImages", "Annotations", LISTS):
         if not (base / folder).is_dir():
-            report.add("missing folder", str(base / folder), PREPARE)
-        stems[folder] = {path.stem for path in (base / folder).glob(f"*.{suffix}")}
-    images, annotations, lists = stems.values()
-    classes = {name.removesuffix("_trainval") for name in lists if name.endswith("_trainval")}
+            report.add("missing folder", [str(base / folder)], PREPARE)
+    images = {path.stem for path in base.glob("JPEGImages/*.jpg")}
+    annotations = {path.stem for path in base.glob("Annotations/*.xml")}
+    lists = base.glob(f"{LISTS}/*_trainval.txt")
+    classes = {path.name.removesuffix("_trainval.txt") for path in lists}
     report.expect("classes", len(classes), spec.classes)
-    splits: dict[str, set[str]] = {}
+    splits: dict[str, list[str]] = {}
     for split, expected in spec.counts.items():
-        lines = _lines(base / LISTS / f"{split}.txt", report) if split in lists else []
-        members = [stem for stem, *_ in lines]
-        report.expect(f"{split} images", len(members), expected)
+        splits[split] = []
+        file = base / LISTS / f"{split}.txt"
+        with report.reading("unusable list", file):
+            splits[split] += file.read_text().split()
+        report.expect(f"{split} images", len(splits[split]), expected)
         for name in sorted(classes):
-            _inspect_list(base / LISTS / f"{name}_{split}.txt", members, report)
-        splits[split] = set(members)
-        for stem in members:
-            if stem not in images:
-                report.add("missing image", str(base / f"JPEGImages/{stem}.jpg"), UNPACK)
-            if stem not in annotations:
-                report.add("missing annotation", str(base / f"Annotations/{stem}.xml"), UNPACK)
-    for stem in sorted(splits.get("trainval", set()) & splits.get("test", set())):
-        example = f"{stem}, in {base / LISTS}/trainval.txt and test.txt"
-        report.add("image of both splits", example, UNPACK)
-    for stem in sorted(annotations - images):
-        report.add("annotation without image", str(base / f"Annotations/{stem}.xml"), UNPACK)
-    for stem in track(sorted(annotations), description="annotations"):
-        _inspect_annotation(base / f"Annotations/{stem}.xml", classes, report)
-    return [str(base / f"JPEGImages/{stem}.jpg") for stem in sorted(images)]
+            file = base / LISTS / f"{name}_{split}.txt"
+            with report.reading("unusable list", file):
+                if list(voc.read_list(file)) != splits[split]:
+                    report.add("list of other images", [str(file)])
+    listed = set().union(*splits.values())
+    report.add("missing image", sorted(listed - images))
+    report.add("missing annotation", sorted(listed - annotations))
+    report.add("annotation without image", sorted(annotations - images))
+    report.add("image of both splits", sorted(set(splits["trainval"]) & set(splits["test"])))
+    for stem in sorted(annotations):
+        file = base / f"Annotations/{stem}.xml"
+        with report.reading("unreadable annotation", file):
+            names = {name.text for name in ElementTree.parse(file).iterfind("object/name")}
+            unknown = sorted(map(str, names - classes))
+            report.add("unknown class", (f"{name} in {file}" for name in unknown))
+    return [f"{base}/JPEGImages/{stem}.jpg" for stem in sorted(images)]
 
 
-def _inspect_list(file: Path, members: list[str], report: Report) -> None:
-    """The list of one class in one split: its members, each with a label."""
-    if not file.exists():
-        report.add("missing list", str(file), UNPACK)
-        return
-    lines = _lines(file, report)
-    if [stem for stem, *_ in lines] != members:
-        report.add("list of other images", str(file), UNPACK)
-    if unlabelled := [line for line in lines if line[1:] not in (["-1"], ["0"], ["1"])]:
-        line = " ".join(unlabelled[0])
-        example = f"{file} says {line!r}: a stem and -1, 0 or 1 belong there"
-        report.add("list without labels", example, UNPACK)
-
-
-def _inspect_annotation(file: Path, classes: set[str], report: Report) -> None:
-    """What stands in one image: objects of the known classes."""
-    try:
-        names = {name.text for name in ElementTree.parse(file).iterfind("object/name")}
-    # A folder, an unknown encoding, no XML.
-    except (OSError, ValueError, LookupError, ElementTree.ParseError) as error:
-        report.add("unreadable annotation", f"{file} ({type(error).__name__}: {error})", UNPACK)
-        return
-    for name in sorted(map(str, names - classes)):
-        report.add("unknown class", f"{name} in {file}", UNPACK)
-
-
-def _lines(file: Path, report: Report) -> list[list[str]]:
-    """The words of each line that has any; none, and a problem, where the list cannot be read."""
-    try:
-        return [line.split() for line in file.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        report.add("unreadable list", f"{file} ({type(error).__name__}: {error})", UNPACK)
-        return []
-
-
-def _inspect_coco(root: Path, spec: Spec, report: Report, track: Track) -> list[str]:
+def _inspect_coco(root: Path, spec: Spec, report: Report) -> list[str]:
     """<split>2017/*.jpg and annotations/instances_<split>2017.json, of the same images."""
+    from imsvd_core.data.coco import faults, read_listing  # pycocotools is slow to import
+
     files = []
     for split, expected in spec.counts.items():
         home, listing = root / f"{split}2017", root / f"annotations/instances_{split}2017.json"
-        missing = [] if home.is_dir() else [home]
-        missing += [] if listing.is_file() else [listing]
-        for place in missing:
-            report.add("missing folder or file", str(place), PREPARE)
-        if missing:
+        if not (home.is_dir() and listing.is_file()):
+            report.add("missing folder or file", [f"{home} or {listing}"], PREPARE)
             continue
         names = {file for file, _ in sources.scan(home)}
         files += [f"{home}/{name}" for name in sorted(names)]
         report.expect(f"{split} images", len(names), expected)
-        try:
-            content = json.loads(listing.read_text())
-            listed = {image["id"]: image["file_name"] for image in content["images"]}
-            named = {image["file_name"] for image in content["images"]}
-            ids = Counter(image["id"] for image in content["images"])
-            categories = {category["id"] for category in content["categories"]}
-            orphans = [
-                box["id"]
-                for box in content["annotations"]
-                if box["image_id"] not in listed or box["category_id"] not in categories
-            ]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            report.add(
-                "unreadable annotation", f"{listing} ({type(error).__name__}: {error})", UNPACK
-            )
-            continue
-        report.found[f"{split} objects"] = len(content["annotations"])
-        report.expect(f"{split} categories", len(categories), spec.classes)
-        for number, times in ids.items():
-            if times > 1:
-                report.add(
-                    "image listed twice",
-                    f"{number} is the id of {times} images in {listing}",
-                    UNPACK,
-                )
-        for name in sorted(named - names, key=str):
-            report.add("missing image", f"{home / name}, which {listing.name} lists", UNPACK)
-        for name in sorted(names - named):
-            report.add(
-                "image without annotation",
-                f"{home / name}, which {listing.name} does not list",
-                f"if it was added, move it out of the data root; else {UNPACK}",
-            )
-        for number in orphans:
-            report.add("annotation of nothing known", f"{number} in {listing}", UNPACK)
+        with report.reading("unreadable annotation", listing):
+            coco = read_listing(listing)
+            images, marks = coco.dataset["images"], coco.dataset["annotations"]
+            report.found[f"{split} objects"] = len(marks)
+            report.expect(f"{split} categories", len(coco.cats), spec.classes)
+            named = {str(image.get("file_name")) for image in images}
+            report.add("missing image", (f"{home}/{name}" for name in sorted(named - names)))
+            extra = (f"{home}/{name}" for name in sorted(names - named))
+            remedy = f"if it was added, move it out of the data root; else {UNPACK}"
+            report.add("image without annotation", extra, remedy)
+            counts = Counter(image["id"] for image in images)
+            twice = (number for number, count in counts.items() if count > 1)
+            report.add("image listed twice", (f"id {number} in {listing}" for number in twice))
+            lost = (mark["id"] for mark in marks if mark["image_id"] not in coco.imgs)
+            report.add("annotation of no image", (f"{number} in {listing}" for number in lost))
+            unusable = (fault for image in coco.imgs.values() for fault in faults(image, coco))
+            report.add("unusable annotation", (f"{fault} in {listing}" for fault in unusable))
     return files
 
 
@@ -323,7 +263,6 @@ SPECS = {
         IMAGENET_HELP,
         _inspect_tree,
         class_name=r"n\d{8}",
-        balanced=("val",),
     ),
     "places205": Spec(
         "Places205",
@@ -331,7 +270,6 @@ SPECS = {
         205,
         PLACES_HELP,
         _inspect_tree,
-        balanced=("val",),
     ),
     "voc07": Spec(
         "PASCAL VOC 2007", {"trainval": 5_011, "test": 4_952}, 20, VOC_HELP, _inspect_voc
@@ -375,7 +313,7 @@ def check(
     for a missing root.
     """
     spec = spec or find_spec(name)
-    if decode not in ("none", "header", "full") or (workers is not None and workers < 1):
+    if decode not in get_args(Decode) or (workers is not None and workers < 1):
         raise ValueError(
             f"decode is {decode!r} and workers {workers}: choose none, header or full, and 1 or "
             "more"
@@ -384,17 +322,10 @@ def check(
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder.\n{how_to(spec, root)}")
     report = Report(name, str(root.resolve()), decode)
-    with Progress(disable=not progress, transient=True) as bars:
-        files = spec.inspect(root, spec, report, bars.track)
-        if decode != "none":
-            parts = [files[start : start + 64] for start in range(0, len(files), 64)]
-            with ThreadPoolExecutor(workers or share_of_cores()) as pool:
-                examined = pool.map(lambda part: list(_examine(part, decode)), parts)
-                for faults in bars.track(
-                    examined, total=len(parts), description="images, 64 at a time"
-                ):
-                    for fault in faults:
-                        report.add("unreadable image", fault, UNPACK)
+    files = spec.inspect(root, spec, report)
+    if decode != "none":
+        faults = in_threads(partial(_fault, decode), files, "images", workers, progress)
+        report.add("unreadable image", filter(None, faults))
     try:
         with atomic_write(root / STAMP) as file:
             file.write(json.dumps(asdict(report), indent=2).encode() + b"\n")
@@ -407,28 +338,27 @@ def checked(name: str, root: Path | str) -> Report | None:
     """The report that the last `check` of this data set left in the root, or None."""
     try:
         stamp = json.loads((Path(root).expanduser() / STAMP).read_text())
-        report = Report(
-            **stamp | {"problems": [Problem(**problem) for problem in stamp["problems"]]}
-        )
+        stamp["problems"] = [Problem(**problem) for problem in stamp["problems"]]
+        report = Report(**stamp)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return report if report.name == name else None
 
 
-def _examine(files: list[str], decode: Decode) -> Iterator[str]:
-    """What is wrong with each of these image files that cannot be read."""
-    for file in files:
-        try:
-            decode_image(file) if decode == "full" else _look_at_both_ends(file)
-        except Exception as error:  # a broken file makes Pillow raise nearly anything
-            yield f"{file} ({' '.join(str(error.__cause__ or error).split())})"
+def _fault(decode: Decode, file: str) -> str | None:
+    """What is wrong with an image file, if it cannot be read."""
+    try:
+        decode_image(file) if decode == "full" else _look_at_both_ends(file)
+    except Exception as error:  # a broken file makes Pillow raise nearly anything
+        return f"{file} ({' '.join(str(error.__cause__ or error).split())})"
+    return None
 
 
 def _look_at_both_ends(file: str) -> None:
     with open(file, "rb") as content:
         open_image(content)
         content.seek(0)
-        end = JPEG_END if content.read(2) == b"\xff\xd8" else PNG_END
+        end = JPEG_END if content.read(2) == JPEG_START else PNG_END
         content.seek(-len(end), os.SEEK_END)
         if content.read() != end:  # cut short, or some camera wrote on: read on to tell
             decode_image(file)

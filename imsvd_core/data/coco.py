@@ -9,29 +9,26 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import pickle
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, redirect_stdout
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from torch import Tensor
 
 from imsvd_core.data import sources
-from imsvd_core.data.batch import Plan, balanced
+from imsvd_core.data.batch import Plan
 from imsvd_core.data.decoding import decode
 from imsvd_core.data.sources import OnCorrupt, Split
-from imsvd_core.data.workers import Unreadable, stream
+from imsvd_core.data.streamed import StreamedImages
 from imsvd_core.system.progress import bar
 
-PREFIX = "coco:"
 SPLITS = {"train": "train2017", "test": "val2017"}
 
 #: What stands in an image, as torchvision's detectors take it: boxes float32 (n, 4), x1 y1 x2 y2 in
@@ -41,7 +38,7 @@ Target = dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class CocoImages:
+class CocoImages(StreamedImages):
     """One split of a COCO data root ROOT/{train,val}2017/*.jpg,
     ROOT/annotations/instances_{train,val}2017.json.
 
@@ -50,21 +47,14 @@ class CocoImages:
     those without an area are left out.
     """
 
-    name: str  # "coco:PATH"
-    title: str  # what a page prints
-    split: str  # "train" or "test"
-    home: Path  # holds the images
+    columns: ClassVar = ("ids", "places")
+
     listing: Path  # the annotations' file
     ids: Tensor = field(repr=False)  # int64 (N,), COCO's numbers of the images
     records: Tensor = field(repr=False)  # uint8: every image's record, pickled, one after the other
     places: Tensor = field(repr=False)  # int64 (N, 2): where in `records` each begins and ends
     classes: tuple[str, ...] = field(repr=False)  # of labels 1, 2, ...
     categories: tuple[int, ...] = field(repr=False)  # COCO's numbers of the classes
-    on_corrupt: OnCorrupt = "error"
-    unreadable: Unreadable = field(default_factory=Unreadable, repr=False)  # images so far
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     def record(self, index: int) -> dict[str, Any]:
         """COCO's own entry of an image, with its usable objects under "objects"."""
@@ -74,50 +64,37 @@ class CocoImages:
     def file(self, index: int) -> Path:
         return self.home / self.record(index)["file_name"]
 
-    def subset(self, n: int, seed: int = 0) -> CocoImages:
-        """`n` images drawn at random, in their present order; the same `n` and `seed` give the
-        same.
-
-        Raises ValueError unless 1 <= n <= len(self).
-        """
-        as_one_class = torch.zeros(len(self), dtype=torch.int64)
-        rows = balanced(as_one_class, n, seed, f"{self.title} ({self.split})")
-        return replace(self, ids=self.ids[rows], places=self.places[rows], unreadable=Unreadable())
-
     def target(self, index: int, *, masks: bool = True) -> Target:
         """What stands in an image; see `Target`. Without `masks` they are left out, which saves the
         time to draw them.
         """
         record = self.record(index)
         objects, height, width = record["objects"], record["height"], record["width"]
-        boxes = torch.tensor(
-            [_corners(mark, height, width) for mark in objects], dtype=torch.float32
-        ).reshape(-1, 4)
+        boxes = [_corners(mark, height, width) for mark in objects]
         label = {category: number for number, category in enumerate(self.categories, 1)}
+        labels = [label[mark["category_id"]] for mark in objects]
+        crowds = [mark.get("iscrowd", 0) for mark in objects]
         target = {
-            "boxes": boxes,
-            "labels": torch.tensor(
-                [label[mark["category_id"]] for mark in objects], dtype=torch.int64
-            ),
+            "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+            "labels": torch.tensor(labels, dtype=torch.int64),
             "area": torch.tensor([mark["area"] for mark in objects], dtype=torch.float32),
-            "iscrowd": torch.tensor(
-                [mark.get("iscrowd", 0) for mark in objects], dtype=torch.int64
-            ),
+            "iscrowd": torch.tensor(crowds, dtype=torch.int64),
             "image_id": torch.tensor(record["id"]),
         }
         if masks:
             target["masks"] = torch.zeros(len(objects), height, width, dtype=torch.uint8)
+            coco = COCO()
+            coco.imgs[record["id"]] = record
             for out, mark in zip(target["masks"], objects, strict=True):
-                out[:] = torch.from_numpy(
-                    rle.decode(_run_lengths(mark["segmentation"], height, width))
-                )
+                if shape := _polygons(mark["segmentation"]):
+                    out[:] = torch.from_numpy(coco.annToMask({**mark, "segmentation": shape}))
         return target
 
     def read(self, index: int, *, masks: bool = True) -> tuple[Tensor, Target]:
         """An image, uint8 (3, H, W), and what stands in it. Raises ValueError naming a file that
         cannot be read, or whose size is not what the annotations were made for.
         """
-        image, record = decode(str(self.file(index))), self.record(index)
+        image, record = decode(self.file(index)), self.record(index)
         if image.shape[1:] != (record["height"], record["width"]):
             raise ValueError(
                 f"{self.file(index)} is {image.shape[2]}×{image.shape[1]} and {self.listing.name} "
@@ -139,52 +116,33 @@ class CocoImages:
         With `on_corrupt` "skip", training takes the next image for one that cannot be read, and
         testing goes without: then there are fewer than n.
         """
-
         entries = (indices.tolist() for _, indices in plan)
         read = partial(self._read_all, masks)
-        with closing(stream(read, entries, workers, device)) as results:
-            for pixels, shapes, targets, unreadable in results:
-                self.unreadable.note(unreadable, self.file, "left out")
-                parts = pixels.split([math.prod(shape) for shape in shapes])
-                tables = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-                images, pictures = tables[: len(targets)], tables[len(targets) :]
-                sent = [
-                    {name: torch.as_tensor(value, device=device) for name, value in target.items()}
-                    for target in targets
-                ]
-                for target, mask in zip(sent, pictures, strict=masks):
-                    target["masks"] = mask
-                yield images, sent
+        with closing(self.stream(read, entries, workers, device)) as results:
+            for images, targets in results:
+                yield (
+                    [torch.as_tensor(image, device=device) for image in images],
+                    [
+                        {
+                            name: torch.as_tensor(part, device=device)
+                            for name, part in target.items()
+                        }
+                        for target in targets
+                    ],
+                )
 
     def _read_all(
         self, masks: bool, indices: Iterable[int]
-    ) -> tuple[Tensor, list[torch.Size], list[dict], list[int]]:
-        """Everything of one entry: all pixels in one tensor, since each that leaves a worker keeps
-        a file open.
-        """
-        images, targets, unreadable = [], [], []
-        for index in indices:
-            for place in range(index, index + (len(self) if self.split == "train" else 1)):
-                try:
-                    image, target = self.read(place % len(self), masks=masks)
-                except ValueError:
-                    if self.on_corrupt == "error":
-                        raise
-                    unreadable.append(place % len(self))
-                else:
-                    images.append(image)
-                    targets.append(target)
-                    break
-        if not images and self.split == "train":
-            raise ValueError(f"{self.home} holds no image that can be read, of {len(self)} files")
-        pictures = images + [target.pop("masks") for target in targets if masks]
-        pixels = (
-            torch.cat([picture.flatten() for picture in pictures])
-            if pictures
-            else torch.empty(0, dtype=torch.uint8)
-        )
-        numbers = [{name: value.numpy() for name, value in target.items()} for target in targets]
-        return pixels, [picture.shape for picture in pictures], numbers, unreadable
+    ) -> tuple[list[np.ndarray], list[dict[str, np.ndarray]], list[int]]:
+        """One entry, as arrays: every tensor that leaves a worker keeps a file open."""
+        unreadable: list[int] = []
+        images, targets = [], []
+        for _, (image, target) in self.readable(
+            partial(self.read, masks=masks), indices, unreadable
+        ):
+            images.append(image.numpy())
+            targets.append({name: part.numpy() for name, part in target.items()})
+        return images, targets, unreadable
 
     def truth(self) -> COCO:
         """The annotations as pycocotools reads them, for its scoring: of all images of the split,
@@ -208,10 +166,7 @@ def open_coco(
     Raises ValueError or FileNotFoundError, saying what is expected, where PATH has no such split or
     it holds no object.
     """
-    if not name.startswith(PREFIX):
-        raise ValueError(f"data set {name!r} is not COCO: give {PREFIX}PATH")
-    sources.check_choices(split, on_corrupt)
-    folder = sources.find_folder(name, root)
+    folder = sources.find_root(name, ("coco:",), split, on_corrupt, root)
     home, listing = folder / SPLITS[split], folder / f"annotations/instances_{SPLITS[split]}.json"
     for place in (home, listing):
         if not place.exists():
@@ -240,7 +195,8 @@ def open_coco(
         torch.stack([ends - sizes, ends], 1),
         tuple(coco.cats[number]["name"] for number in categories),
         categories,
-        on_corrupt,
+        on_corrupt=on_corrupt,
+        replaced=split == "train",
     )
 
 
@@ -249,9 +205,12 @@ def _sorted_records(coco: COCO, listing: Path, split: Split, progress: bool) -> 
     records = {}
     with bar(f"sorting {listing.name}", len(coco.imgs), progress) as advance:
         for number in sorted(coco.imgs):
-            image, marked = coco.imgs[number], coco.imgToAnns.get(number, [])
-            _refuse_incomplete(image, marked, coco, listing)
-            objects = [mark for mark in marked if _usable(mark, image, split)]
+            image = coco.imgs[number]
+            for fault in faults(image, coco):
+                raise ValueError(
+                    f"{listing}: {fault}: unpack COCO's annotations of instances again"
+                )
+            objects = [mark for mark in coco.imgToAnns[number] if _usable(mark, image, split)]
             if objects or split == "test":
                 records[number] = pickle.dumps({**image, "objects": objects})
             advance(1)
@@ -273,36 +232,28 @@ def read_listing(file: Path) -> COCO:
     return coco
 
 
-def _refuse_incomplete(
-    image: dict[str, Any], objects: Sequence[dict[str, Any]], coco: COCO, listing: Path
-) -> None:
-    """Raise ValueError for an image or one of its objects of which something is missing, or speaks
-    of another picture.
-    """
-    for kind, entry, needed in (
-        ("image", image, ("file_name", "height", "width")),
-        *(
-            ("annotation", mark, ("category_id", "bbox", "area", "segmentation"))
-            for mark in objects
-        ),
-    ):
-        if missing := [key for key in needed if key not in entry]:
-            raise ValueError(
-                f"{listing}: {kind} {entry['id']} has no {', '.join(missing)}: give COCO's "
-                "annotations of instances, boxes and masks"
-            )
-    for mark in objects:
+def faults(image: dict[str, Any], coco: COCO) -> Iterator[str]:
+    """What an image or one of its objects lacks, or says of another picture."""
+    marks = coco.imgToAnns.get(image["id"], [])
+    keys = ("category_id", "bbox", "area", "segmentation")
+    entries: list[tuple[str, dict[str, Any], tuple[str, ...]]]
+    entries = [("image", image, ("file_name", "height", "width"))]
+    entries += [("annotation", mark, keys) for mark in marks]
+    lacking = [
+        f"{kind} {entry['id']} has no {key}"
+        for kind, entry, keys in entries
+        for key in keys
+        if key not in entry
+    ]
+    yield from lacking
+    for mark in [] if lacking else marks:
         if mark["category_id"] not in coco.cats:
-            raise ValueError(
-                f"{listing}: annotation {mark['id']} is of category {mark['category_id']}, which "
-                f"is not among its {len(coco.cats)} categories: unpack COCO's annotations again"
-            )
-        shape = mark["segmentation"]
-        size = [image["height"], image["width"]]
-        if isinstance(shape, dict) and list(shape.get("size", ())) != size:
-            raise ValueError(
-                f"{listing}: the mask of annotation {mark['id']} is of size {shape.get('size')}, "
-                f"and its image {image['id']} of {size}: unpack COCO's annotations again"
+            yield f"annotation {mark['id']} is of an unknown category, {mark['category_id']}"
+        shape, size = mark["segmentation"], [image["height"], image["width"]]
+        if isinstance(shape, dict) and shape.get("size") != size:
+            yield (
+                f"the mask of annotation {mark['id']} is of size {shape.get('size')}, and its "
+                f"image {image['id']} of {size}"
             )
 
 
@@ -316,12 +267,8 @@ def _usable(mark: dict[str, Any], image: dict[str, Any], split: Split) -> bool:
 
 def _corners(mark: dict[str, Any], height: int, width: int) -> list[float]:
     x, y, w, h = mark["bbox"]
-    return [
-        min(max(x, 0), width),
-        min(max(y, 0), height),
-        min(max(x + w, 0), width),
-        min(max(y + h, 0), height),
-    ]
+    ends = zip((x, y, x + w, y + h), (width, height, width, height), strict=True)
+    return [min(max(end, 0), side) for end, side in ends]
 
 
 def _polygons(segmentation: Any) -> Any:
@@ -331,12 +278,3 @@ def _polygons(segmentation: Any) -> Any:
     if not isinstance(segmentation, list):
         return segmentation
     return [corners for corners in segmentation if len(corners) >= 6 and len(corners) % 2 == 0]
-
-
-def _run_lengths(segmentation: Any, height: int, width: int) -> dict[str, Any]:
-    """One mask in COCO's compressed run lengths, from any of its three ways to write one."""
-    shape = _polygons(segmentation)
-    if isinstance(shape, list):
-        nothing = np.zeros((height, width), np.uint8, "F")
-        return rle.merge(rle.frPyObjects(shape, height, width)) if shape else rle.encode(nothing)
-    return rle.frPyObjects(shape, height, width) if isinstance(shape["counts"], list) else shape

@@ -16,7 +16,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 JPEG_START = b"\xff\xd8"
 
 
-def decode(file: str) -> Tensor:
+def decode(file: Path | str) -> Tensor:
     """One image file as uint8 RGB (3, H, W); the pixels are Pillow's.
 
     Gray, CMYK and palette become RGB, transparency is dropped, the camera's orientation is left

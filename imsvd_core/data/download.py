@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import queue
 import socket
 import tempfile
 import threading
@@ -30,11 +29,12 @@ def get(name: str, root: Path | str | None = None) -> Place:
     Raises ValueError for a name that is not published; DownloadError within ten seconds where there
     is no network.
     """
-    if name not in PUBLISHED:
-        raise ValueError(f"data set {name!r} cannot be downloaded: choose {', '.join(PUBLISHED)}")
-    root, published = data_root(root), PUBLISHED[name]
+    root = data_root(root)
     if place := find(name, root):
         return place
+    if name not in PUBLISHED:
+        raise ValueError(f"data set {name!r} cannot be downloaded: choose {', '.join(PUBLISHED)}")
+    published, files = PUBLISHED[name], list(layout(name))
     if published is FashionMNIST:
         url = published.mirrors[0] + published.resources[0][0]
     else:
@@ -47,14 +47,14 @@ def get(name: str, root: Path | str | None = None) -> Place:
             print(f"Downloading {TITLES[name]} to {root}", flush=True)
             socket.setdefaulttimeout(STALL_SECONDS)  # torchvision sets none of its own
             published(folder, download=True)
-            for file in layout(name):
+            for file in files:
                 (root / file).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(Path(folder, file), root / file)
     except Exception as error:  # urllib, http, ssl, tarfile and torchvision each have their own
         reason = " ".join(f"{type(error).__name__}: {getattr(error, 'reason', error)}".split())
         raise DownloadError(
             f"{TITLES[name]} is not under {root} and could not be downloaded ({reason}). Put "
-            f"torchvision's {layout(name)[0].parent} there, or images as "
+            f"torchvision's {files[0].parent} there, or images as "
             f"{root / name}/{{train,test}}/<class>/*.png or *.jpg; IMSVD_DATA names another data "
             "root, and the data set 'attributes' needs no files"
         ) from error
@@ -70,21 +70,20 @@ def _probe(url: str) -> None:
     The name server's patience cannot be set, and a host has several addresses that each time out in
     turn: so one deadline stands over all, and a thread that misses it is left behind.
     """
-    answers: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+    errors: list[Exception] = [
+        TimeoutError(f"no answer from {url} within {PROBE_SECONDS:g} seconds")
+    ]
 
     def ask() -> None:
         try:
             with urllib.request.urlopen(url, timeout=PROBE_SECONDS) as response:
                 response.read(1)
+            errors.clear()
         except Exception as error:
-            answers.put(error)
-        else:
-            answers.put(None)
+            errors.append(error)
 
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        error = answers.get(timeout=PROBE_SECONDS)
-    except queue.Empty:
-        error = TimeoutError(f"no answer from {url} within {PROBE_SECONDS:g} seconds")
-    if error is not None:
-        raise error
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    if errors:
+        raise errors[-1]

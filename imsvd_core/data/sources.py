@@ -51,7 +51,7 @@ def resolve(name: str = "auto", root: Path | str | None = None, *, quiet: bool =
             "(tree:PATH, voc:PATH and coco:PATH where images are streamed)"
         )
     root = data_root(root)
-    if find("cifar10", root, verify=not quiet):
+    if find("cifar10", root):
         return "cifar10"
     if not quiet:
         say_once(
@@ -65,9 +65,7 @@ def title(name: str = "auto", root: Path | str | None = None) -> str:
     """A page's name of the data at hand, such as "CIFAR-10 (JPEG)"; prints nothing."""
     root = data_root(root)
     name = resolve(name, root, quiet=True)
-    if name.startswith("folder:"):
-        return find_folder(name, root).name
-    return title_of(name, find(name, root, verify=False))
+    return title_of(name, find(name, root))
 
 
 @cache
@@ -89,6 +87,16 @@ def check_choices(split: str, on_corrupt: str) -> None:
         raise ValueError(f"on_corrupt is {on_corrupt!r}: choose 'error' or 'skip'")
 
 
+def find_root(
+    name: str, schemes: tuple[str, ...], split: str, on_corrupt: str, root: Path | str | None
+) -> Path:
+    """The folder of a data set that is streamed; raises ValueError for another one's name."""
+    check_choices(split, on_corrupt)
+    if not name.startswith(schemes):
+        raise ValueError(f"data set {name!r} has another layout: give {schemes[0]}PATH")
+    return find_folder(name, root)
+
+
 def find_folder(name: str, root: Path | str | None = None) -> Path:
     """The folder that `folder:PATH` and the like name, absolute or below the data root.
 
@@ -104,49 +112,51 @@ def find_folder(name: str, root: Path | str | None = None) -> Path:
     return path
 
 
-def layout(name: str) -> list[Path]:
-    """The files of torchvision's layout, relative to the folder that it calls its root."""
+def layout(name: str) -> dict[Path, str | None]:
+    """The files of torchvision's layout, relative to what it calls its root, and their checksums.
+
+    Fashion-MNIST's are of the compressed files: it has none here, but its reader counts bytes.
+    """
     published = PUBLISHED[name]
     if published is FashionMNIST:
         names = [file.removesuffix(".gz") for file, _ in published.resources]
-        return [Path("FashionMNIST/raw", file) for file in names]
-    files = [*published.train_list, *published.test_list, [published.meta["filename"]]]
-    return [Path(published.base_folder, file[0]) for file in files]
+        return {Path("FashionMNIST/raw", file): None for file in names}
+    meta = published.meta["filename"], published.meta["md5"]
+    files = [*published.train_list, *published.test_list, meta]
+    return {Path(published.base_folder, file): checksum for file, checksum in files}
 
 
-def find(name: str, root: Path, verify: bool = True) -> Place | None:
-    """Where `name` can be read, torchvision's layout first; `verify` compares its checksums."""
+def find(name: str, root: Path) -> Place | None:
+    """Where `name` can be read, torchvision's layout first, if its files have their checksums."""
     if name.startswith("folder:"):
         return Place(find_folder(name, root), tree=True)
     if name not in PUBLISHED:
         return None
     for folder in (root, root / name):
         with suppress(FileNotFoundError, NotADirectoryError):
-            files = [(str(folder / file), (folder / file).stat()) for file in layout(name)]
-            if not verify or all(
-                _intact(name, path, status.st_size, status.st_mtime_ns) for path, status in files
+            if all(
+                _intact(folder / file, checksum, (folder / file).stat().st_mtime_ns)
+                for file, checksum in layout(name).items()
             ):
                 return Place(folder, tree=False)
     splits = [root / name / folder for folders in SPLIT_FOLDERS.values() for folder in folders]
     return Place(root / name, tree=True) if any(map(Path.is_dir, splits)) else None
 
 
-def title_of(name: str, place: Place | None) -> str:
-    """The published name of a data set, with a remark if its files are JPEGs."""
-    first = next(scan(place.folder), ("", None))[0] if place and place.tree else ""
-    return TITLES[name] + (" (JPEG)" if first.lower().endswith((".jpg", ".jpeg")) else "")
-
-
 @lru_cache(maxsize=64)
-def _intact(name: str, path: str, size: int, modified: int) -> bool:
-    """Whether a file of torchvision's layout has its published checksum."""
-    published = PUBLISHED[name]
-    if published is FashionMNIST:
-        # Its checksums are of the compressed files; its reader counts bytes.
-        return size > 0
-    files = [*published.train_list, *published.test_list]
-    sums = dict([*files, (published.meta["filename"], published.meta["md5"])])
-    return check_integrity(path, sums[os.path.basename(path)])
+def _intact(file: Path, checksum: str | None, modified: int) -> bool:
+    """Whether a file has its checksum, computed again when it was modified."""
+    return check_integrity(file, checksum)
+
+
+def title_of(name: str, place: Place | None) -> str:
+    """The published name of a data set, with a remark if its files are JPEGs; or a folder's."""
+    if place is None or not place.tree:
+        return TITLES[name]
+    if name not in TITLES:
+        return place.folder.name
+    first = next((file for file, _ in scan(place.folder)), "")
+    return TITLES[name] + (" (JPEG)" if first.lower().endswith((".jpg", ".jpeg")) else "")
 
 
 def scan(folder: Path | str, prefix: str = "") -> Iterator[tuple[str, os.DirEntry]]:
@@ -175,7 +185,7 @@ def find_split(folder: Path, split: Split) -> tuple[Path, tuple[str, ...]]:
     homes = {}
     for key, options in SPLIT_FOLDERS.items():
         folders = [folder / option for option in options if (folder / option).is_dir()]
-        homes[key] = next(filter(class_names, folders), folders[0] if folders else None)
+        homes[key] = max(folders, key=lambda home: len(class_names(home)) > 0, default=None)
     home = homes[split]
     if home is None:
         paths = " or ".join(str(folder / option) for option in SPLIT_FOLDERS[split])

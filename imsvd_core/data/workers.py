@@ -2,51 +2,41 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from imsvd_core.system.progress import bar
+
+T = TypeVar("T")
+
 AHEAD = 2  # parts that wait for each worker
-
-log = logging.getLogger(__name__)
-
-
-class Unreadable(set[int]):
-    """Places of the images that could not be read so far."""
-
-    def note(self, places: Iterable[int], file: Callable[[int], Path], fate: str) -> None:
-        """Add places; warn of each new one, whose `file` it names, and say what becomes of it."""
-        for place in set(places) - self:
-            self.add(place)
-            log.warning(
-                "%s cannot be read and is %s (%d such so far)", file(place), fate, len(self)
-            )
+GROUP = 64  # files that a thread reads at a time
 
 
 def stream(
-    read: Callable[[Any], Any],
+    read: Callable[[Any], tuple],
     parts: Iterable,
     workers: int | None = None,
     device: torch.device | str = "cpu",
-) -> Generator[Any]:
+) -> Generator[list[Any]]:
     """What `read` makes of each part, in order, made by worker processes some parts ahead.
 
     Args:
-        read: picklable; gives a tensor, or tuples, lists and dicts of tensors and of what else can
-            be pickled.
+        read: picklable; gives a tuple of tensors and of what else can be pickled.
         parts: its arguments, one after the other; consumed ahead of the yields.
         workers: processes; 0 reads here; by default this rank's share of the cores.
-        device: where tensors are sent, also those inside tuples, lists and dicts.
+        device: where the tensors are sent.
 
     Closing the iterator ends the workers. Raises here the ValueError that `read` raises there.
     """
@@ -54,6 +44,7 @@ def stream(
     loader = DataLoader(
         _Reader(read),
         batch_size=None,
+        collate_fn=_unchanged,  # the default makes a tensor, which keeps a file open, of any array
         sampler=parts,
         num_workers=workers,
         prefetch_factor=AHEAD if workers else None,
@@ -68,9 +59,38 @@ def stream(
         for result in iterator:
             if isinstance(result, ValueError):
                 raise result
-            yield _sent(result, device)
+            yield [
+                item.to(device, non_blocking=True) if isinstance(item, Tensor) else item
+                for item in result
+            ]
     finally:
         del iterator  # with it go the workers
+
+
+def in_threads(
+    read: Callable[[str], T],
+    files: Sequence[str],
+    description: str,
+    workers: int | None = None,
+    progress: bool = False,
+) -> Iterator[T]:
+    """`read` of every file, in order, by threads; small ones cost more to hand over than to read.
+
+    Args:
+        description: of the bar, which is shown if `progress`.
+        workers: threads; by default this rank's share of the cores.
+    """
+
+    def read_group(start: int) -> list[T]:
+        return [read(file) for file in files[start : start + GROUP]]
+
+    with (
+        ThreadPoolExecutor(workers or share_of_cores()) as pool,
+        bar(description, len(files), progress) as advance,
+    ):
+        for group in pool.map(read_group, range(0, len(files), GROUP)):
+            advance(len(group))
+            yield from group
 
 
 def share_of_cores() -> int:
@@ -86,31 +106,24 @@ def share_of_cores() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def _sent(value: Any, device: torch.device) -> Any:
-    """The value with every tensor in it on `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, tuple | list):
-        return type(value)(_sent(item, device) for item in value)
-    if isinstance(value, dict):
-        return {key: _sent(item, device) for key, item in value.items()}
-    return value
-
-
+@dataclass
 class _Reader(Dataset):
     """A function as a DataLoader calls it.
 
     Its ValueError is a result, so that it is raised without a worker's trace.
     """
 
-    def __init__(self, read: Callable) -> None:
-        self.read = read
+    read: Callable
 
     def __getitem__(self, part: object) -> object:
         try:
             return self.read(part)
         except ValueError as error:
             return error
+
+
+def _unchanged(result: object) -> object:
+    return result
 
 
 @contextmanager

@@ -3,6 +3,7 @@ leaves it out.
 """
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from imsvd_core.data.coco import CocoImages, open_coco
+from imsvd_core.data.workers import stream
 
 CATEGORIES = [{"id": 7, "name": "green"}, {"id": 3, "name": "red"}, {"id": 90, "name": "blue"}]
 CHANNEL = {3: 0, 7: 1, 90: 2}
@@ -181,13 +183,15 @@ def test_batches_follow_the_plan_whoever_decodes(drawn, workers):
     assert "masks" not in targets[0]
 
 
-def test_a_worker_hands_over_one_file_for_a_batch_however_many_pictures(drawn):
+def test_a_worker_hands_over_no_tensor_however_many_pictures(drawn):
     """Each tensor keeps a file open until it is used, and systems allow 1024 of them."""
-    packed = open_coco(drawn)._read_all(True, range(4))
-    assert sum(isinstance(part, torch.Tensor) for part in packed) == 1
-    assert not any(
-        isinstance(value, torch.Tensor) for target in packed[2] for value in target.values()
-    )
+    read = partial(open_coco(drawn)._read_all, True)
+    ((images, targets, unreadable),) = stream(read, [range(4)], workers=1)
+    assert len(images) == len(targets) == 4
+    for target in targets:
+        assert all(isinstance(part, np.ndarray) for part in target.values())
+    assert all(isinstance(image, np.ndarray) for image in images)
+    assert unreadable == []
 
 
 def test_a_subset_is_drawn_once_and_for_all(drawn):
@@ -224,7 +228,7 @@ def test_an_unreadable_image_stops_the_run_or_is_left_out(drawn, tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "error", "message"),
     [
-        (lambda root: "tree:" + str(root), ValueError, "is not COCO: give coco:PATH"),
+        (lambda root: "tree:" + str(root), ValueError, "another layout: give coco:PATH"),
         (lambda root: "coco:nowhere", FileNotFoundError, "is not a folder"),
         (
             lambda root: (root / "annotations/instances_train2017.json").unlink(),
@@ -268,7 +272,7 @@ def test_an_unreadable_image_stops_the_run_or_is_left_out(drawn, tmp_path):
                 root, "train", lambda images, objects: objects[0].update(category_id=99)
             ),
             ValueError,
-            "is of category 99",
+            "is of an unknown category, 99",
         ),
         (
             lambda root: alter(

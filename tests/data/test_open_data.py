@@ -66,7 +66,6 @@ def test_a_tree_is_loaded_unless_it_is_large_or_of_unequal_sizes_or_streaming_is
     streamed = open_data(f"folder:{tree}")
     assert isinstance(streamed, FolderImages)
     assert streamed.name == f"folder:{tree}"
-    assert isinstance(open_data(f"folder:{tree}", size=16), ImageData)
 
 
 def test_a_broken_file_does_not_decide_how_a_tree_is_read(tree):
@@ -81,11 +80,9 @@ def test_a_broken_file_does_not_decide_how_a_tree_is_read(tree):
 @pytest.mark.parametrize(
     ("name", "settings", "match"),
     [
-        ("attributes", {"stream": True}, "stream=True is for trees of class folders"),
+        ("attributes", {"stream": True}, "stream=True contradicts 'attributes'"),
         ("tree:mine", {"stream": False}, "stream=False contradicts 'tree:mine'"),
-        ("tree:mine", {"size": 32}, "size=32 is for images in memory"),
-        ("folder:mine", {"size": 32, "stream": True}, "size=32 is for images in memory"),
-        ("voc:mine", {"size": 32}, "size=32 is for images in memory"),
+        ("voc:mine", {"stream": False}, "stream=False contradicts 'voc:mine': only folder:PATH"),
         ("imagenet", {}, "'imagenet' is unknown"),
     ],
 )

@@ -13,8 +13,8 @@ import torch
 from torchvision.io import write_jpeg
 
 from imsvd_core.cli import main
+from imsvd_core.data import attributes, sources
 from imsvd_core.data import memory as datasets
-from imsvd_core.data import sources
 from imsvd_core.engine import checkpoints
 from imsvd_core.engine.trainer import Trainer
 from imsvd_core.evaluation import knn
@@ -51,15 +51,16 @@ def tree(tmp_path):
     """Photographs of ImageNet, or drawn ones where there are none, as of two classes, in class
     folders under the data root."""
     photographs = sorted((REAL / "imagenet-samples").glob("*/*.JPEG"))
-    for split, count, test in (("train", 16, "train"), ("val", 8, "test")):
-        data = datasets.load("attributes", test, size=64)
+    for split, count in (("train", 16), ("val", 8)):
+        factors = attributes.sample(count, torch.Generator().manual_seed(count))
+        images = attributes.draw(factors, size=64)
         for number in range(count):
             folder = tmp_path / "data" / "tiny-imagenet-40" / split / f"n{number % 2:08d}"
             folder.mkdir(parents=True, exist_ok=True)
             if photographs:
                 shutil.copy(photographs.pop(), folder / f"{number}.JPEG")
             else:
-                write_jpeg(data.images[number], str(folder / f"{number}.JPEG"))
+                write_jpeg(images[number], str(folder / f"{number}.JPEG"))
 
 
 @pytest.mark.slow  # evaluations of a ResNet-50

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torchvision.io import write_jpeg
 
-from imsvd_core.data import memory as datasets
-from imsvd_core.data import sources
+from imsvd_core.data import attributes, sources
 from imsvd_core.networks import represent
 from imsvd_core.recipes import recipe
 from imsvd_core.runs.backbones import load_run
@@ -22,12 +21,13 @@ def photographs(tmp_path) -> Path:
     real = sources.data_root() / "tiny-imagenet-40"
     if real.is_dir():
         return real
-    data = datasets.load("attributes", "test", size=64)
+    factors = attributes.sample(32, torch.Generator().manual_seed(1))
+    images = attributes.draw(factors, size=64)
     for split, start in (("train", 0), ("val", 16)):
         for number in range(16):
             folder = tmp_path / "tree" / split / f"n{number % 2:08d}"
             folder.mkdir(parents=True, exist_ok=True)
-            write_jpeg(data.images[start + number], str(folder / f"{number}.JPEG"))
+            write_jpeg(images[start + number], str(folder / f"{number}.JPEG"))
     return tmp_path / "tree"
 
 

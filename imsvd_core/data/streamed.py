@@ -1,0 +1,105 @@
+"""What data sets share whose images are decoded whenever they are needed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from imsvd_core.data.batch import balanced
+from imsvd_core.data.sources import OnCorrupt
+from imsvd_core.data.workers import stream
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedImages:
+    """One split of a data set, as names: nothing is decoded yet."""
+
+    columns: ClassVar[tuple[str, ...]]  # the fields that have an entry for every image
+
+    name: str  # what `open_data` takes
+    title: str  # what a page prints
+    split: str  # "train" or "test"
+    home: Path  # holds the images
+    on_corrupt: OnCorrupt = field(default="error", kw_only=True)
+    #: the next image stands for one that cannot be read, which else is left out
+    replaced: bool = field(default=False, kw_only=True)
+    unreadable: set[int] = field(default_factory=set, repr=False, kw_only=True)  # images so far
+
+    def __len__(self) -> int:
+        return len(getattr(self, self.columns[0]))
+
+    def file(self, index: int) -> Path:
+        """Where an image is."""
+        raise NotImplementedError
+
+    def strata(self) -> Tensor:
+        """The classes (N,) over which a subset is even; one for all by default."""
+        return torch.zeros(len(self), dtype=torch.int64)
+
+    def subset(self, n: int, seed: int = 0) -> Self:
+        """`n` images drawn at random, as evenly over the `strata` as these allow, in their order.
+
+        The same `n` and `seed` give the same images. Raises ValueError unless 1 <= n <= len(self).
+        """
+        rows = balanced(self.strata(), n, seed, f"{self.title} ({self.split})")
+        columns: dict[str, Any] = {name: getattr(self, name) for name in self.columns}
+        for name, column in columns.items():
+            entries = tuple(column[row] for row in rows)
+            columns[name] = entries if isinstance(column, tuple) else column[rows.numpy()]
+        return replace(self, unreadable=set(), **columns)
+
+    def readable(
+        self, read: Callable[[int], T], indices: Iterable[int], unreadable: list[int]
+    ) -> Iterator[tuple[int, T]]:
+        """Place and content of every image that `read` can read, or of the next that stands for it.
+
+        Places that cannot be read are appended to `unreadable`. Raises ValueError for the first of
+        them, unless `on_corrupt` is "skip", and where no image can stand for another.
+        """
+        for index in indices:
+            for place in range(index, index + (len(self) if self.replaced else 1)):
+                place %= len(self)
+                try:
+                    content = read(place)
+                except ValueError:
+                    if self.on_corrupt == "error":
+                        raise
+                    unreadable.append(place)
+                else:
+                    yield place, content
+                    break
+            else:
+                if self.replaced:
+                    raise ValueError(
+                        f"{self.home} holds no image that can be read, of {len(self)} files"
+                    )
+
+    def stream(
+        self,
+        read: Callable[[Any], tuple],
+        parts: Iterable,
+        workers: int | None,
+        device: torch.device | str,
+    ) -> Generator[list[Any]]:
+        """What `read` makes of each part; the places of unreadable images, its last item, are kept.
+
+        Warns of each that is new. All else as in `workers.stream`.
+        """
+        fate = "replaced by the next image" if self.replaced else "left out"
+        with closing(stream(read, parts, workers, device)) as results:
+            for *items, unreadable in results:
+                for place in set(unreadable) - self.unreadable:
+                    self.unreadable.add(place)
+                    log.warning("%s cannot be read and is %s", self.file(place), fate)
+                yield items
