@@ -4,6 +4,7 @@ import logging
 import pickle
 import re
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,19 +23,13 @@ SUFFIXES = {
     "detectron2": (".pkl",),
     "safetensors": (".safetensors",),
 }
-WRAPPERS = (
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "state",
-    "modules",
-    "network",
-    "backbone",
-    "encoder",
-)
 # what every ResNet has, after a prefix that says where in a larger network it stood
 FIRST = "layer1.0.conv1.weight"
-FOLLOWERS = ("momentum", "encoder_k", "target")  # copies that trail behind what is trained
+BODY = (
+    r"(conv1|bn1|layer\d)\."  # what the names of a ResNet's tensors but the classifier's begin with
+)
+COUNTER = "num_batches_tracked"
+FOLLOWERS = ("momentum", "encoder_k", "target", "ema")  # copies that trail behind what is trained
 
 log = logging.getLogger(__name__)
 
@@ -69,39 +64,29 @@ def export(
             f"{to}'s files"
         )
     if to in ("timm", "detectron2") and (cifar_stem or name == "narrow"):
-        what = (
-            "a 3×3 first convolution without max-pooling"
-            if cifar_stem
-            else "a first convolution of 32 channels"
-        )
         raise ValueError(
-            f"to={to!r} cannot hold backbone={name!r} with cifar_stem={cifar_stem}: its ResNets "
-            f"do not come with {what}; "
-            "export to safetensors or torchvision"
+            f"to={to!r} cannot hold backbone={name!r} with cifar_stem={cifar_stem}: its ResNets do "
+            "not come with a 3×3 first convolution without max-pooling, nor with a first "
+            "convolution of 32 channels; export to safetensors or torchvision"
         )
     state = {
         key: value.detach().cpu().contiguous().clone()
         for key, value in backbone.state_dict().items()
         if not key.startswith("fc.")
     }
-    if {key: value.shape for key, value in state.items()} != _shapes(name, cifar_stem):
+    if _shapes_of(state) != _shapes(name, cifar_stem):
         raise ValueError(
             f"backbone={_describe(state)} is not what name={name!r} and cifar_stem={cifar_stem} say"
         )
     with atomic_write(path) as file:
         if path.suffix == ".safetensors":
-            about = {
-                "format": "pt",
-                "names": "torchvision",
-                "backbone": name,
-                "cifar_stem": str(cifar_stem),
-            }
+            network = {"backbone": name, "cifar_stem": str(cifar_stem)}
+            about = {"format": "pt", "names": "torchvision", **network}
             file.write(safetensors.torch.save(state, about))
         elif to == "detectron2":
             renamed = {detectron2_name(key): value.numpy() for key, value in state.items()}
-            pickle.dump(
-                {"model": renamed, "__author__": "imsvd_core", "matching_heuristics": True}, file
-            )
+            origin = {"__author__": "imsvd_core", "matching_heuristics": True}
+            pickle.dump({"model": renamed, **origin}, file)
         else:
             torch.save(state, file)
     return path
@@ -138,51 +123,31 @@ def read_state_dict(path: Path | str) -> tuple[BackboneName, bool, dict[str, Ten
             f"{path} is not a file: give a state dict (.pth, .pt or .safetensors)"
         )
     weights = _find(_load(path), path)
-    odd: list[tuple[int, str]] = []
-    for name in get_args(BackboneName):
-        for cifar_stem in (False, True):
-            wanted = _shapes(name, cifar_stem)
-            counters = {
-                key for key in wanted if key.endswith(".num_batches_tracked")
-            }  # older files lack them
-            theirs = {
-                key: value.shape
-                for key, value in weights.items()
-                if re.match(r"(conv1|bn1|layer\d)\.", key)
-            }
-            if counters.isdisjoint(theirs):
-                theirs |= {key: wanted[key] for key in counters}
-            if theirs == wanted:
-                if left := sorted(
-                    {key.split(".")[0] for key in set(weights) - set(wanted)} - {"fc"}
-                ):
-                    log.info(
-                        "%s: left out %s, which are not of the backbone", path, ", ".join(left)
-                    )
-                none = torch.tensor(0)
-                return (
-                    name,
-                    cifar_stem,
-                    {
-                        key: weights[key].float()
-                        if key not in counters
-                        else weights.get(key, none).long()
-                        for key in wanted
-                    },
-                )
-            differ = sorted(key for key in wanted | theirs if wanted.get(key) != theirs.get(key))
-            odd.append(
-                (
-                    len(differ),
-                    f"of {name}'s{' with the 3×3 one' if cifar_stem else ''}, the nearest, "
-                    f"{len(differ)} tensors are missing, "
-                    f"too many or of another shape: {', '.join(differ[:3])}",
-                )
-            )
-    raise ValueError(
-        f"{path} holds {_describe(weights)}, which is none of {', '.join(get_args(BackboneName))}, "
-        f"with ImageNet's stem or the 3×3 one; {min(odd)[1]}"
-    )
+    body = {key: value for key, value in weights.items() if re.match(BODY, key)}
+    if not any(key.endswith(COUNTER) for key in body):  # older files lack them
+        norms = [key for key in body if key.endswith("running_mean")]
+        body |= {key.replace("running_mean", COUNTER): torch.tensor(0) for key in norms}
+    shapes = _shapes_of(body)
+
+    def differing(network: tuple[BackboneName, bool]) -> list[str]:
+        wanted = _shapes(*network)
+        return sorted(key for key in wanted | shapes if wanted.get(key) != shapes.get(key))
+
+    names: tuple[BackboneName, ...] = get_args(BackboneName)
+    nearest = min(product(names, (False, True)), key=lambda network: len(differing(network)))
+    if keys := differing(nearest):
+        raise ValueError(
+            f"{path} holds {_describe(weights)}, which is none of {', '.join(names)}, with "
+            f"ImageNet's stem or the 3×3 one; of the nearest, {nearest[0]} with "
+            f"cifar_stem={nearest[1]}, {len(keys)} tensors are missing, too many or of another "
+            f"shape: {', '.join(keys[:3])}"
+        )
+    if left := sorted({key.split(".")[0] for key in weights if key not in body} - {"fc"}):
+        log.info("%s: left out %s, which are not of the backbone", path, ", ".join(left))
+    state = {
+        key: value.long() if key.endswith(COUNTER) else value.float() for key, value in body.items()
+    }
+    return *nearest, state
 
 
 def _load(path: Path) -> Any:
@@ -192,55 +157,48 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a torn or foreign file makes them raise nearly anything
         raise ValueError(
-            f"{path} cannot be read as tensors ({type(error).__name__}: the file is torn, or "
-            f"holds more than "
-            "tensors and plain values); if you trust it, load it with weights_only=False and "
-            "save its "
-            "state dict alone"
+            f"{path} cannot be read as tensors ({type(error).__name__}: the file is torn, or holds "
+            "more than tensors and plain values); if you trust it, load it with "
+            "weights_only=False and save its state dict alone"
         ) from error
 
 
 def _find(content: Any, path: Path) -> dict[str, Tensor]:
     """The tensors of the ResNet in a file's content, without its prefix, with whatever has the
     same."""
-    where = []
-    while isinstance(content, Mapping) and not any(str(key).endswith(FIRST) for key in content):
-        inner = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        where.append(inner)
-        content = content[inner]
-    tensors = (
-        {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-        if isinstance(content, Mapping)
-        else {}
-    )
+    tensors = _flat(content)
     prefixes = [key.removesuffix(FIRST) for key in tensors if key.endswith(FIRST)]
     if len(prefixes) > 1:
-        prefixes = [
-            prefix for prefix in prefixes if not any(word in prefix for word in FOLLOWERS)
-        ] or prefixes
+        leading = [prefix for prefix in prefixes if not any(word in prefix for word in FOLLOWERS)]
+        prefixes = leading or prefixes
     if len(prefixes) != 1:
-        names = list(map(str, content))[:6] if isinstance(content, Mapping) else ["no names"]
-        shown = ", ".join(map(repr, prefixes))
-        shown = shown or f"{type(content).__name__} of {', '.join(names)}"
+        names = ", ".join(map(repr, prefixes or list(tensors)[:6]))
         raise ValueError(
-            f"{path} holds {len(prefixes)} ResNets with torchvision's names ({shown}"
-            f"{' in ' + '/'.join(where) if where else ''}), and one is needed: save the state "
-            f"dict of one alone"
+            f"{path} holds {len(prefixes)} ResNets with torchvision's names "
+            f"({type(content).__name__} of {names or 'no tensors'}), and one is needed: save the "
+            "state dict of one alone"
         )
-    return {
-        key.removeprefix(prefixes[0]): value
-        for key, value in tensors.items()
-        if key.startswith(prefixes[0])
-    }
+    (prefix,) = prefixes
+    return {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
+
+
+def _flat(content: Any) -> dict[str, Tensor]:
+    """All tensors in dicts of dicts, under their keys joined by dots."""
+    tensors: dict[str, Tensor] = {}
+    for key, value in content.items() if isinstance(content, Mapping) else ():
+        if isinstance(value, Tensor):
+            tensors[str(key)] = value
+        tensors |= {f"{key}.{name}": tensor for name, tensor in _flat(value).items()}
+    return tensors
 
 
 def _shapes(name: BackboneName, cifar_stem: bool) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        return {
-            key: value.shape for key, value in build_backbone(name, cifar_stem).state_dict().items()
-        }
+        return _shapes_of(build_backbone(name, cifar_stem).state_dict())
+
+
+def _shapes_of(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in state.items()}
 
 
 def _describe(state: Mapping[str, Tensor]) -> str:

@@ -288,12 +288,13 @@ def test_a_backbone_is_found_in_our_own_checkpoint(tmp_path):
     network = {f"backbone.{key}": value for key, value in state.items()} | {
         "projector.0.weight": torch.ones(8, 256)
     }
-    path = checkpoints.save(
-        RunFolder(tmp_path), 3, {"step": 3, "modules": {"network": network}, "seconds": 1.0}
-    )
-    name, cifar_stem, found = read_state_dict(path)
-    assert (name, cifar_stem) == ("narrow", False)
-    assert all(torch.equal(found[key], value) for key, value in state.items())
+    target = {f"target.backbone.{key}": value + 1 for key, value in state.items()}
+    method = {f"network.{key}": value for key, value in network.items()} | target
+    for weights in ({"modules": {"network": network}}, {"method": method}):  # older ones; today's
+        path = checkpoints.save(RunFolder(tmp_path), 3, {"step": 3, **weights, "seconds": 1.0})
+        name, cifar_stem, found = read_state_dict(path)
+        assert (name, cifar_stem) == ("narrow", False)
+        assert all(torch.equal(found[key], value) for key, value in state.items())
 
 
 @pytest.mark.slow  # builds several ResNets
@@ -316,8 +317,8 @@ def test_a_file_without_one_of_our_backbones_says_what_it_holds(tmp_path):
         key: value for key, value in zeros["resnet18"].items() if key != "layer2.0.conv1.weight"
     }
     attempt(
-        r"of resnet18's, the nearest, 1 tensors are missing, too many or of another shape: "
-        r"layer2\.0\.conv1\.weight",
+        r"of the nearest, resnet18 with cifar_stem=False, 1 tensors are missing, too many or of "
+        r"another shape: layer2\.0\.conv1\.weight",
         lacking,
     )
     attempt(
@@ -328,13 +329,13 @@ def test_a_file_without_one_of_our_backbones_says_what_it_holds(tmp_path):
     attempt("3-4-23-3 blocks of three convolutions", zeros["resnet101"])
     attempt("blocks of three convolutions, 1024 channels", zeros["wide_resnet50_2"])
     attempt(
-        "holds 0 ResNets with torchvision's names .dict of epoch, blocks.0.weight",
+        "holds 0 ResNets with torchvision's names .dict of 'blocks.0.weight'",
         {"epoch": 1, "blocks.0.weight": torch.ones(1)},
     )
-    attempt("0 ResNets .* .int of no names", 3)
+    attempt("0 ResNets .* .int of no tensors", 3)
     state = trained("narrow").state_dict()
     attempt(
-        "holds 2 ResNets .*'a.', 'b.' in state_dict",
+        "holds 2 ResNets .*'state_dict.a.', 'state_dict.b.'",
         {
             "state_dict": {
                 f"{prefix}.{key}": value for prefix in "ab" for key, value in state.items()

@@ -23,9 +23,11 @@ import torch
 from imsvd_core.data.coco import open_coco
 from imsvd_core.engine.config import LoopConfig
 from imsvd_core.engine.order import stream_seed
+from imsvd_core.evaluation.base import Setup
 from imsvd_core.evaluation.detection import protocol as detection
 from imsvd_core.evaluation.detection.detector import DetectorConfig
 from imsvd_core.evaluation.detection.protocol import DetectionConfig
+from imsvd_core.evaluation.detection.score import score
 from imsvd_core.evaluation.features import fingerprint
 from imsvd_core.networks import BackboneName, build_backbone
 from imsvd_core.results import STORE, provenance, write_json, write_result
@@ -91,9 +93,9 @@ def overfit(run_dir: Path) -> dict:
                 for one in detection.detect(detector, [image], [number], ten.categories)
             ]
             detector.train()
-            trainer.record(**detection.score(found, truth, ids))
+            trainer.record(**score(found, truth, ids))
     ends = {
-        name: detection.evaluate(backbone("narrow"), (ten, other), OVERFIT, run_dir=run_dir)
+        name: OVERFIT.run(backbone("narrow"), (ten, other), Setup(run_dir, progress=True))
         for name, other in (("on_the_ten", ten), ("on_the_test_split", test))
     }
     curves = {"losses": trainer.records(), "watched": trainer.records("box_ap50")}

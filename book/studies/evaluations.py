@@ -24,7 +24,7 @@ from imsvd_core.data.memory import load
 from imsvd_core.data.sources import Split
 from imsvd_core.data.voc import open_voc
 from imsvd_core.evaluation import svm
-from imsvd_core.evaluation.detection import protocol as detection
+from imsvd_core.evaluation.base import Setup
 from imsvd_core.evaluation.features import embed
 from imsvd_core.evaluation.knn import weighted_knn
 from imsvd_core.networks import NetworkConfig
@@ -135,7 +135,8 @@ def main(tiny_run: Path, out: Path, names: list[str], store: Path = STORE) -> No
         for split in SPLITS:
             images = open_voc("voc:voc-mini", split)
             classes = images.classes
-            embedded, rows = svm.embed(trained.backbone, images, config)
+            setup = Setup(out / name / "voc07-features")
+            embedded, rows = svm.embed(trained.backbone, images, config, setup)
             features[f"{name}-{images.split}"] = embedded.half()
             features[f"labels-{images.split}"] = images.labels[rows].contiguous()
         if (
@@ -143,8 +144,9 @@ def main(tiny_run: Path, out: Path, names: list[str], store: Path = STORE) -> No
         ):  # batch-norm's running averages in place of precise ones, on the same trained detector
             config = replace(evaluation("coco-detection", "laptop").config, precise_bn=0)
             coco = open_coco("coco:coco-mini", "train"), open_coco("coco:coco-mini", "test")
-            runs[name]["coco-detection-running-averages"] = detection.evaluate(
-                trained.backbone, coco, config, run_dir=out / name / "coco-detection"
+            setup = Setup(out / name / "coco-detection", progress=True)
+            runs[name]["coco-detection-running-averages"] = config.run(
+                trained.backbone, coco, setup
             )
     with atomic_write(store / "voc-mini-features.safetensors") as stored:
         stored.write(safetensors.torch.save(features))

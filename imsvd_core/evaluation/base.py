@@ -1,46 +1,66 @@
 """What every evaluation has in common."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import nn
 
+from imsvd_core.engine.config import LoopConfig
+from imsvd_core.evaluation.features import fingerprint, subset
+from imsvd_core.system.config import plain
 from imsvd_core.views import EvalView
 
 Color = tuple[float, float, float]  #: of red, green and blue
+Data = TypeVar("Data")
 
 
 @dataclass(frozen=True)
 class Setup:
     """How and where an evaluation runs, beside its own settings."""
 
-    view: EvalView
-    """The view through which it sees a test image, unless its protocol has its own."""
-    device: torch.device
-    precision: torch.dtype | None
-    """Of the backbone, by autocast."""
     folder: Path
     """Keeps what is done so far, from which a call after a kill goes on."""
-    progress: bool
+    view: EvalView = field(default_factory=lambda: EvalView(256, 224))
+    """The view through which it sees a test image, unless its protocol has its own."""
+    device: torch.device | str = "cpu"
+    precision: torch.dtype | None = None
+    """Of the backbone, by autocast."""
+    progress: bool = False
+    """Whether rank 0 shows bars."""
 
 
-class Evaluation(Protocol):
+class Evaluation:
     """The settings of an evaluation: they say what it is, and run it."""
 
     evaluation: ClassVar[str]
     """Its name among the settings of what it keeps."""
-    layout: ClassVar[str | None]
+    layout: ClassVar[str | None] = None
     """The scheme of the data that it needs, `voc` or `coco`; None for labelled images of any
     source."""
-    loop: Any
+    loop: LoopConfig | None = None
     """The settings of its training; None where nothing is trained by steps."""
+    sizes: ClassVar[tuple[str, str]] = ("train_images", "test_images")
+    """Names of the settings that say how many images of (train, test) to use, None for all."""
+
+    def choose(self, *data: Data) -> list[Data]:
+        """The images of (train, test) that are used. Raises ValueError, naming the setting, where
+        there are not as many."""
+        return [
+            subset(images, getattr(self, name), f"{self.evaluation}.{name}")
+            for images, name in zip(data, self.sizes, strict=True)
+        ]
+
+    def identity(self, backbone: nn.Module) -> dict[str, Any]:
+        """Its settings and the backbone: with the data, what fixes its figures."""
+        weights = fingerprint(*backbone.state_dict().values())
+        return {"evaluation": self.evaluation, **plain(self), "backbone": weights}
 
     def normalised(self, mean: Color, std: Color) -> Self:
         """The same for a backbone whose images were normalised so."""
-        ...
+        return self
 
     def run(self, backbone: nn.Module, data: tuple[Any, Any], setup: Setup) -> dict[str, Any]:
         """The figures of a backbone on (train, test). On several ranks all call this."""
-        ...
+        raise NotImplementedError

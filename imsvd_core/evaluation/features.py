@@ -2,7 +2,7 @@
 share of them."""
 
 import hashlib
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,9 @@ from imsvd_core.system.files import atomic_write
 from imsvd_core.system.progress import bar
 from imsvd_core.views import EvalView
 
-Data = TypeVar("Data", bound=Sized)
+Data = TypeVar("Data", bound=Any)
 
+BATCH_SIZE = 500  # of images in memory; streamed ones come as they are read
 KEPT_ROWS = 4096  # that a file of `embed` holds
 
 
@@ -31,7 +32,6 @@ def embed(
     view: EvalView,
     *,
     device: torch.device | str = "cpu",
-    batch_size: int = 500,
     precision: torch.dtype | None = None,
     ranks: bool = False,
     folder: Path | None = None,
@@ -42,7 +42,6 @@ def embed(
     through `view`.
 
     Args:
-        batch_size: of images in memory; streamed ones come as they are read.
         ranks: all ranks of the process group call this; each computes its share, and all end with
             the whole table.
         folder: keeps what is done so far, from which a call after a kill goes on. The caller
@@ -50,39 +49,39 @@ def embed(
             large as the table.
         progress: show a bar, named `title`, on rank 0.
     """
-    rows, table = share(len(data)) if ranks else range(len(data)), None
-    done = saved = rows.start
-    compute = partial(
-        batches, backbone, data, view, device=device, batch_size=batch_size, precision=precision
-    )
+    rows = share(len(data), ranks)
+    compute = partial(batches, backbone, data, view, device=device, precision=precision)
+    table, done = torch.empty(0, 0, device=device), rows.start
     with bar(title, len(rows), progress) as advance:
-        for features in _saved_and_new(folder, rows, compute):
-            if table is None:
-                table = torch.empty(len(data), features.shape[1], device=device)
+        for features in _kept(folder, rows, compute) if folder else compute(rows):
+            if not len(table):
+                table = table.new_empty(len(data), features.shape[1])
             table[done : done + len(features)] = features
             done += len(features)
             advance(len(features))
-            if folder and (done - saved >= KEPT_ROWS or done == rows.stop):
-                _save(folder / f"rows-{saved}.safetensors", table[saved:done])
-                saved = done
-    return _gathered(table, len(data), device) if ranks else table
+    return _gathered(table, len(data)) if ranks else table
 
 
-def _saved_and_new(folder: Path | None, rows: range, compute: partial) -> Iterator[Tensor]:
-    """The representations of `rows` that are saved in the folder, then those that are left to
-    compute."""
+def _kept(
+    folder: Path, rows: range, compute: Callable[[range], Iterator[Tensor]]
+) -> Iterator[Tensor]:
+    """The representations of `rows`: those that the folder holds, then those that are left to
+    compute, which it receives."""
     done = rows.start
-    while folder and (path := folder / f"rows-{done}.safetensors").exists():
+    while (path := folder / f"rows-{done}.safetensors").exists():
         features = safetensors.torch.load_file(path)["rows"]
         done += len(features)
         yield features
-    yield from compute(range(done, rows.stop))
-
-
-def _save(path: Path, features: Tensor) -> None:
-    if not path.exists():
-        with atomic_write(path) as file:
-            file.write(safetensors.torch.save({"rows": features.cpu().contiguous()}))
+    block: list[Tensor] = []
+    for features in compute(range(done, rows.stop)):
+        yield features
+        block.append(features)
+        size = sum(map(len, block))
+        if size >= KEPT_ROWS or done + size == rows.stop:
+            with atomic_write(folder / f"rows-{done}.safetensors") as file:
+                file.write(safetensors.torch.save({"rows": torch.cat(block).cpu()}))
+            done += size
+            block = []
 
 
 def batches(
@@ -92,21 +91,20 @@ def batches(
     rows: range,
     *,
     device: torch.device | str = "cpu",
-    batch_size: int = 500,
     precision: torch.dtype | None = None,
 ) -> Iterator[Tensor]:
     """Representations (n, features) of the images `rows`, successive ones, as they are made; else
     as `embed`."""
     backbone.to(device)
-    with closing(data.in_order(view, rows, device=device, batch_size=batch_size)) as stream:
+    with closing(data.in_order(view, rows, device=device, batch_size=BATCH_SIZE)) as stream:
         for images in stream:
             yield represent(backbone, [images], device, precision)
 
 
-def share(n: int) -> range:
-    """The rows of `n` that are this rank's."""
+def share(n: int, ranks: bool = True) -> range:
+    """The rows of `n` that are this rank's; all of them if the `ranks` do not share."""
     rank, size = world()
-    return shares(n, size)[rank]
+    return shares(n, size)[rank] if ranks else range(n)
 
 
 def shares(n: int, size: int) -> list[range]:
@@ -145,15 +143,16 @@ def fingerprint(*tensors: Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
-def _gathered(table: Tensor | None, n: int, device: torch.device | str) -> Tensor:
-    """The table whose shares the ranks have computed, whole on each; a rank without a share has no
-    table yet."""
+def _gathered(table: Tensor, n: int) -> Tensor:
+    """The table whose shares the ranks have computed, whole on each; that of a rank without a share
+    is empty yet."""
     size = world()[1]
     if size == 1:
         return table
-    width = torch.tensor(0 if table is None else table.shape[1], device=device)
+    width = torch.tensor(table.shape[1], device=table.device)
     dist.all_reduce(width, dist.ReduceOp.MAX)
-    table = torch.empty(n, int(width), device=device) if table is None else table
+    if not len(table):
+        table = table.new_empty(n, int(width))
     for rank, rows in enumerate(shares(n, size)):
         if rows:
             dist.broadcast(table[rows.start : rows.stop], rank)

@@ -2,11 +2,10 @@
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from imsvd_core.data import Images
 from imsvd_core.distributed import on_rank_0, world
-from imsvd_core.evaluation.base import Color, Setup
+from imsvd_core.evaluation.base import Evaluation, Setup
 from imsvd_core.evaluation.features import (
     batches,
     check_size,
@@ -23,7 +22,6 @@ from imsvd_core.evaluation.features import (
     fingerprint,
     share,
     shares,
-    subset,
     sum_over_ranks,
 )
 from imsvd_core.system import checks, signals
@@ -35,7 +33,7 @@ from imsvd_core.views import EvalView
 
 
 @dataclass(frozen=True)
-class KNNConfig:
+class KNNConfig(Evaluation):
     """The protocol of Table II; temperature and votes as in the authors' code (Wu et al., 2018)."""
 
     neighbors: tuple[int, ...] = (20, 200)
@@ -48,59 +46,55 @@ class KNNConfig:
     queries: int | None = None
     """Test images to use, class-balanced; all of them by default."""
 
-    evaluation: ClassVar[str] = "knn"
-    layout: ClassVar[str | None] = None
-    loop: ClassVar[None] = None
+    evaluation = "knn"
+    sizes = ("gallery", "queries")
 
     def __post_init__(self) -> None:
-        if (
-            not self.neighbors
-            or min(self.neighbors) < 1
-            or len(set(self.neighbors)) < len(self.neighbors)
-        ):
+        if not self.neighbors or len(set(self.neighbors)) < len(self.neighbors):
             raise ValueError(
-                f"neighbors={self.neighbors} must be different counts ≥ 1 (the paper's: 20, 200)"
+                f"neighbors={self.neighbors} must be different counts (the paper's: 20, 200)"
             )
         checks.positive(self, "temperature")
-        checks.at_least(self, chunk=1)
+        checks.at_least(self, neighbors=1, chunk=1)
 
     def check(self, train: Images, test: Images, name: str = "knn") -> None:
         """Raise ValueError, naming the setting, if the data cannot serve this protocol."""
         check_size(self.gallery, train, f"{name}.gallery")
         check_size(self.queries, test, f"{name}.queries")
-        rows = self.gallery or len(train)
-        if max(self.neighbors) > rows:
-            raise ValueError(
-                f"{name}.neighbors={self.neighbors}: k = {max(self.neighbors)} exceeds the gallery "
-                f"of {rows}; take smaller k or a larger gallery"
-            )
-
-    def normalised(self, mean: Color, std: Color) -> "KNNConfig":
-        """The same: nothing here is normalised."""
-        return self
+        _refuse_large_k(self.neighbors, self.gallery or len(train), f"{name}.neighbors")
 
     def run(
         self, backbone: nn.Module, data: tuple[Images, Images], setup: Setup
     ) -> dict[str, float]:
-        """See `evaluate`; nothing of it stays, so it keeps no folder of its own under the run's."""
-        with signals.interruptible():
-            return evaluate(
-                backbone,
-                data,
-                self,
-                view=setup.view,
-                device=setup.device,
-                precision=setup.precision,
-                run_dir=setup.folder.parent,
-                progress=setup.progress,
-                ranks=True,
-            )
+        """See `evaluate`; every rank has its share of gallery and queries.
+
+        What is done so far is kept in a folder beside `setup.folder` (the queries' features and 12
+        bytes for each of a query's neighbours: for ImageNet 0.5 GB, and 0.1 GB on every further
+        rank), which is removed when the result is complete. Raises ValueError, too, where another
+        process holds it.
+        """
+        self.check(*data)
+        train, test = self.choose(*data)
+        options = {"view": setup.view, "device": setup.device, "precision": setup.precision}
+        settings = self.identity(backbone) | {
+            "gallery": [train.title, fingerprint(*train.identity())],
+            "queries": fingerprint(*test.identity()),
+            "view": plain(vars(setup.view)),
+            "precision": str(setup.precision),
+            "ranks": world()[1],
+        }
+        run = RunFolder(setup.folder.parent / f"knn-{config_hash(settings)}")
+        shared: dict[str, Any] = {"ranks": True, "progress": setup.progress}
+        with signals.interruptible(), run.on_rank_0():
+            figures = _evaluate(backbone, train, test, self, options, run.path, **shared)
+            on_rank_0(shutil.rmtree)(run.path)
+        return figures
 
 
 SAVE_SECONDS = 60.0  # between savings of what is compared so far
+VOTERS = 2048  # queries that vote at a time
 
 
-@torch.no_grad()
 def evaluate(
     backbone: nn.Module,
     data: tuple[Images, Images],
@@ -109,105 +103,79 @@ def evaluate(
     view: EvalView,
     device: torch.device | str = "cpu",
     precision: torch.dtype | None = None,
-    run_dir: Path | str | None = None,
-    progress: bool = False,
-    ranks: bool = False,
 ) -> dict[str, float]:
     """Top-1 accuracy in percent for every k: {"knn_20": …, "knn_200": …}, with the sizes that gave
-    it.
+    it. This process does all by itself, keeps nothing and shows nothing: `KNNConfig.run` does.
 
     The gallery is embedded and compared block by block, and never held: memory, on every rank, is
-    that of the queries' features twice, of `Neighbors`, and of the images under way. With
-    `run_dir`, what is done so far is kept in a folder there (the queries' features and 12 bytes for
-    each of a query's neighbours: for ImageNet 0.5 GB, and 0.1 GB on every further rank), from which
-    a call after a kill goes on; it is removed when the result is complete.
+    that of the queries' features twice, of `Neighbors`, and of the images under way.
 
     Args:
         precision: of the backbone, by autocast; features are compared in float32.
-        progress: show bars on rank 0.
-        ranks: every rank of the process group calls this, and has its share of gallery and queries.
-            Else this process does all by itself, whatever the others do.
 
-    Raises ValueError where the data cannot serve the protocol, features are not finite, or another
-    process holds the folder; FileNotFoundError and ValueError for images that cannot be read.
+    Raises ValueError where the data cannot serve the protocol or features are not finite;
+    FileNotFoundError and ValueError for images that cannot be read.
     """
-    config.check(*data)
-    train = subset(data[0], config.gallery, "gallery")
-    test = subset(data[1], config.queries, "queries")
-    folder = None
-    if run_dir is not None:
-        settings = {
-            "evaluation": config.evaluation,
-            **plain(config),
-            "gallery": [train.title, fingerprint(*train.identity())],
-            "queries": fingerprint(*test.identity()),
-            "view": plain(vars(view)),
-            "precision": str(precision),
-            "ranks": world()[1] if ranks else 1,
-            "backbone": fingerprint(*backbone.state_dict().values()),
-        }
-        folder = Path(run_dir) / f"knn-{config_hash(settings)}"
     options = {"view": view, "device": device, "precision": precision}
-    with _held_until_done(folder, ranks):
-        similarity, index = _search(
-            backbone, train, test, config, options, folder, ranks=ranks, progress=progress
-        )
-        correct = _count_correct(similarity, index, train, test, config, ranks)
-        correct = sum_over_ranks(correct.to(device)) if ranks else correct
-    figures = {
-        f"knn_{k}": round(100 * count / len(test), 2)
-        for k, count in zip(config.neighbors, correct.tolist(), strict=True)
-    }
-    return figures | {"gallery": len(train), "queries": len(test)}
+    config.check(*data)
+    train, test = config.choose(*data)
+    return _evaluate(backbone, train, test, config, options)
 
 
-def _search(
+@torch.no_grad()
+def _evaluate(
     backbone: nn.Module,
     train: Images,
     test: Images,
     config: KNNConfig,
     options: dict[str, Any],
-    folder: Path | None,
+    folder: Path | None = None,
     *,
-    ranks: bool,
-    progress: bool,
-) -> tuple[Tensor, Tensor]:
-    """Similarities and places (n, k) of the neighbours of the queries, or of this rank's share."""
-    rank, size = world() if ranks else (0, 1)
-    suffix = " on this rank" if size > 1 else ""
-    bars = {"progress": progress, "title": f"embedding queries{suffix}"}
-    queries = embed(backbone, test, **options, ranks=ranks, folder=folder, **bars)
+    ranks: bool = False,
+    progress: bool = False,
+) -> dict[str, float]:
+    """`evaluate`; what is done so far is kept in the folder, if there is one."""
+    kept: dict[str, Any] = {"folder": folder, "progress": progress, "title": "embedding queries"}
+    queries = embed(backbone, test, **options, **kept, ranks=ranks)
     # An Apple GPU selects few at a time.
     queries = queries.cpu() if queries.device.type == "mps" else queries
-    rows = share(len(train)) if ranks else range(len(train))
+    rows = share(len(train), ranks)
     neighbors = Neighbors(queries, max(config.neighbors), config.chunk, rows.start)
     del queries
-    file = folder and folder / f"neighbors-{rank}.safetensors"
+    file = folder and folder / f"neighbors-{world()[0]}.safetensors"
     left = range(neighbors.resume(file), rows.stop)
-    with bar(f"comparing gallery{suffix}", len(rows), progress, left.start - rows.start) as advance:
+    with bar("comparing gallery", len(rows), progress, left.start - rows.start) as advance:
         for features in batches(backbone, train, rows=left, **options):
             neighbors.add(features)
             advance(len(features))
             neighbors.save(file)
     similarity, index = neighbors.nearest()
-    return merge_over_ranks(similarity, index) if ranks else (similarity, index)
-
-
-def _count_correct(
-    similarity: Tensor, index: Tensor, train: Images, test: Images, config: KNNConfig, ranks: bool
-) -> Tensor:
-    """How many of the queries, or of this rank's share, are classified rightly, for every k."""
+    if ranks:
+        similarity, index = merge_over_ranks(similarity, index)
     predictions = vote(
         similarity,
         train.labels.to(index.device)[index],
         len(train.classes),
         neighbors=config.neighbors,
         temperature=config.temperature,
-        chunk=config.chunk,
     )
-    rows = share(len(test)) if ranks else range(len(test))
+    rows = share(len(test), ranks)
     labels = test.labels[rows.start : rows.stop].to(index.device)
-    return torch.stack([(classes == labels).sum() for classes in predictions.values()])
+    correct = torch.stack([(classes == labels).sum() for classes in predictions.values()])
+    counts = (sum_over_ranks(correct) if ranks else correct).tolist()
+    figures = {
+        f"knn_{k}": round(100 * count / len(test), 2)
+        for k, count in zip(predictions, counts, strict=True)
+    }
+    return figures | {"gallery": len(train), "queries": len(test)}
+
+
+def _refuse_large_k(neighbors: Sequence[int], rows: int, name: str) -> None:
+    if max(neighbors) > rows:
+        raise ValueError(
+            f"{name}={tuple(neighbors)}: k = {max(neighbors)} exceeds the gallery of {rows}; take "
+            "smaller k or a larger gallery"
+        )
 
 
 def weighted_knn(
@@ -226,11 +194,7 @@ def weighted_knn(
     gallery (G, F), labels int64 (G,), queries (Q, F). Exact: see `Neighbors`.
     Raises ValueError if a k exceeds the gallery, or if labels and gallery differ in length.
     """
-    if max(neighbors) > len(gallery):
-        raise ValueError(
-            f"neighbors={tuple(neighbors)}: k = {max(neighbors)} exceeds the gallery of "
-            f"{len(gallery)}; take smaller k or a larger gallery"
-        )
+    _refuse_large_k(neighbors, len(gallery), "neighbors")
     if len(labels) != len(gallery):
         raise ValueError(
             f"labels has {len(labels)} entries for a gallery of {len(gallery)}: give one a row"
@@ -238,14 +202,7 @@ def weighted_knn(
     nearest = Neighbors(queries, max(neighbors), chunk)
     nearest.add(gallery)
     similarity, index = nearest.nearest()
-    return vote(
-        similarity,
-        labels[index],
-        classes,
-        neighbors=neighbors,
-        temperature=temperature,
-        chunk=chunk,
-    )
+    return vote(similarity, labels[index], classes, neighbors=neighbors, temperature=temperature)
 
 
 @torch.no_grad()
@@ -256,18 +213,16 @@ def vote(
     *,
     neighbors: Sequence[int],
     temperature: float,
-    chunk: int = 2048,
 ) -> dict[int, Tensor]:
     """Predicted class (Q,) for every k, of queries whose nearest rows have `similarity` (Q, k),
     falling, and `labels`."""
     predictions: dict[int, list[Tensor]] = {k: [] for k in neighbors}
-    for near, label in zip(similarity.split(chunk), labels.split(chunk), strict=True):
+    for near, label in zip(similarity.split(VOTERS), labels.split(VOTERS), strict=True):
         # The nearest weighs 1: nothing overflows, and not all vanish.
         weight = ((near - near[:, :1]) / temperature).exp()
         for k in neighbors:
-            votes = weight.new_zeros(len(near), classes).scatter_add_(
-                1, label[:, :k], weight[:, :k]
-            )
+            votes = weight.new_zeros(len(near), classes)
+            votes.scatter_add_(1, label[:, :k], weight[:, :k])
             predictions[k].append(votes.argmax(1))
     return {k: torch.cat(parts) for k, parts in predictions.items()}
 
@@ -299,7 +254,7 @@ class Neighbors:
         self.index = torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)
         self.next_row = first  #: the row to be compared next
         self._waiting: list[Tensor] = []  # rows that do not fill a block yet
-        self._saved = time.monotonic(), first
+        self._saved_at = time.monotonic()
 
     @torch.no_grad()
     def add(self, gallery: Tensor) -> None:
@@ -348,23 +303,19 @@ class Neighbors:
 
     def save(self, file: Path | None) -> None:
         """Keep what the compared rows gave, once a minute at most; rows that wait are left out."""
-        seconds, row = self._saved
-        if file and self.next_row > row and time.monotonic() - seconds >= SAVE_SECONDS:
-            state = {"similarity": self.similarity, "index": self.index}
-            state = {name: table.cpu() for name, table in state.items()}
+        if file and time.monotonic() - self._saved_at >= SAVE_SECONDS:
+            tables = {"similarity": self.similarity.cpu(), "index": self.index.cpu()}
             with atomic_write(file) as content:
-                content.write(safetensors.torch.save(state | {"seen": torch.tensor(self.next_row)}))
-            self._saved = time.monotonic(), self.next_row
+                row = torch.tensor(self.next_row)
+                content.write(safetensors.torch.save(tables | {"seen": row}))
+            self._saved_at = time.monotonic()
 
     def resume(self, file: Path | None) -> int:
         """Go on from what was saved, if anything was; returns the row to be compared next."""
         if file and file.exists():
-            state = safetensors.torch.load_file(file)
-            self.similarity, self.index = (
-                state[name].to(self.queries.device) for name in ("similarity", "index")
-            )
+            state = safetensors.torch.load_file(file, device=str(self.queries.device))
+            self.similarity, self.index = state["similarity"], state["index"]
             self.next_row = int(state["seen"])
-            self._saved = time.monotonic(), self.next_row
         return self.next_row
 
 
@@ -400,16 +351,3 @@ def _normalized(name: str, features: Tensor) -> Tensor:
             "precision fp32"
         )
     return features / length.clamp_min_(1e-12)
-
-
-@contextmanager
-def _held_until_done(folder: Path | None, ranks: bool) -> Iterator[None]:
-    """Keep other processes out of the folder, if there is one; remove it at the end, unless after
-    an error."""
-    if folder is None:
-        yield
-        return
-    run = RunFolder(folder)
-    with run.on_rank_0() if ranks else run:
-        yield
-        (on_rank_0(shutil.rmtree) if ranks else shutil.rmtree)(folder)

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +13,12 @@ from imsvd_core.data.batch import Batch, OrderLike
 from imsvd_core.engine.config import LoopConfig
 from imsvd_core.engine.optim import OptimConfig
 from imsvd_core.engine.trainer import Trainer
-from imsvd_core.evaluation.base import Color, Setup
+from imsvd_core.evaluation.base import Color, Evaluation, Setup
 from imsvd_core.evaluation.features import (
     batches,
     embed,
     fingerprint,
     share,
-    subset,
     sum_over_ranks,
 )
 from imsvd_core.methods.base import Method
@@ -33,7 +31,7 @@ from imsvd_core.views import EvalView, View, ViewConfig
 
 
 @dataclass(frozen=True)
-class LinearConfig:
+class LinearConfig(Evaluation):
     """How the classifier is trained."""
 
     optim: OptimConfig = field(
@@ -51,8 +49,7 @@ class LinearConfig:
     test_images: int | None = None
     """Test images to use, class-balanced; all of them by default."""
 
-    evaluation: ClassVar[str] = "linear"
-    layout: ClassVar[str | None] = None
+    evaluation = "linear"
 
     def __post_init__(self) -> None:
         if self.normalize and self.augment:
@@ -61,158 +58,107 @@ class LinearConfig:
             )
         checks.at_least(self, train_images=1, test_images=1)
 
-    def choose(self, train: Images, test: Images) -> tuple[Images, Images]:
-        """The images that are used. Raises ValueError, naming the setting, where there are not as
-        many."""
-        return (
-            subset(train, self.train_images, "linear.train_images"),
-            subset(test, self.test_images, "linear.test_images"),
-        )
-
     def normalised(self, mean: Color, std: Color) -> "LinearConfig":
         return replace(self, view=replace(self.view, mean=mean, std=std))
 
     def run(
         self, backbone: nn.Module, data: tuple[Images, Images], setup: Setup
     ) -> dict[str, float]:
-        """See `evaluate`."""
-        return evaluate(
-            backbone, data, self, view=setup.view, run_dir=setup.folder, progress=setup.progress
+        """Top-1 accuracy in percent of the classifier as it is after the **last** epoch, on train
+        features and test.
+
+        The backbone is frozen, batch-norm statistics too. Each combination of backbone, data and
+        settings trains in a folder of its own under `setup.folder`, and is resumed there. Streamed
+        images are known by their names, and decoded anew in every epoch if `augment`; else every
+        rank holds the whole table of training features (ImageNet's at 2048: 10.5 GB). In a process
+        group the ranks share every batch, and the test images.
+
+        Returns {"linear": …, "linear_top5": … (of more than five classes), "seconds": of training,
+        …}. Raises ValueError for subsets that the data cannot give, and what `Trainer` raises;
+        Stopped after a notice, with what is trained saved.
+        """
+        train, test = self.choose(*data)
+        device, precision = pick_device(self.loop.device), PRECISIONS[self.loop.precision]
+        setup = replace(setup, device=device, precision=precision)
+        backbone = backbone.to(device).eval().requires_grad_(False)
+        blank = torch.zeros(1, 3, setup.view.size, setup.view.size, dtype=torch.uint8)
+        width = represent(backbone, [setup.view.finish(blank)], device).shape[1]
+        head = _new_head(width, len(train.classes), self.loop.seed)
+        settings = _training_settings(backbone, train, setup.view, self)
+        trainer = Trainer(
+            Probe(head),
+            len(train),
+            self.loop,
+            self.optim,
+            setup.folder / config_hash(settings),
+            settings=settings,
+            progress=setup.progress,
         )
+        order = trainer.order.since(trainer.step)
+        pieces, scale = _training_batches(backbone, train, self, setup, order)
+        for _ in trainer.train(pieces):
+            pass
+        trainer.refuse_unfinished()
+        with signals.interruptible():
+            correct = _test(head.eval(), scale, backbone, test, setup)
+        return {name: round(100 * count / len(test), 2) for name, count in correct.items()} | {
+            "epochs": self.loop.epochs,
+            "train_images": len(train),
+            "test_images": len(test),
+            "seconds": round(trainer.seconds, 1),
+        }
 
 
-def evaluate(
-    backbone: nn.Module,
-    data: tuple[Images, Images],
-    config: LinearConfig,
-    *,
-    view: EvalView,
-    run_dir: Path | str,
-    progress: bool = True,
-) -> dict[str, float]:
-    """Top-1 accuracy in percent of the classifier as it is after the **last** epoch, on train
-    features and test.
-
-    The backbone is frozen, batch-norm statistics too. Each combination of backbone, data and
-    settings trains in a folder of its own under `run_dir`, and is resumed there. Streamed images
-    are known by their names, and decoded anew in every epoch if `config.augment`; else every rank
-    holds the whole table of training features (ImageNet's at 2048: 10.5 GB). In a process group the
-    ranks share every batch, and the test images.
-
-    Returns {"linear": …, "linear_top5": … (of more than five classes), "seconds": of training, …}.
-    Raises ValueError for subsets that the data cannot give, and what `Trainer` raises; Stopped
-    after a notice, with what is trained saved.
-    """
-    train, test = config.choose(*data)
-    device, precision = pick_device(config.loop.device), PRECISIONS[config.loop.precision]
-    backbone = backbone.to(device).eval().requires_grad_(False)
-    source = _source(backbone, train, view, config, device, progress)
-    blank = view.finish(torch.zeros(1, 3, view.size, view.size, dtype=torch.uint8))
-    width = represent(backbone, [blank], device).shape[1]
-    settings = _training_settings(backbone, train, view, config)
-    head = _new_head(width, len(train.classes), config.loop.seed)
-    trainer = Trainer(
-        Probe(head),
-        len(train),
-        config.loop,
-        config.optim,
-        Path(run_dir) / config_hash(settings),
-        settings=settings,
-        progress=progress,
-    )
-    for _ in trainer.train(source.batches(trainer.order.since(trainer.step))):
-        pass
-    trainer.refuse_unfinished()
-    with signals.interruptible():
-        correct = _test(
-            head.eval(), source.scale, backbone, test, view, device, precision, progress
-        )
-    return {name: round(100 * count / len(test), 2) for name, count in correct.items()} | {
-        "epochs": config.loop.epochs,
-        "train_images": len(train),
-        "test_images": len(test),
-        "seconds": round(trainer.seconds, 1),
-    }
-
-
-class Features:
-    """Training images that were embedded once: features (N, F) and labels (N,) on the device of the
-    training."""
-
-    def __init__(self, features: Tensor, labels: Tensor, normalize: bool):
-        self.features, self.labels = features, labels
-        #: what the test's features are divided by
-        self.scale = torch.ones((), device=features.device)
-        if normalize:
-            self.scale = features.std(0).clamp_min(1e-6)
-            self.features /= self.scale
-
-    def batches(self, order: OrderLike) -> Iterator[Batch]:
-        """The features of every piece of the order."""
-        for _, indices in order:
-            rows = indices.to(self.features.device)
-            yield Batch((self.features[rows],), self.labels[rows], rows)
-
-
-class AugmentedImages:
-    """Training images that are seen anew, through a random view, whenever they are wanted."""
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        images: Images,
-        view: View,
-        device: torch.device,
-        precision: torch.dtype | None,
-    ):
-        self.backbone, self.images, self.view = backbone, images, view
-        self.device, self.precision = device, precision
-        self.scale = torch.ones((), device=device)
-
-    def batches(self, order: OrderLike) -> Iterator[Batch]:
-        """The features of every piece of the order."""
-        for batch in self.images.views(order, self.view, device=self.device):
-            features = represent(self.backbone, batch.views, self.device, self.precision)
-            yield batch._replace(views=(features,))
-
-
-def _source(
-    backbone: nn.Module,
-    train: Images,
-    view: EvalView,
-    config: LinearConfig,
-    device: torch.device,
-    progress: bool,
-) -> Features | AugmentedImages:
-    precision = PRECISIONS[config.loop.precision]
+def _training_batches(
+    backbone: nn.Module, train: Images, config: LinearConfig, setup: Setup, order: OrderLike
+) -> tuple[Iterator[Batch], Tensor]:
+    """The features of every piece of the order, and what those of the test are divided by."""
+    scale = torch.ones((), device=setup.device)
     if config.augment:
-        return AugmentedImages(backbone, train, View(config.view), device, precision)
+        return _augmented(backbone, train, View(config.view), setup, order), scale
     with signals.interruptible():
         features = embed(
             backbone,
             train,
-            view,
-            device=device,
-            precision=precision,
+            setup.view,
+            device=setup.device,
+            precision=setup.precision,
             ranks=True,
-            progress=progress,
+            progress=setup.progress,
             title="embedding training images",
         )
-    return Features(features, train.labels.to(device), config.normalize)
+    if config.normalize:
+        scale = features.std(0).clamp_min(1e-6)
+        features /= scale
+    return _embedded(features, train.labels.to(setup.device), order), scale
+
+
+def _embedded(features: Tensor, labels: Tensor, order: OrderLike) -> Iterator[Batch]:
+    """Features (N, F) and labels (N,) of images that were embedded once, piece by piece."""
+    for _, indices in order:
+        rows = indices.to(features.device)
+        yield Batch((features[rows],), labels[rows], rows)
+
+
+def _augmented(
+    backbone: nn.Module, train: Images, view: View, setup: Setup, order: OrderLike
+) -> Iterator[Batch]:
+    """Features of images that are seen anew, through a random view, whenever they are wanted."""
+    for batch in train.views(order, view, device=setup.device):
+        features = represent(backbone, batch.views, setup.device, setup.precision)
+        yield batch._replace(views=(features,))
 
 
 def _training_settings(
     backbone: nn.Module, train: Images, view: EvalView, config: LinearConfig
 ) -> dict[str, Any]:
     """What fixes the classifier. Subsets are known by their images; the test's do not matter."""
-    settings = plain(config)
+    settings = config.identity(backbone)
     del settings["train_images"], settings["test_images"]
     settings |= {
-        "evaluation": config.evaluation,
         "data": [train.title, list(train.classes)],
         "images": fingerprint(*train.identity()),
         "eval_view": plain(vars(view)),
-        "backbone": fingerprint(*backbone.state_dict().values()),
     }
     return essential(settings)
 
@@ -246,22 +192,16 @@ def _new_head(width: int, classes: int, seed: int) -> nn.Linear:
 
 @torch.no_grad()
 def _test(
-    head: nn.Linear,
-    scale: Tensor,
-    backbone: nn.Module,
-    test: Images,
-    view: EvalView,
-    device: torch.device,
-    precision: torch.dtype | None,
-    progress: bool,
+    head: nn.Linear, scale: Tensor, backbone: nn.Module, test: Images, setup: Setup
 ) -> dict[str, int]:
     """How many test images have their class first, and among the first five; each rank looks at its
     share of them."""
     names = ("linear", "linear_top5") if head.out_features > 5 else ("linear",)
-    rows, labels = share(len(test)), test.labels.to(device)
-    done, correct = rows.start, torch.zeros(len(names), dtype=torch.int64, device=device)
-    with bar("testing", len(rows), progress) as advance:
-        for features in batches(backbone, test, view, rows, device=device, precision=precision):
+    rows, labels = share(len(test)), test.labels.to(setup.device)
+    done, correct = rows.start, torch.zeros(len(names), dtype=torch.int64, device=setup.device)
+    placing: dict[str, Any] = {"device": setup.device, "precision": setup.precision}
+    with bar("testing", len(rows), setup.progress) as advance:
+        for features in batches(backbone, test, setup.view, rows, **placing):
             logits, label = head(features / scale), labels[done : done + len(features), None]
             correct[0] += (logits.argmax(1, keepdim=True) == label).sum()
             if len(names) > 1:

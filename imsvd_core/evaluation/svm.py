@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import safetensors.torch
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from imsvd_core.data.voc import VOCImages
 from imsvd_core.data.workers import share_of_cores
 from imsvd_core.distributed import on_rank_0
-from imsvd_core.evaluation.base import Color, Setup
-from imsvd_core.evaluation.features import fingerprint, subset
+from imsvd_core.evaluation.base import Color, Evaluation, Setup
+from imsvd_core.evaluation.features import fingerprint
 from imsvd_core.networks import represent
 from imsvd_core.results import write_json
 from imsvd_core.system import checks, signals
-from imsvd_core.system.config import config_hash, plain
+from imsvd_core.system.config import config_hash
 from imsvd_core.system.files import atomic_write
 from imsvd_core.system.progress import bar
 from imsvd_core.system.run_folder import RunFolder
@@ -36,11 +36,13 @@ if TYPE_CHECKING:  # slow to import: every command would wait for it
 BLOCK = 1024  # images whose features are kept together
 LEAST = 3  # positives of a class that can be trained and validated on
 
+Array = Tensor | np.ndarray
+
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class SVMConfig:
+class SVMConfig(Evaluation):
     """VISSL's `eval_resnet_8gpu_transfer_voc07_svm`, with which PIRL's and VICReg's figures, and
     the paper's, were made."""
 
@@ -63,9 +65,9 @@ class SVMConfig:
     """Pixels of the shorter side, first."""
     size: int = 224
     """Pixels of both sides, then: nothing is cropped, the aspect ratio is lost."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
+    mean: Color = IMAGENET_MEAN
     """That the backbone's images were normalised by."""
-    std: tuple[float, float, float] = IMAGENET_STD
+    std: Color = IMAGENET_STD
     """That the backbone's images were normalised by."""
     tol: float = 1e-4
     """LIBLINEAR's tolerance."""
@@ -81,9 +83,8 @@ class SVMConfig:
     """Processes, a class to each at a time, by default as many as cores; the figures do not depend
     on it."""
 
-    evaluation: ClassVar[str] = "voc07-svm"
-    layout: ClassVar[str | None] = "voc"
-    loop: ClassVar[None] = None
+    evaluation = "voc07-svm"
+    layout = "voc"
 
     def __post_init__(self) -> None:
         if not self.costs or len(set(self.costs)) < len(self.costs):
@@ -101,24 +102,50 @@ class SVMConfig:
     def normalised(self, mean: Color, std: Color) -> "SVMConfig":
         return replace(self, mean=mean, std=std)
 
+    @on_rank_0
     def run(
         self, backbone: nn.Module, data: tuple[VOCImages, VOCImages], setup: Setup
     ) -> dict[str, Any]:
-        """See `evaluate`."""
-        return evaluate(
-            backbone,
-            data,
-            self,
-            run_dir=setup.folder,
-            progress=setup.progress,
-            device=setup.device,
-            precision=setup.precision,
-        )
+        """VOC's mean average precision in percent over the classes that can be evaluated: {"svm":
+        …, "classes": {name: AP}, …}.
+
+        Each combination of backbone, data and settings has a folder of its own under
+        `setup.folder`, with features (float32) and every class that is done: a killed call goes on
+        there. Both splits' features are in memory as float64, once for all processes; each of these
+        copies the training share of a fold. Among ranks rank 0 does all, while the others wait.
+
+        See `fit` for what is returned and raised beside; raises ValueError too for splits that
+        differ in classes or share images, and for a map that `pool` does not fit.
+        """
+        train, test = self.choose(*data)
+        if train.classes != test.classes:
+            names = sorted(set(train.classes) ^ set(test.classes))
+            raise ValueError(f"the splits differ in classes {names}: give both of one data set")
+        if shared := set(train.stems) & set(test.stems):
+            raise ValueError(
+                f"{len(shared)} images are in both splits, {min(shared)!r} for example: a test "
+                "image must not be trained on"
+            )
+        settings = self.identity(backbone)
+        del settings["jobs"]
+        settings |= {
+            "images": [_identity(train), _identity(test)],
+            "precision": str(setup.precision),
+        }
+        setup = replace(setup, folder=setup.folder / config_hash(settings))
+        with RunFolder(setup.folder) as run, signals.interruptible():
+            x, rows = embed(backbone, train, self, setup)
+            test_x, test_rows = embed(backbone, test, self, setup)
+            y, test_y = train.labels[rows], test.labels[test_rows]
+            options: dict[str, Any] = {"folder": setup.folder, "progress": setup.progress}
+            figures = fit(x, y, test_x, test_y, train.classes, self, **options)
+            run.check()
+        return figures | {"pool": self.pool, "difficult": self.difficult}
 
 
 @dataclass(frozen=True)
-class ClassResult:
-    """How one class went."""
+class CostSearch:
+    """How the cost of one class was chosen."""
 
     cost: float
     """The chosen one."""
@@ -126,86 +153,23 @@ class ClassResult:
     """Average precision at each cost, the mean over folds."""
     not_converged: int
     """Fits of LIBLINEAR that reached `max_iter`."""
-    ap: float | None = None
-    """Average precision on the test images, between 0 and 1; None before the test."""
 
 
-@on_rank_0
-def evaluate(
-    backbone: nn.Module,
-    data: tuple[VOCImages, VOCImages],
-    config: SVMConfig,
-    *,
-    run_dir: Path | str,
-    progress: bool = True,
-    device: torch.device | str = "cpu",
-    precision: torch.dtype | None = None,
-) -> dict[str, Any]:
-    """VOC's mean average precision in percent over the classes that can be evaluated: {"svm": …,
-    "classes": {name: AP}, …}.
+@dataclass(frozen=True)
+class ClassResult(CostSearch):
+    """How one class went."""
 
-    Each combination of backbone, data and settings has a folder of its own under `run_dir`, with
-    features (float32) and every class that is done: a killed call goes on there. Both splits'
-    features are in memory as float64, once for all processes; each of these copies the training
-    share of a fold. Among ranks rank 0 does all, while the others wait.
-
-    See `fit` for what is returned and raised beside; raises ValueError too for splits that differ
-    in classes or share images, and for a map that `pool` does not fit.
-    """
-    train = subset(data[0], config.train_images, "voc07-svm.train_images")
-    test = subset(data[1], config.test_images, "voc07-svm.test_images")
-    if train.classes != test.classes:
-        raise ValueError(
-            f"the splits differ in classes {sorted(set(train.classes) ^ set(test.classes))}: give "
-            "both of one data set"
-        )
-    if shared := set(train.stems) & set(test.stems):
-        raise ValueError(
-            f"{len(shared)} images are in both splits, {min(shared)!r} for example: a test image "
-            "must not be trained on"
-        )
-    settings = plain(config)
-    del settings["jobs"]
-    settings |= {
-        "evaluation": config.evaluation,
-        "images": [_identity(part) for part in (train, test)],
-        "precision": str(precision),
-        "backbone": fingerprint(*backbone.state_dict().values()),
-    }
-    folder = Path(run_dir) / config_hash(settings)
-    with RunFolder(folder) as run, signals.interruptible():
-        options: dict[str, Any] = {"folder": folder, "progress": progress}
-        placing: dict[str, Any] = {"device": device, "precision": precision}
-        features, rows = embed(backbone, train, config, **options, **placing)
-        test_features, test_rows = embed(backbone, test, config, **options, **placing)
-        figures = fit(
-            features,
-            train.labels[rows],
-            test_features,
-            test.labels[test_rows],
-            train.classes,
-            config,
-            **options,
-        )
-        run.check()
-    return figures | {"pool": config.pool, "difficult": config.difficult}
+    ap: float
+    """Average precision on the test images, between 0 and 1."""
 
 
 def embed(
-    backbone: nn.Module,
-    data: VOCImages,
-    config: SVMConfig,
-    *,
-    folder: Path | None = None,
-    progress: bool = False,
-    device: torch.device | str = "cpu",
-    precision: torch.dtype | None = None,
+    backbone: nn.Module, data: VOCImages, config: SVMConfig, setup: Setup
 ) -> tuple[Tensor, Tensor]:
     """Representations (n, F), float32, of the images that can be read, and their indices (n,),
     int64.
 
-    They are kept in `folder`, if there is one, in blocks; those that are there are not computed
-    again.
+    They are kept in `setup.folder`, in blocks; those that are there are not computed again.
     """
     view = EvalView(config.resize, config.size, config.mean, config.std)
     if config.pool == "vissl":
@@ -216,20 +180,19 @@ def embed(
             )
         backbone = copy.deepcopy(backbone)
         backbone.avgpool = _Windows(6, stride=1)
-    backbone.to(device)
+    backbone.to(setup.device)
     features, rows = [], []
-    with bar(f"{data.split} images", len(data), progress) as advance:
+    with bar(f"{data.split} images", len(data), setup.progress) as advance:
         for start in range(0, len(data), BLOCK):
-            indices = range(start, min(start + BLOCK, len(data)))
-            file = folder and folder / f"{data.split}-{start // BLOCK:05d}.safetensors"
-            if file and file.exists():
-                block = safetensors.torch.load_file(file)
+            indices = range(len(data))[start : start + BLOCK]
+            path = setup.folder / f"{data.split}-{start // BLOCK:05d}.safetensors"
+            if path.exists():
+                block = safetensors.torch.load_file(path)
                 advance(len(indices))
             else:
-                block = _embed_block(backbone, data, view, indices, device, precision, advance)
-                if file:
-                    with atomic_write(file) as content:
-                        content.write(safetensors.torch.save(block))
+                block = _embed_block(backbone, data, view, indices, setup, advance)
+                with atomic_write(path) as file:
+                    file.write(safetensors.torch.save(block))
             features.append(block["features"])
             rows.append(block["rows"])
     return torch.cat(features), torch.cat(rows)
@@ -240,28 +203,23 @@ def _embed_block(
     data: VOCImages,
     view: EvalView,
     indices: range,
-    device: torch.device | str,
-    precision: torch.dtype | None,
+    setup: Setup,
     advance: Callable[[int], None],
 ) -> dict[str, Tensor]:
     """Features and rows of those of the images that can be read."""
-    rows: list[int] = []
-
-    def views() -> Iterator[Tensor]:
-        for readable, images in data.images(view.resize, view.size, indices=indices, device=device):
-            yield view.finish(images)
-            rows.extend(readable)
-            advance(len(readable))
-
-    features = represent(backbone, views(), device, precision).cpu().contiguous()
-    return {"features": features, "rows": torch.tensor(rows)}
+    device, features, rows = setup.device, [], []
+    for readable, images in data.images(view.resize, view.size, indices=indices, device=device):
+        features.append(represent(backbone, [view.finish(images)], device, setup.precision))
+        rows += readable
+        advance(len(readable))
+    return {"features": torch.cat(features).cpu().contiguous(), "rows": torch.tensor(rows)}
 
 
 def fit(
-    features: Tensor | np.ndarray,
-    labels: Tensor | np.ndarray,
-    test_features: Tensor | np.ndarray,
-    test_labels: Tensor | np.ndarray,
+    features: Array,
+    labels: Array,
+    test_features: Array,
+    test_labels: Array,
     classes: Sequence[str],
     config: SVMConfig,
     *,
@@ -288,23 +246,19 @@ def fit(
             "by one backbone"
         )
     least = max(LEAST, config.folds)
-    columns = {
-        name: column
-        for column, name in enumerate(classes)
-        if (y[:, column] == 1).sum() >= least
-        and (y[:, column] == -1).sum() >= least
-        and (test_y[:, column] == 1).any()
-    }
+    numerous = np.minimum((y == 1).sum(0), (y == -1).sum(0)) >= least
+    columns = np.flatnonzero(numerous & (test_y == 1).any(0)).tolist()
     if not columns:
         raise ValueError(
             f"none of the {len(classes)} classes has {least} positives and negatives to train on "
             "and 1 to test: take more images"
         )
-    results = _fit_classes(columns, x, y, test_x, test_y, config, folder, progress)
-    precisions = {name: result.ap for name, result in results.items()}
+    paths = {classes[c]: folder and folder / "classes" / f"{classes[c]}.json" for c in columns}
+    fits = _fit_classes(x, y[:, columns], test_x, test_y[:, columns], config, paths, progress)
+    results = dict(zip(paths, fits, strict=True))
     return {
-        "svm": round(100 * float(np.mean(list(precisions.values()))), 2),
-        "classes": {name: round(100 * ap, 2) for name, ap in precisions.items()},
+        "svm": round(100 * float(np.mean([result.ap for result in results.values()])), 2),
+        "classes": {name: round(100 * result.ap, 2) for name, result in results.items()},
         "costs": {name: result.cost for name, result in results.items()},
         "not_evaluable": [name for name in classes if name not in results],
         "not_converged": {
@@ -317,34 +271,25 @@ def fit(
 
 
 def _fit_classes(
-    columns: Mapping[str, int],
     x: np.ndarray,
     y: np.ndarray,
     test_x: np.ndarray,
     test_y: np.ndarray,
     config: SVMConfig,
-    folder: Path | None,
+    paths: Mapping[str, Path | None],
     progress: bool,
-) -> dict[str, ClassResult]:
-    """The results of the classes in these columns of the labels; those in the folder are not
-    computed again."""
+) -> Iterator[ClassResult]:
+    """The results of the classes, which their paths receive."""
     from joblib import Parallel, delayed
     from joblib.externals.loky import get_reusable_executor
 
-    results = {
-        name: ClassResult(**json.loads(_file(folder, name).read_text()))
-        for name in columns
-        if folder and _file(folder, name).exists()
-    }
-    missing = [name for name in columns if name not in results]
-    with bar("support vector machines", len(columns), progress, len(results)) as advance:
-        jobs = min(config.jobs or share_of_cores(), max(1, len(missing)))
-        work = (
-            delayed(_fit_class)(name, x, y[:, columns[name]], test_x, config, os.getpid())
-            for name in missing
-        )
-        for name, scores, result in Parallel(jobs, return_as="generator_unordered")(work):
-            result = replace(result, ap=voc_average_precision(scores, test_y[:, columns[name]]))
+    work = (
+        delayed(_fit_class)(x, y[:, column], test_x, test_y[:, column], config, path, os.getpid())
+        for column, path in enumerate(paths.values())
+    )
+    jobs = min(config.jobs or share_of_cores(), len(paths))
+    with bar("support vector machines", len(paths), progress) as advance:
+        for name, result in zip(paths, Parallel(jobs, return_as="generator")(work), strict=True):
             if result.not_converged:
                 log.warning(
                     "%s: %d fits of LIBLINEAR did not converge in max_iter=%d",
@@ -352,50 +297,44 @@ def _fit_classes(
                     result.not_converged,
                     config.max_iter,
                 )
-            if folder:
-                write_json(_file(folder, name), asdict(result))
-            results[name] = result
+            yield result
             advance(1)
-        if jobs > 1:
-            # Else they would idle for minutes, with the memory that they hold.
-            get_reusable_executor().shutdown()
-    return {name: results[name] for name in columns}
+    if jobs > 1:
+        # Else they would idle for minutes, with the memory that they hold.
+        get_reusable_executor().shutdown()
 
 
 def train_class(
     features: np.ndarray, labels: np.ndarray, config: SVMConfig
-) -> tuple["LinearSVC", ClassResult]:
+) -> tuple["LinearSVC", CostSearch]:
     """The classifier of one class at the cost that cross-validates best on these images, and how
     that went.
 
     features: normalised, float64 (N, F); labels (N,) of 1, 0 (difficult) and -1.
     """
     from sklearn.exceptions import ConvergenceWarning
-    from sklearn.model_selection import cross_validate
+    from sklearn.model_selection import GridSearchCV
+    from sklearn.svm import LinearSVC
 
     rows = labels != 0 if config.difficult == "omit" else slice(None)
     x, y = features[rows], np.where(labels[rows] == 1, 1, -1)
-    curve, classifiers = [], []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # they are counted
-        for cost in config.costs:
-            validation = cross_validate(
-                _classifier(cost, config),
-                x,
-                y,
-                cv=config.folds,
-                scoring="average_precision",
-                return_estimator=True,
-            )
-            curve.append(float(validation["test_score"].mean()))
-            classifiers += validation["estimator"]
-        cost = config.costs[int(np.argmax(curve))]
-        classifier = _classifier(cost, config).fit(x, y)
-    unfinished = sum(int(fit.n_iter_) >= config.max_iter for fit in [*classifiers, classifier])
-    return classifier, ClassResult(cost, curve, unfinished)
+    classifier = LinearSVC(
+        dual=True,
+        class_weight={1: config.positive_weight, -1: 1},
+        tol=config.tol,
+        max_iter=config.max_iter,
+        random_state=config.seed,
+    )
+    costs = {"C": config.costs}
+    search = GridSearchCV(classifier, costs, cv=config.folds, scoring="average_precision")
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        search.fit(x, y)
+    unfinished = sum(issubclass(warning.category, ConvergenceWarning) for warning in caught)
+    curve = search.cv_results_["mean_test_score"].tolist()
+    return search.best_estimator_, CostSearch(search.best_params_["C"], curve, unfinished)
 
 
-def voc_average_precision(scores: np.ndarray | Tensor, labels: np.ndarray | Tensor) -> float:
+def voc_average_precision(scores: Array, labels: Array) -> float:
     """Area under the envelope of precision over recall, between 0 and 1: at each recall the best
     precision there or beyond.
 
@@ -417,50 +356,41 @@ def voc_average_precision(scores: np.ndarray | Tensor, labels: np.ndarray | Tens
         )
     scores, positive = scores[labels != 0], labels[labels != 0] == 1
     order = np.argsort(-scores, kind="stable")
-    ends = np.append(
-        np.flatnonzero(np.diff(scores[order])), len(order) - 1
-    )  # of each run of equal scores
+    # Where each run of equal scores ends.
+    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)
     true = positive[order].cumsum()[ends]
     precision = np.maximum.accumulate((true / (ends + 1))[::-1])[::-1]
     return float((np.diff(true, prepend=0) / true[-1] * precision).sum())
 
 
-def _classifier(cost: float, config: SVMConfig) -> "LinearSVC":
-    from sklearn.svm import LinearSVC
-
-    return LinearSVC(
-        C=cost,
-        class_weight={1: config.positive_weight, -1: 1},
-        penalty="l2",
-        loss="squared_hinge",
-        dual=True,
-        tol=config.tol,
-        max_iter=config.max_iter,
-        random_state=config.seed,
-    )
-
-
 def _fit_class(
-    name: str,
-    features: np.ndarray,
-    labels: np.ndarray,
-    test_features: np.ndarray,
+    x: np.ndarray,
+    y: np.ndarray,
+    test_x: np.ndarray,
+    test_y: np.ndarray,
     config: SVMConfig,
+    path: Path | None,
     parent: int,
-) -> tuple[str, np.ndarray, ClassResult]:
-    """Train one class and score the test images, whose labels it never sees, for the process
-    `parent`."""
+) -> ClassResult:
+    """Train one class and score the test images, for the process `parent`; or read what `path`,
+    which receives the result, holds already."""
     from threadpoolctl import threadpool_limits
 
+    if path and path.exists():
+        return ClassResult(**json.loads(path.read_text()))
     if os.getpid() != parent:
         signals.end_with(parent)
     with threadpool_limits(1):  # sums in one order, however many processes there are
-        classifier, result = train_class(features, labels, config)
-        return name, classifier.decision_function(test_features), result
+        classifier, search = train_class(x, y, config)
+        scores = classifier.decision_function(test_x)
+    result = ClassResult(**asdict(search), ap=voc_average_precision(scores, test_y))
+    if path:
+        write_json(path, result)
+    return result
 
 
 def _checked(
-    features: Tensor | np.ndarray, labels: Tensor | np.ndarray, classes: Sequence[str], split: str
+    features: Array, labels: Array, classes: Sequence[str], split: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features as float64 of unit length, or nearly, and labels."""
     x, y = np.asarray(features, np.float64), np.asarray(labels)
@@ -489,20 +419,9 @@ class _Windows(nn.AvgPool2d):
         return super().forward(x)
 
 
-def _file(folder: Path, name: str) -> Path:
-    return folder / "classes" / f"{name}.json"
-
-
 def _identity(data: VOCImages) -> list[Any]:
     """What changes with the images and their labels; files are told apart by name and size."""
-    files = (
-        (stem, data.file(index).stat().st_size if data.file(index).exists() else None)
-        for index, stem in enumerate(data.stems)
-    )
-    return [
-        data.title,
-        data.classes,
-        config_hash(list(files)),
-        fingerprint(data.labels),
-        data.on_corrupt,
-    ]
+    files = [data.file(index) for index in range(len(data))]
+    sizes = [file.stat().st_size if file.exists() else None for file in files]
+    names = config_hash(list(zip(data.stems, sizes, strict=True)))
+    return [data.title, data.classes, names, fingerprint(data.labels), data.on_corrupt]

@@ -14,6 +14,7 @@ from torch import nn
 from imsvd_core.data import workers
 from imsvd_core.data.coco import open_coco
 from imsvd_core.engine.config import LoopConfig
+from imsvd_core.evaluation.base import Setup
 from imsvd_core.evaluation.detection import protocol as detection
 from imsvd_core.evaluation.detection.detector import DetectorConfig
 from imsvd_core.evaluation.detection.protocol import DetectionConfig
@@ -68,6 +69,10 @@ def blocks(folder):
         path.name: json.loads(path.read_text())
         for path in sorted(Path(folder).glob("*/test-*/detections-*.json"))
     }
+
+
+def evaluate(backbone, data, config, *, run_dir):
+    return config.run(backbone, data, Setup(Path(run_dir)))
 
 
 def identical(a, b):
@@ -235,7 +240,7 @@ def test_a_detector_that_knows_the_truth_is_scored_100_and_others_what_they_dese
     pair, tmp_path, monkeypatch, change, low, high
 ):
     monkeypatch.setattr(detection, "build_detector", lambda *a: Planted(pair[1], change))
-    figures = detection.evaluate(backbone(), pair, CONFIG, run_dir=tmp_path, progress=False)
+    figures = evaluate(backbone(), pair, CONFIG, run_dir=tmp_path)
     assert figures.keys() == {
         "box_ap",
         "box_ap50",
@@ -258,7 +263,7 @@ def test_a_detector_that_knows_the_truth_is_scored_100_and_others_what_they_dese
 @pytest.mark.slow  # trains a detector three times
 def test_a_run_cut_in_training_and_in_testing_ends_identical(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(detection, "BLOCK", 2)
-    whole = detection.evaluate(backbone(), pair, CONFIG, run_dir=tmp_path / "whole", progress=False)
+    whole = evaluate(backbone(), pair, CONFIG, run_dir=tmp_path / "whole")
 
     _, trainer = detection.training(backbone(), pair[0], CONFIG, tmp_path / "cut", progress=False)
     for progressed in detection.steps(trainer, pair[0], CONFIG):
@@ -275,14 +280,14 @@ def test_a_run_cut_in_training_and_in_testing_ends_identical(pair, tmp_path, mon
 
     monkeypatch.setattr(detection, "detect", detect_until_killed)
     with pytest.raises(signals.Stopped):
-        detection.evaluate(backbone(), pair, CONFIG, run_dir=tmp_path / "cut", progress=False)
+        evaluate(backbone(), pair, CONFIG, run_dir=tmp_path / "cut")
     assert len(blocks(tmp_path / "cut")) == 1
     after = []
     monkeypatch.setattr(detection, "detect", lambda *args: after.append(args[2]) or detect(*args))
     monkeypatch.setattr(
         detection, "precise_statistics", lambda *args: pytest.fail("they are there")
     )
-    figures = detection.evaluate(backbone(), pair, CONFIG, run_dir=tmp_path / "cut", progress=False)
+    figures = evaluate(backbone(), pair, CONFIG, run_dir=tmp_path / "cut")
     assert after == [[30], [40], [50]]  # the first block is there
     assert identical(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert blocks(tmp_path / "whole") == blocks(tmp_path / "cut")
@@ -325,19 +330,16 @@ def test_the_seed_fixes_first_weights_and_precise_statistics_whatever_was_drawn_
 
 @pytest.mark.slow  # trains a detector
 def test_another_test_of_the_same_detector_does_not_train_it_again(pair, tmp_path, monkeypatch):
-    detection.evaluate(backbone(), pair, CONFIG, run_dir=tmp_path, progress=False)
+    evaluate(backbone(), pair, CONFIG, run_dir=tmp_path)
     monkeypatch.setattr(detection.Detection, "embed", lambda *a: pytest.fail("trained again"))
     other = replace(
         CONFIG, test_images=2, precise_bn=0, detector=replace(SMALL, score_threshold=0.5)
     )
-    assert (
-        detection.evaluate(backbone(), pair, other, run_dir=tmp_path, progress=False)["test_images"]
-        == 2
-    )
+    assert evaluate(backbone(), pair, other, run_dir=tmp_path)["test_images"] == 2
     assert len(list(tmp_path.glob("*/checkpoints"))) == 1
     assert len(list(tmp_path.glob("*/test-*"))) == 2
     monkeypatch.undo()
-    detection.evaluate(backbone(), pair, replace(CONFIG, lr=0.02), run_dir=tmp_path, progress=False)
+    evaluate(backbone(), pair, replace(CONFIG, lr=0.02), run_dir=tmp_path)
     assert len(list(tmp_path.glob("*/checkpoints"))) == 2
 
 
@@ -360,9 +362,7 @@ def test_unreadable_test_images_are_not_scored(pair, tmp_path, monkeypatch):
     planted = Planted(pair[1], dict)
     monkeypatch.setattr(detection, "build_detector", lambda *a: planted)
     test.file(1).write_bytes(b"no image")
-    figures = detection.evaluate(
-        backbone(), (pair[0], test), CONFIG, run_dir=tmp_path, progress=False
-    )
+    figures = evaluate(backbone(), (pair[0], test), CONFIG, run_dir=tmp_path)
     assert (figures["test_images"], figures["box_ap"]) == (4, 100)
 
 
@@ -420,7 +420,7 @@ def test_the_rate_rises_in_the_warm_up_and_drops_tenfold():
 
 @pytest.mark.slow  # trains a detector
 def test_the_schedule_is_the_trainings(pair, tmp_path):
-    detection.evaluate(backbone(), pair, CONFIG, run_dir=tmp_path, progress=False)
+    evaluate(backbone(), pair, CONFIG, run_dir=tmp_path)
     (file,) = tmp_path.glob("*/metrics.jsonl")
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["lr"] for line in lines] == pytest.approx([1e-5, 0.01 * 0.5005, 0.01, 0.001])
@@ -444,7 +444,7 @@ def test_precise_statistics_are_the_means_over_batches_and_leave_the_weights_alo
     batches = [torch.randn(2, 3, 5, 5) * scale for scale in (1, 2, 5)]
     model(batches[0])
     before = {name: value.clone() for name, value in model.named_parameters()}
-    detection.precise_statistics(model, model, batches)
+    detection.precise_statistics(model, batches)
     assert all(torch.equal(before[name], value) for name, value in model.named_parameters())
     assert [module.momentum for module in (model[1], model[3])] == [0.1, 0.3]
     assert not model.training
@@ -471,13 +471,12 @@ def test_precise_statistics_are_the_means_over_batches_and_leave_the_weights_alo
 
 @pytest.mark.slow  # trains a detector
 def test_the_test_uses_precise_statistics_of_the_last_weights(pair, tmp_path):
-    detection.evaluate(backbone(), pair, CONFIG, run_dir=tmp_path / "precise", progress=False)
-    detection.evaluate(
+    evaluate(backbone(), pair, CONFIG, run_dir=tmp_path / "precise")
+    evaluate(
         backbone(),
         pair,
         replace(CONFIG, precise_bn=0),
         run_dir=tmp_path / "running",
-        progress=False,
     )
     precise, running = (weights(tmp_path / name) for name in ("precise", "running"))
     differ = {
@@ -506,9 +505,9 @@ def _evaluate(rank, size):
     workers.share_of_cores = lambda: 0  # what such processes start would import torch again
     detection.BLOCK, seen, detect = 2, [], detection.detect
     detection.detect = lambda *args: seen.extend(args[2]) or detect(*args)
-    figures = detection.evaluate(backbone(), data, CONFIG, run_dir=folder / "run", progress=False)
+    figures = evaluate(backbone(), data, CONFIG, run_dir=folder / "run")
     model = nn.BatchNorm2d(2)
-    detection.precise_statistics(model, model, [torch.full((2, 2, 3, 3), 1.0 + rank)])
+    detection.precise_statistics(model, [torch.full((2, 2, 3, 3), 1.0 + rank)])
     return {
         "figures": figures,
         "precise": model.running_mean,
@@ -553,11 +552,11 @@ def test_data_that_cannot_serve_are_refused(pair, tmp_path):
     with pytest.raises(
         ValueError, match=r"detection\.train_images=5 must lie between 1 and the 4 images"
     ):
-        detection.evaluate(backbone(), pair, replace(CONFIG, train_images=5), run_dir=tmp_path)
+        evaluate(backbone(), pair, replace(CONFIG, train_images=5), run_dir=tmp_path)
     with pytest.raises(ValueError, match=r"batch_size=2 exceeds the 1 samples"):
-        detection.evaluate(backbone(), pair, replace(CONFIG, train_images=1), run_dir=tmp_path)
+        evaluate(backbone(), pair, replace(CONFIG, train_images=1), run_dir=tmp_path)
     with pytest.raises(ValueError, match="has other classes than"):
-        detection.evaluate(
+        evaluate(
             backbone(), (pair[0], replace(pair[1], categories=(3, 7))), CONFIG, run_dir=tmp_path
         )
     assert not list(tmp_path.glob("*/checkpoints"))

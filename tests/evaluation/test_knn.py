@@ -1,6 +1,7 @@
 """Weighted kNN: exact, however the gallery is cut or shared; right where the answer is known."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from imsvd_core.data.memory import ImageData
 from imsvd_core.evaluation import features, knn
+from imsvd_core.evaluation.base import Setup
 from imsvd_core.evaluation.knn import KNNConfig, Neighbors, vote, weighted_knn
 from imsvd_core.views import EvalView
 
@@ -220,17 +222,20 @@ def images(n, seed, classes=3):
     )
 
 
-def evaluate(**settings):
-    data = images(settings.pop("gallery", 103), 0), images(settings.pop("queries", 31), 1)
-    return knn.evaluate(settings.pop("backbone", nn.Flatten()), data, CONFIG, view=VIEW, **settings)
+def evaluate(backbone=None, gallery=103, run_dir=None, precision=None):
+    """With `run_dir` as a command does: all ranks share the work, and what is done is kept."""
+    backbone, data = backbone or nn.Flatten(), (images(gallery, 0), images(31, 1))
+    if run_dir is None:
+        return knn.evaluate(backbone, data, CONFIG, view=VIEW, precision=precision)
+    return CONFIG.run(backbone, data, Setup(Path(run_dir) / "knn", VIEW, precision=precision))
 
 
-def _on_rank(gallery: int, run_dir: str | None, rank: int, size: int) -> tuple:
-    shared = evaluate(ranks=True, gallery=gallery, run_dir=run_dir)
+def _on_rank(gallery: int, run_dir: str, rank: int, size: int) -> tuple:
+    shared = evaluate(gallery=gallery, run_dir=run_dir)
     seen = []
     watched = nn.Sequential(nn.Flatten(), nn.Identity())
     watched[1].register_forward_hook(lambda module, inputs, out: seen.append(len(out)))
-    evaluate(ranks=True, gallery=gallery, backbone=watched)
+    evaluate(watched, gallery, run_dir)
     alone = evaluate(gallery=gallery) if rank == 0 else None  # the others do not come
     return shared, alone, sum(seen)
 
@@ -277,12 +282,7 @@ class Dying(nn.Module):
 def test_a_killed_evaluation_goes_on_where_it_was_and_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(knn, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(features, "KEPT_ROWS", 10)
-    monkeypatch.setattr(
-        features.embed, "__kwdefaults__", features.embed.__kwdefaults__ | {"batch_size": 5}
-    )
-    monkeypatch.setattr(
-        features.batches, "__kwdefaults__", features.batches.__kwdefaults__ | {"batch_size": 5}
-    )
+    monkeypatch.setattr(features, "BATCH_SIZE", 5)
     compared = []
     plain = Neighbors._compare
     monkeypatch.setattr(
@@ -347,7 +347,6 @@ def test_streamed_images_are_embedded_from_where_a_share_begins(tmp_path):
     whole = features.embed(nn.Flatten(), data[0], VIEW)
     part = torch.cat(list(features.batches(nn.Flatten(), data[0], VIEW, range(70, 88))))
     assert torch.equal(part, whole[70:88])
-    found = knn.evaluate(
-        nn.Flatten(), data, KNNConfig(neighbors=(5,)), view=VIEW, run_dir=tmp_path / "kept"
-    )
+    setup = Setup(tmp_path / "kept/knn", VIEW)
+    found = KNNConfig(neighbors=(5,)).run(nn.Flatten(), data, setup)
     assert found["knn_5"] > 95

@@ -17,6 +17,7 @@ from imsvd_core.engine import checkpoints
 from imsvd_core.engine.config import LoopConfig
 from imsvd_core.engine.optim import OptimConfig
 from imsvd_core.evaluation import features, linear
+from imsvd_core.evaluation.base import Setup
 from imsvd_core.views import EvalView, ViewConfig
 
 CONFIG = linear.LinearConfig(
@@ -46,6 +47,10 @@ def make_backbone():
     return nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).train()
 
 
+def evaluate(backbone, data, config, *, run_dir):
+    return config.run(backbone, data, Setup(Path(run_dir), VIEW))
+
+
 def plant(folder: Path, train: int = 120, test: int = 59, shuffled: bool = False) -> Path:
     """The images of `data` as a tree of files."""
     for name, there in (("train", data("train", train, shuffled)), ("val", data("test", test))):
@@ -67,25 +72,21 @@ AUGMENTED = replace(CONFIG, augment=True, view=ViewConfig(size=8, scale=(0.8, 1.
 
 @pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, normalize=True), AUGMENTED])
 def test_a_planted_answer_is_found(backbone, tmp_path, config):
-    found = linear.evaluate(
+    found = evaluate(
         backbone,
         (data("train", 400), data("test", 200)),
         config,
-        view=VIEW,
         run_dir=tmp_path,
-        progress=False,
     )
     assert found["linear"] > 97
 
 
 def test_shuffled_labels_give_chance(backbone, tmp_path):
-    found = linear.evaluate(
+    found = evaluate(
         backbone,
         (data("train", 400, shuffled=True), data("test", 200)),
         CONFIG,
-        view=VIEW,
         run_dir=tmp_path,
-        progress=False,
     )
     assert (
         found["linear"] < 60
@@ -95,13 +96,11 @@ def test_shuffled_labels_give_chance(backbone, tmp_path):
 @pytest.mark.parametrize("config", [CONFIG, AUGMENTED])
 def test_the_backbone_is_frozen_batch_norm_too(backbone, tmp_path, config):
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    linear.evaluate(
+    evaluate(
         backbone,
         (data("train", 100), data("test", 50)),
         config,
-        view=VIEW,
         run_dir=tmp_path,
-        progress=False,
     )
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
 
@@ -113,7 +112,7 @@ def test_the_last_epoch_is_reported_not_the_best(backbone, tmp_path, monkeypatch
         lambda config, step, *rest: 1.0 if step < 32 else -5e3,
     )
     pair = (data("train", 400), data("test", 200))
-    found = linear.evaluate(backbone, pair, CONFIG, view=VIEW, run_dir=tmp_path, progress=False)
+    found = evaluate(backbone, pair, CONFIG, run_dir=tmp_path)
     assert found["linear"] < 60
 
 
@@ -128,27 +127,12 @@ def test_a_finished_probe_is_reused_for_the_same_backbone_and_data_only(
     pair = (data("train", 200), data("test", 100))
     swapped = tuple(replace(part, labels=(part.labels + 1) % 3) for part in pair)
     for _ in range(2):
-        assert (
-            linear.evaluate(backbone, pair, CONFIG, view=VIEW, run_dir=tmp_path, progress=False)[
-                "linear"
-            ]
-            > 97
-        )
+        assert evaluate(backbone, pair, CONFIG, run_dir=tmp_path)["linear"] > 97
     assert len(list(tmp_path.iterdir())) == 1
-    assert (
-        linear.evaluate(backbone, swapped, CONFIG, view=VIEW, run_dir=tmp_path, progress=False)[
-            "linear"
-        ]
-        > 97
-    )
+    assert evaluate(backbone, swapped, CONFIG, run_dir=tmp_path)["linear"] > 97
     with torch.no_grad():
         backbone[0].weight.neg_()
-    assert (
-        linear.evaluate(backbone, pair, CONFIG, view=VIEW, run_dir=tmp_path, progress=False)[
-            "linear"
-        ]
-        > 97
-    )
+    assert evaluate(backbone, pair, CONFIG, run_dir=tmp_path)["linear"] > 97
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -162,17 +146,10 @@ def test_a_planted_answer_is_found_in_streamed_images_and_none_in_shuffled_ones(
         streamed(plant(tmp_path / "planted")),
         streamed(plant(tmp_path / "shuffled", shuffled=True)),
     )
-    found = linear.evaluate(
-        backbone, pair, config, view=VIEW, run_dir=tmp_path / "a", progress=False
-    )
+    found = evaluate(backbone, pair, config, run_dir=tmp_path / "a")
     assert found["linear"] > 95
     assert (found["train_images"], found["test_images"]) == (120, 59)
-    assert (
-        linear.evaluate(backbone, lost, config, view=VIEW, run_dir=tmp_path / "b", progress=False)[
-            "linear"
-        ]
-        < 60
-    )
+    assert evaluate(backbone, lost, config, run_dir=tmp_path / "b")["linear"] < 60
 
 
 def weights(run_dir: Path) -> torch.Tensor:
@@ -184,9 +161,7 @@ def _probe(config, tree: str, run_dir: str, rank: int, size: int) -> tuple[dict,
     multiprocessing.set_start_method(
         "fork", force=True
     )  # a spawned rank would spawn its workers, seconds each
-    found = linear.evaluate(
-        make_backbone(), streamed(Path(tree)), config, view=VIEW, run_dir=run_dir, progress=False
-    )
+    found = evaluate(make_backbone(), streamed(Path(tree)), config, run_dir=run_dir)
     return found, weights(Path(run_dir))
 
 
@@ -210,9 +185,7 @@ def test_two_ranks_equal_one_process(tmp_path, ranks, augment):
 def test_a_cut_run_on_streamed_images_ends_as_an_uncut_one(backbone, tmp_path, monkeypatch):
     config = replace(AUGMENTED, loop=replace(CONFIG.loop, epochs=2, batch_size=30, save_every=1))
     pair, steps = streamed(plant(tmp_path / "tree")), 0
-    whole = linear.evaluate(
-        backbone, pair, config, view=VIEW, run_dir=tmp_path / "whole", progress=False
-    )
+    whole = evaluate(backbone, pair, config, run_dir=tmp_path / "whole")
 
     def cut(*args):
         nonlocal steps
@@ -223,10 +196,8 @@ def test_a_cut_run_on_streamed_images_ends_as_an_uncut_one(backbone, tmp_path, m
 
     monkeypatch.setattr(linear, "cross_entropy", cut)
     with pytest.raises(KeyboardInterrupt):
-        linear.evaluate(backbone, pair, config, view=VIEW, run_dir=tmp_path / "cut", progress=False)
-    found = linear.evaluate(
-        backbone, pair, config, view=VIEW, run_dir=tmp_path / "cut", progress=False
-    )
+        evaluate(backbone, pair, config, run_dir=tmp_path / "cut")
+    found = evaluate(backbone, pair, config, run_dir=tmp_path / "cut")
     assert steps == 6 + 3
     assert found["linear"] == whole["linear"]
     assert torch.equal(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
@@ -250,9 +221,7 @@ def test_a_streamed_epoch_sees_every_image_once_and_crops_it_anew_in_the_next(
             loop=replace(CONFIG.loop, epochs=2, batch_size=10),
             view=ViewConfig(size=8, scale=scale, ratio=(1, 1), flip=0.0),
         )
-        linear.evaluate(
-            Watch(), pair, config, view=VIEW, run_dir=tmp_path / str(distinct), progress=False
-        )
+        evaluate(Watch(), pair, config, run_dir=tmp_path / str(distinct))
         assert len(seen) == 80
         assert len({round(one, 2) for one in seen}) > 0.95 * distinct
         assert distinct == 80 or sorted(seen[:40]) == sorted(seen[40:])
@@ -264,7 +233,7 @@ def test_subsets_are_balanced_and_named_where_they_cannot_be_had(backbone, tmp_p
     train, test = config.choose(*pair)
     assert train.labels.bincount().tolist() == [30] * 3
     assert test.labels.bincount().tolist() == [10] * 3
-    found = linear.evaluate(backbone, pair, config, view=VIEW, run_dir=tmp_path, progress=False)
+    found = evaluate(backbone, pair, config, run_dir=tmp_path)
     assert (found["train_images"], found["test_images"]) == (90, 30)
     with pytest.raises(
         ValueError,
@@ -293,11 +262,9 @@ def test_top5_counts_a_class_among_the_first_five():
     test = ImageData("x", "x", "test", images, labels, tuple("abcdefg"))
     head = nn.Linear(7, 7)
     nn.init.eye_(head.weight), nn.init.zeros_(head.bias)
-    right = linear._test(head, scale, Given(), test, VIEW, torch.device("cpu"), None, False)
+    right = linear._test(head, scale, Given(), test, Setup(Path(), VIEW))
     assert right == {"linear": 10, "linear_top5": 50}
-    few = linear._test(
-        nn.Linear(7, 5), torch.ones(()), Given(), test, VIEW, torch.device("cpu"), None, False
-    )
+    few = linear._test(nn.Linear(7, 5), torch.ones(()), Given(), test, Setup(Path(), VIEW))
     assert few.keys() == {"linear"}
 
 

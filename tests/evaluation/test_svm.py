@@ -21,6 +21,7 @@ from torch import nn
 
 from imsvd_core.data.voc import VOCImages
 from imsvd_core.evaluation import svm
+from imsvd_core.evaluation.base import Setup
 from imsvd_core.evaluation.svm import SVMConfig, voc_average_precision
 from imsvd_core.networks import build_backbone
 
@@ -206,7 +207,7 @@ def test_a_worker_ends_with_the_process_that_it_works_for():
         "import os, time, numpy as np\n"
         "from imsvd_core.evaluation.svm import SVMConfig, _fit_class\n"
         "x, y = np.eye(12), np.arange(12) % 2 * 2 - 1\n"
-        "_fit_class('a', x, y, x, SVMConfig(costs=(1,)), os.getppid())\n"
+        "_fit_class(x, y, x, y, SVMConfig(costs=(1,)), None, os.getppid())\n"
         "print(os.getpid(), flush=True)\n"
         "time.sleep(600)"
     )
@@ -287,7 +288,7 @@ def backbone() -> nn.Module:
 
 def test_images_are_judged_and_features_kept(data, backbone, tmp_path, monkeypatch):
     monkeypatch.setattr(svm, "BLOCK", 10)
-    found = svm.evaluate(backbone, data, SMALL, run_dir=tmp_path / "run", progress=False)
+    found = SMALL.run(backbone, data, Setup(tmp_path / "run"))
     assert found["svm"] == 100
     assert found["features"] == 12
     assert found["pool"] == "mean"
@@ -300,13 +301,13 @@ def test_images_are_judged_and_features_kept(data, backbone, tmp_path, monkeypat
     for block in blocks:
         if block.exists():
             os.utime(block, (0, 0))
-    assert svm.evaluate(backbone, data, SMALL, run_dir=tmp_path / "run", progress=False) == found
+    assert SMALL.run(backbone, data, Setup(tmp_path / "run")) == found
     assert [block.stat().st_mtime > 0 for block in blocks] == [k == 4 for k in range(6)]
 
 
 def test_a_folder_belongs_to_backbone_data_and_settings(data, backbone, tmp_path):
-    def evaluate(*args) -> int:
-        svm.evaluate(*args, run_dir=tmp_path / "run", progress=False)
+    def evaluate(backbone, data, config) -> int:
+        config.run(backbone, data, Setup(tmp_path / "run"))
         return len(list((tmp_path / "run").iterdir()))
 
     train, test = data
@@ -321,7 +322,7 @@ def test_a_folder_belongs_to_backbone_data_and_settings(data, backbone, tmp_path
 def test_an_unreadable_image_takes_its_labels_along(data, backbone, tmp_path):
     (tmp_path / "images/train3.jpg").write_bytes(b"none")
     train, test = (replace(part, on_corrupt="skip") for part in data)
-    found = svm.evaluate(backbone, (train, test), SMALL, run_dir=tmp_path / "run", progress=False)
+    found = SMALL.run(backbone, (train, test), Setup(tmp_path / "run"))
     assert found["train_images"] == 23
     assert found["svm"] == 100
 
@@ -334,7 +335,7 @@ def test_visslpool_is_four_means_of_six_by_six(data, tmp_path):
     )
     before = backbone.avgpool
     part = data[0].subset(2)
-    features, rows = svm.embed(backbone, part, config)
+    features, rows = svm.embed(backbone, part, config, Setup(tmp_path))
     assert features.shape == (2, 4 * 256)
     assert rows.tolist() == [0, 1]
     assert backbone.avgpool is before
@@ -356,33 +357,23 @@ def test_visslpool_is_four_means_of_six_by_six(data, tmp_path):
     with pytest.raises(
         ValueError, match="pool='vissl' needs a last map of 7×7, not 1×1: take pool='mean'"
     ):
-        svm.embed(backbone, part, replace(config, resize=32, size=32))
+        svm.embed(backbone, part, replace(config, resize=32, size=32), Setup(tmp_path / "32"))
     with pytest.raises(ValueError, match="needs a ResNet with its `avgpool`, not Flatten"):
-        svm.embed(nn.Flatten(), part, config)
+        svm.embed(nn.Flatten(), part, config, Setup(tmp_path))
 
 
 def test_an_image_of_both_splits_and_other_classes_are_refused(data, backbone, tmp_path):
     train, test = data
     leaking = replace(test, stems=(*test.stems[:-1], train.stems[5]))
     with pytest.raises(ValueError, match="1 images are in both splits, 'train5'"):
-        svm.evaluate(backbone, (train, leaking), SMALL, run_dir=tmp_path, progress=False)
+        SMALL.run(backbone, (train, leaking), Setup(tmp_path))
     with pytest.raises(ValueError, match=r"the splits differ in classes \['cow', 'sheep'\]"):
-        svm.evaluate(
-            backbone,
-            (train, replace(test, classes=("cat", "dog", "cow"))),
-            SMALL,
-            run_dir=tmp_path,
-            progress=False,
-        )
+        SMALL.run(backbone, (train, replace(test, classes=("cat", "dog", "cow"))), Setup(tmp_path))
 
 
 def test_subsets_are_drawn(data, backbone, tmp_path):
-    found = svm.evaluate(
-        backbone,
-        data,
-        replace(SMALL, train_images=20, test_images=15),
-        run_dir=tmp_path / "run",
-        progress=False,
+    found = replace(SMALL, train_images=20, test_images=15).run(
+        backbone, data, Setup(tmp_path / "run")
     )
     assert (found["train_images"], found["test_images"]) == (20, 15)
 

@@ -17,7 +17,7 @@ from imsvd_core.data import attributes, sources
 from imsvd_core.data import memory as datasets
 from imsvd_core.engine import checkpoints
 from imsvd_core.engine.trainer import Trainer
-from imsvd_core.evaluation import knn
+from imsvd_core.evaluation.knn import KNNConfig
 from imsvd_core.networks import NetworkConfig
 from imsvd_core.recipes import EVALUATIONS, OWN, evaluation, recipe
 from imsvd_core.results import read_result
@@ -356,14 +356,14 @@ def test_a_result_that_another_call_has_left_meanwhile_stays(weights, tree, monk
     trained = open_backbone(weights)
     asked = evaluation("imagenet-knn", None, trained.recipe)
     other = replace(asked, config=replace(asked.config, neighbors=(3,)))
-    work = knn.evaluate
+    work = KNNConfig.run
 
-    def and_meanwhile(*args, **kwargs):
-        monkeypatch.setattr(knn, "evaluate", work)
+    def and_meanwhile(*args):
+        monkeypatch.setattr(KNNConfig, "run", work)
         evaluations.evaluate("imagenet-knn", trained, other, progress=False)
-        return work(*args, **kwargs)
+        return work(*args)
 
-    monkeypatch.setattr(knn, "evaluate", and_meanwhile)
+    monkeypatch.setattr(KNNConfig, "run", and_meanwhile)
     with pytest.raises(FileExistsError, match="pass --overwrite"):
         evaluations.evaluate("imagenet-knn", trained, asked, progress=False)
     assert "knn_3" in read_result("runs/theirs/imagenet-knn.json")["figures"]

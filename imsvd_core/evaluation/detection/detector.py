@@ -44,6 +44,7 @@ from torchvision.models.resnet import ResNet
 from torchvision.ops import RoIAlign
 
 from imsvd_core.data.coco import Target
+from imsvd_core.evaluation.base import Color
 from imsvd_core.system import checks
 from imsvd_core.views import IMAGENET_MEAN, IMAGENET_STD
 
@@ -58,9 +59,9 @@ class DetectorConfig:
     """Pixels of the shorter side in testing."""
     max_size: int = 1333
     """Pixels that the longer side may have: the shorter gives way."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
+    mean: Color = IMAGENET_MEAN
     """That the backbone's images were normalised by."""
-    std: tuple[float, float, float] = IMAGENET_STD
+    std: Color = IMAGENET_STD
     """That the backbone's images were normalised by."""
     anchors: tuple[int, ...] = (32, 64, 128, 256, 512)
     """Sides of the square anchors, in pixels of the resized image."""
@@ -89,16 +90,15 @@ class DetectorConfig:
         for name in ("min_sizes", "anchors", "ratios"):
             if not getattr(self, name):
                 raise ValueError(f"{name}=() must hold positive numbers, at least one")
+        for name in ("train_proposals", "test_proposals"):
+            if len(counts := getattr(self, name)) != 2:
+                raise ValueError(
+                    f"{name}={counts} must be two counts: before and after the suppression"
+                )
         checks.positive(self, "min_sizes", "anchors", "ratios")
         checks.at_least(self, train_proposals=1, test_proposals=1, test_size=1, max_size=1, rois=1)
         checks.at_least(self, rpn_samples=1, roi_size=1, mask_channels=1, detections=1)
         checks.between(self, 0, 1, "score_threshold", "nms")
-        for name in ("train_proposals", "test_proposals"):
-            if len(getattr(self, name)) != 2:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} must be two counts: before and after the "
-                    "suppression"
-                )
         if self.roi_size % 2:
             raise ValueError(
                 f"roi_size={self.roi_size} must be even: layer4 halves it, and the mask doubles "
@@ -133,16 +133,14 @@ def build_detector(
     if classes < 1:
         raise ValueError(f"classes={classes} must be at least 1")
     backbone = copy.deepcopy(backbone).requires_grad_(True)
-    body, stride = _Body(backbone), _stride(backbone)
-    middle, wide = (_width(layer) for layer in (backbone.layer3, backbone.layer4))
+    stride, wide = _stride(backbone), _width(backbone.layer4)
     anchors = AnchorGenerator((config.anchors,), (config.ratios,))
     counts = [
         {"training": train, "testing": test}
         for train, test in zip(config.train_proposals, config.test_proposals, strict=True)
     ]
-    rpn_head = _ProposalHead(middle, anchors.num_anchors_per_location()[0])
+    rpn_head = _ProposalHead(_width(backbone.layer3), anchors.num_anchors_per_location()[0])
     rpn = _Proposals(anchors, rpn_head, 0.7, 0.3, config.rpn_samples, 0.5, *counts, 0.7)
-    head = nn.Sequential(OrderedDict(layer4=backbone.layer4, norm=nn.BatchNorm2d(wide)))
     boxes = FastRCNNPredictor(wide, classes + 1)
     nn.init.normal_(boxes.cls_score.weight, std=0.01)
     nn.init.normal_(boxes.bbox_pred.weight, std=0.001)
@@ -152,41 +150,25 @@ def build_detector(
         nn.init.zeros_(layer.bias)
     heads = SharedHeads(
         RoIAlign(config.roi_size, 1 / stride, sampling_ratio=0, aligned=True),
-        head,
+        nn.Sequential(OrderedDict(layer4=backbone.layer4, norm=nn.BatchNorm2d(wide))),
         boxes,
-        masks,
-        config,
+        fg_iou_thresh=0.5,
+        bg_iou_thresh=0.5,
+        batch_size_per_image=config.rois,
+        positive_fraction=0.25,
+        bbox_reg_weights=None,
+        score_thresh=config.score_threshold,
+        nms_thresh=config.nms,
+        detections_per_img=config.detections,
+        mask_predictor=masks,
     )
-    return GeneralizedRCNN(body, rpn, heads, _Transform(config, stride))
+    return GeneralizedRCNN(_Body(backbone), rpn, heads, _Transform(config, stride))
 
 
 class SharedHeads(RoIHeads):
     """Class, box and mask from one pass of layer4 over each box: in training over the
     sampled proposals; in testing over all proposals for class and box, and again over the
     boxes that come out for their masks."""
-
-    def __init__(
-        self,
-        pool: nn.Module,
-        head: nn.Module,
-        boxes: nn.Module,
-        masks: nn.Module,
-        config: DetectorConfig,
-    ):
-        super().__init__(
-            pool,
-            head,
-            boxes,
-            0.5,
-            0.5,
-            config.rois,
-            0.25,
-            None,
-            config.score_threshold,
-            config.nms,
-            config.detections,
-            mask_predictor=masks,
-        )
 
     def has_mask(self) -> bool:
         return True
@@ -199,9 +181,8 @@ class SharedHeads(RoIHeads):
         targets: list[Target] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         (whole,) = features.values()
-        if self.training:
-            sampled = self.select_training_samples(proposals, targets)
-            return [], self._losses(whole, *sampled, targets)
+        if self.training and targets is not None:
+            return [], self._losses(whole, proposals, targets)
         logits, deltas = self._classify(self._roi_features(whole, proposals))
         boxes, scores, labels = self.postprocess_detections(logits, deltas, proposals, image_shapes)
         drawn = self.mask_predictor(self._roi_features(whole, boxes)).float()
@@ -220,47 +201,30 @@ class SharedHeads(RoIHeads):
         return logits.float(), deltas.float()
 
     def _losses(
-        self,
-        features: Tensor,
-        boxes: list[Tensor],
-        matched: list[Tensor],
-        labels: list[Tensor],
-        truth: list[Tensor],
-        targets: list[Target],
+        self, features: Tensor, proposals: list[Tensor], targets: list[Target]
     ) -> dict[str, Tensor]:
+        boxes, matched, labels, truth = self.select_training_samples(proposals, targets)
         roi_features = self._roi_features(features, boxes)
         logits, deltas = self._classify(roi_features)
-        label, truth = torch.cat(labels), torch.cat(truth)
+        label = torch.cat(labels)
         objects = (label > 0).nonzero().squeeze(1)
         right_class = deltas.unflatten(1, (-1, 4))[objects, label[objects]]
-        box = smooth_l1_loss(right_class, truth[objects], beta=0.0, reduction="sum")
+        box = smooth_l1_loss(right_class, torch.cat(truth)[objects], beta=0.0, reduction="sum")
         masks = self.mask_predictor(roi_features[objects]).float()
+        # Other ranks, which have objects, wait for these parameters' gradients.
+        mask = masks.sum() * 0
+        if len(objects):
+            images = [
+                (rois[kinds > 0], target["masks"], target["labels"] - 1, match[kinds > 0])
+                for rois, target, kinds, match in zip(boxes, targets, labels, matched, strict=True)
+                if kinds.any()
+            ]
+            mask = maskrcnn_loss(masks, *map(list, zip(*images, strict=True)))
         return {
             "loss_classifier": cross_entropy(logits, label),
             "loss_box_reg": box / len(label),
-            "loss_mask": self._mask_loss(masks, boxes, matched, labels, targets),
+            "loss_mask": mask,
         }
-
-    @staticmethod
-    def _mask_loss(
-        masks: Tensor,
-        boxes: list[Tensor],
-        matched: list[Tensor],
-        labels: list[Tensor],
-        targets: list[Target],
-    ) -> Tensor:
-        objects = [label > 0 for label in labels]
-        images = [number for number, of_image in enumerate(objects) if of_image.any()]
-        # Other ranks, which have objects, wait for these parameters' gradients.
-        if not images:
-            return masks.sum() * 0
-        return maskrcnn_loss(
-            masks,
-            [boxes[i][objects[i]] for i in images],
-            [targets[i]["masks"] for i in images],
-            [targets[i]["labels"] - 1 for i in images],
-            [matched[i][objects[i]] for i in images],
-        )
 
 
 class _Body(nn.Sequential):
@@ -318,7 +282,8 @@ class _Transform(GeneralizedRCNNTransform):
 
 def _width(layer: nn.Sequential) -> int:
     """Channels that leave a ResNet's layer."""
-    return getattr(layer[-1], "conv3", layer[-1].conv2).out_channels
+    norms = [module for module in layer.modules() if isinstance(module, nn.BatchNorm2d)]
+    return norms[-1].num_features
 
 
 def _stride(backbone: ResNet) -> int:

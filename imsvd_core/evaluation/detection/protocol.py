@@ -5,36 +5,34 @@ from __future__ import annotations
 
 import json
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from functools import partial
+from itertools import islice, tee
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
 from pycocotools import mask as rle
-from rich.progress import Progress
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.resnet import ResNet
 
-from imsvd_core.data.batch import Batch
+from imsvd_core.data.batch import Batch, Plan
 from imsvd_core.data.coco import CocoImages, Target
 from imsvd_core.distributed import mean_over_ranks, on_rank_0, world
 from imsvd_core.engine.config import LoopConfig
 from imsvd_core.engine.optim import OptimConfig
-from imsvd_core.engine.order import Order, stream_seed
+from imsvd_core.engine.order import stream_seed
 from imsvd_core.engine.trainer import Progressed, Trainer
-from imsvd_core.evaluation.base import Color, Setup
+from imsvd_core.evaluation.base import Color, Evaluation, Setup
 from imsvd_core.evaluation.detection.detector import DetectorConfig, build_detector
 from imsvd_core.evaluation.detection.score import score
-from imsvd_core.evaluation.features import check_size, fingerprint, subset
+from imsvd_core.evaluation.features import fingerprint
 from imsvd_core.methods.base import Method
 from imsvd_core.system import checks, signals
 from imsvd_core.system.config import config_hash, essential, plain
@@ -50,7 +48,7 @@ DETECTOR_TEST_SETTINGS = ("test_size", "test_proposals", "score_threshold", "nms
 
 
 @dataclass(frozen=True)
-class DetectionConfig:
+class DetectionConfig(Evaluation):
     """How the detector is trained and tested; by default the paper's protocol: the 1× schedule on
     COCO 2017."""
 
@@ -77,8 +75,8 @@ class DetectionConfig:
     """Test images to use; all by default."""
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(batch_size=16, precision="fp32"))
 
-    evaluation: ClassVar[str] = "detection"
-    layout: ClassVar[str | None] = "coco"
+    evaluation = "detection"
+    layout = "coco"
 
     def __post_init__(self) -> None:
         checks.at_least(self, iterations=1, warmup=0, precise_bn=0, drops=1)
@@ -87,24 +85,8 @@ class DetectionConfig:
             raise ValueError(f"drops={self.drops} must be rising iterations ≥ 1")
         _ = self.optim  # refuses impossible rates
 
-    def check(self, train: CocoImages, test: CocoImages) -> None:
-        """Raise ValueError, naming the setting, if the data cannot serve this protocol."""
-        check_size(self.train_images, train, "detection.train_images")
-        check_size(self.test_images, test, "detection.test_images")
-        if train.categories != test.categories:
-            raise ValueError(
-                f"{test.listing} has other classes than {train.listing}: give two splits of one "
-                "data set"
-            )
-
     def normalised(self, mean: Color, std: Color) -> DetectionConfig:
         return replace(self, detector=replace(self.detector, mean=mean, std=std))
-
-    def run(
-        self, backbone: ResNet, data: tuple[CocoImages, CocoImages], setup: Setup
-    ) -> dict[str, float]:
-        """See `evaluate`."""
-        return evaluate(backbone, data, self, run_dir=setup.folder, progress=setup.progress)
 
     @property
     def optim(self) -> OptimConfig:
@@ -118,45 +100,42 @@ class DetectionConfig:
         drops = sum(step >= drop for drop in self.drops)
         return self.lr * (1e-3 * (1 - rise) + rise) * 0.1**drops
 
+    def run(
+        self, backbone: ResNet, data: tuple[CocoImages, CocoImages], setup: Setup
+    ) -> dict[str, float]:
+        """COCO's average precision, in percent, of boxes and masks, after the **last** iteration.
 
-def evaluate(
-    backbone: ResNet,
-    data: tuple[CocoImages, CocoImages],
-    config: DetectionConfig,
-    *,
-    run_dir: Path | str,
-    progress: bool = True,
-) -> dict[str, float]:
-    """COCO's average precision, in percent, of boxes and of masks, after the **last** iteration.
+        A copy of the backbone is trained inside a Mask R-CNN (`detector`), nothing frozen; among
+        ranks with GPUs batch-norm sees the images of all. It then gets precise statistics, and each
+        rank looks at its share of the test images. Each combination of backbone, data and settings
+        trains in a folder of its own under `setup.folder`, tests in another below it, and is
+        resumed there.
 
-    A copy of the backbone is trained inside a Mask R-CNN (`detector`), nothing frozen;
-    among ranks with GPUs batch-norm sees the images of all. It then gets precise
-    statistics, and each rank looks at its share of the test images. Each combination of
-    backbone, data and settings trains in a folder of its own under `run_dir`, tests in
-    another below it, and is resumed there.
-
-    Returns {"box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75",
-    "iterations", "train_images", "test_images", "seconds": of training}. Raises ValueError
-    if the data cannot serve; `signals.Stopped` when told to stop.
-    """
-    config.check(*data)
-    train = subset(data[0], config.train_images, "detection.train_images")
-    test = subset(data[1], config.test_images, "detection.test_images")
-    detector, trainer = training(backbone, train, config, run_dir, progress=progress)
-    for _ in steps(trainer, train, config):
-        pass
-    trainer.refuse_unfinished()
-    test_settings = {**plain(config), "loop": None, "data": fingerprint(test.ids, test.records)}
-    folder = trainer.run.path / f"test-{config_hash(test_settings)}"
-    # Every block of detections is kept as it comes.
-    with trainer.run.on_rank_0(), signals.interruptible():
-        _make_precise(detector, train, config, trainer.device, folder, progress)
-        figures = _test(detector, test, config, trainer.device, folder, progress)
-    return figures | {
-        "iterations": trainer.step,
-        "train_images": len(train),
-        "seconds": round(trainer.seconds, 1),
-    }
+        Returns {"box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75",
+        "iterations", "train_images", "test_images", "seconds": of training}. Raises ValueError if
+        the data cannot serve; `signals.Stopped` when told to stop.
+        """
+        train, test = self.choose(*data)
+        if train.categories != test.categories:
+            raise ValueError(
+                f"{test.listing} has other classes than {train.listing}: give two splits of one "
+                "data set"
+            )
+        detector, trainer = training(backbone, train, self, setup.folder, progress=setup.progress)
+        for _ in steps(trainer, train, self):
+            pass
+        trainer.refuse_unfinished()
+        test_settings = {**plain(self), "loop": None, "data": fingerprint(test.ids, test.records)}
+        folder = trainer.run.path / f"test-{config_hash(test_settings)}"
+        # Every block of detections is kept as it comes.
+        with trainer.run.on_rank_0(), signals.interruptible():
+            _make_precise(detector, train, self, trainer.device, folder, setup.progress)
+            figures = _test(detector, test, self, trainer.device, folder, setup.progress)
+        return figures | {
+            "iterations": trainer.step,
+            "train_images": len(train),
+            "seconds": round(trainer.seconds, 1),
+        }
 
 
 def training(
@@ -175,16 +154,12 @@ def training(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(config.loop.seed, "weights", 0))
         detector = build_detector(backbone, len(train.classes), config.detector)
-    settings = plain(config)
+    settings = config.identity(backbone)
     for name in TEST_SETTINGS:
         del settings[name]
     for name in DETECTOR_TEST_SETTINGS:
         del settings["detector"][name]
-    settings |= {
-        "evaluation": config.evaluation,
-        "data": [train.title, fingerprint(train.ids, train.records)],
-        "backbone": fingerprint(*backbone.state_dict().values()),
-    }
+    settings["data"] = [train.title, fingerprint(train.ids, train.records)]
     settings = essential(settings)
     trainer = Trainer(
         Detection(detector),
@@ -202,8 +177,8 @@ def training(
 
 def steps(trainer: Trainer, train: CocoImages, config: DetectionConfig) -> Iterator[Progressed]:
     """Train to the end, and tell after every step where the training stands."""
-    order = trainer.order.since(trainer.step)
-    return trainer.train(training_batches(train, order, config, trainer.device))
+    order, seed_of = trainer.order.since(trainer.step), trainer.order.seed_of
+    return trainer.train(training_batches(train, order, config, trainer.device, seed_of))
 
 
 class Detection(Method):
@@ -218,8 +193,7 @@ class Detection(Method):
 
     def embed(self, batch: Batch) -> tuple[Tensor, ...]:
         """The detector's losses, scalars, of images (bytes) and what stands in them."""
-        (images,) = batch.views
-        losses = self.detector([image / 255 for image in images], batch.labels)
+        losses = self.detector([image / 255 for image in batch.views], batch.labels)
         self.names = tuple(losses)
         return tuple(losses.values())
 
@@ -229,23 +203,22 @@ class Detection(Method):
 
 
 def training_batches(
-    train: CocoImages, order: Order, config: DetectionConfig, device: torch.device
+    train: CocoImages,
+    plan: Plan,
+    config: DetectionConfig,
+    device: torch.device,
+    seed_of: Callable[[int], int],
 ) -> Iterator[Batch]:
-    """The pieces of every batch, of which some images are mirrored."""
-    pending: deque[tuple[int, Tensor]] = deque()
-
-    def noted() -> Iterator[tuple[int, Tensor]]:
-        for step, indices in order:
-            pending.append((step, indices))
-            yield step, indices
-
-    latest, generator = -1, torch.Generator(device)
-    for images, targets in train.batches(noted(), device=device):
-        step, indices = pending.popleft()
-        if step != latest:
-            latest, generator = step, order.generator(step, device)
-        images, targets = mirror(images, targets, config.flip, generator)
-        yield Batch((images,), targets, indices)
+    """The pieces of every batch, of which the seed of its step mirrors some images."""
+    ahead, plan = tee(plan)
+    current, generator = -1, torch.Generator(device)
+    with closing(train.batches(ahead, device=device)) as pieces:
+        for (images, targets), (step, indices) in zip(pieces, plan, strict=True):
+            if step != current:
+                current, generator = step, generator.manual_seed(seed_of(step))
+            images, targets = mirror(images, targets, config.flip, generator)
+            # A detector's labels are all that stands in the images.
+            yield Batch(tuple(images), targets, indices)  # type: ignore[arg-type]
 
 
 def mirror(
@@ -269,31 +242,18 @@ def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
 
 
 @torch.no_grad()
-def precise_statistics(model: nn.Module, run: Callable[[Any], Any], batches: Iterable[Any]) -> None:
-    """Replace batch-norm's running statistics by the plain means, over all batches that
-    `run` shows the model, of each batch's mean and variance; over ranks too.
+def precise_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Replace batch-norm's running statistics by the plain means, over all batches that the model
+    is shown, of each batch's mean and variance; over ranks too.
 
     The weights stay, and the model ends in testing mode. After Wu and Johnson (2021), as
     detectron2 does: running statistics forget, and lag behind the last weights.
     """
-    update_bn(({"batch": batch} for batch in batches), _Run(model, run))
+    update_bn(([batch] for batch in batches), model)  # it takes the first item of a list
     model.eval()
-    for norm in model.modules():
-        if isinstance(norm, _BatchNorm) and norm.track_running_stats:
-            both = mean_over_ranks(torch.stack([norm.running_mean, norm.running_var]))
-            norm.running_mean.copy_(both[0])
-            norm.running_var.copy_(both[1])
-
-
-class _Run(nn.Module):
-    """A model as `update_bn` calls it, which shows it to nothing but the first item of a tuple."""
-
-    def __init__(self, model: nn.Module, run: Callable[[Any], Any]):
-        super().__init__()
-        self.model, self.run = model, run
-
-    def forward(self, item: dict[str, Any]) -> None:
-        self.run(item["batch"])
+    for name, statistics in model.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            statistics.copy_(mean_over_ranks(statistics))
 
 
 @torch.no_grad()
@@ -345,43 +305,45 @@ def _make_precise(
     path = folder / "detector.safetensors"
     if not on_rank_0(path.exists)():
         if config.precise_bn:
-            rank = world()[0]
-
-            def run(numbered: tuple[int, Any]) -> None:
-                number, batch = numbered
-                seed = stream_seed(config.loop.seed, f"precise of rank {rank}", number)
-                with (
-                    torch.random.fork_rng([device] if device.type == "cuda" else []),
-                    _autocast(config, device),
-                ):
-                    torch.manual_seed(seed)
-                    generator = torch.Generator(device).manual_seed(seed)
-                    images, targets = mirror(*batch, config.flip, generator)
-                    detector([image / 255 for image in images], targets)
-                advance(1)
-
-            order = _precise_order(len(train), config)
-            with (
-                closing(train.batches(order, device=device)) as batches,
-                bar("precise batch-norm", len(order), progress) as advance,
-            ):
-                precise_statistics(detector, run, enumerate(batches))
+            _show_batches(detector, train, config, device, progress)
         weights = {name: value.cpu().contiguous() for name, value in detector.state_dict().items()}
         on_rank_0(_write)(path, safetensors.torch.save(weights))
     detector.load_state_dict(safetensors.torch.load_file(path))
     detector.eval()
 
 
-def _precise_order(samples: int, config: DetectionConfig) -> list[tuple[int, Tensor]]:
-    """(number, indices) of this rank's share of every batch, as large as those that batch-norm saw
-    in training."""
+def _show_batches(
+    detector: nn.Module,
+    train: CocoImages,
+    config: DetectionConfig,
+    device: torch.device,
+    progress: bool,
+) -> None:
+    """Precise statistics from training batches: this rank's share of each is as large as those that
+    batch-norm saw in training."""
     rank, ranks = world()
     share = config.loop.batch_size // config.loop.accumulate // ranks
     generator = torch.Generator().manual_seed(stream_seed(config.loop.seed, "precise", 0))
-    rounds = math.ceil(config.precise_bn * share * ranks / samples)
-    shuffled = torch.cat([torch.randperm(samples, generator=generator) for _ in range(rounds)])
+    rounds = math.ceil(config.precise_bn * share * ranks / len(train))
+    shuffled = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(rounds)])
     whole = shuffled.split(share * ranks)[: config.precise_bn]
-    return [(number, batch[rank * share :][:share]) for number, batch in enumerate(whole)]
+    plan = [(number, batch[rank * share :][:share]) for number, batch in enumerate(whole)]
+    seed_of = partial(stream_seed, config.loop.seed, f"precise of rank {rank}")
+    batches = training_batches(train, plan, config, device, seed_of)
+
+    def seeded() -> Iterator[Batch]:
+        for number, batch in enumerate(batches):
+            torch.manual_seed(seed_of(number))
+            yield batch
+            advance(1)
+
+    precision = PRECISIONS[config.loop.precision]
+    with (
+        bar("precise batch-norm", len(plan), progress) as advance,
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.autocast(device.type, precision, enabled=precision is not None),
+    ):
+        precise_statistics(Detection(detector), seeded())
 
 
 def _test(
@@ -395,32 +357,32 @@ def _test(
     """Look at the test images, each rank at its share, in blocks of which each is written; then
     score."""
     rank, ranks = world()
-    blocks = [
-        (folder / f"detections-{start:06d}.json", range(start, min(start + BLOCK, len(test))))
+    blocks = {
+        folder / f"detections-{start:06d}.json": range(len(test))[start : start + BLOCK]
         for start in range(0, len(test), BLOCK)
-    ]
-    missing = [(path, block) for path, block in blocks[rank::ranks] if not path.exists()]
+    }
+    own = list(blocks.items())[rank::ranks]
+    missing = [(path, block) for path, block in own if not path.exists()]
     # One image at a time: padding to others' sizes would change what is seen.
     order = [(index, torch.tensor([index])) for _, block in missing for index in block]
+    precision = PRECISIONS[config.loop.precision]
     with (
         closing(test.batches(order, masks=False, device=device)) as batches,
         bar("testing", len(order), progress) as advance,
     ):
         for path, block in missing:
-            block_images: list[int] = []
-            detections: list[dict[str, Any]] = []
+            content: dict[str, list[Any]] = {"images": [], "detections": []}
             for images, targets in islice(batches, len(block)):
                 ids = [int(target["image_id"]) for target in targets]
-                block_images += ids
                 # An unreadable image has no target.
                 if ids:
-                    precision = PRECISIONS[config.loop.precision]
-                    detections += detect(detector, images, ids, test.categories, precision)
+                    content["images"] += ids
+                    results = detect(detector, images, ids, test.categories, precision)
+                    content["detections"] += results
                 advance(1)
-            content = {"images": block_images, "detections": detections}
             _write(path, json.dumps(content).encode())
     mean_over_ranks(torch.zeros(1, device=device))  # wait for all
-    return _score_files([path for path, _ in blocks], test, progress)
+    return _score_files(list(blocks), test, progress)
 
 
 @on_rank_0
@@ -430,14 +392,8 @@ def _score_files(paths: Sequence[Path], test: CocoImages, progress: bool) -> dic
     images = [number for block in blocks for number in block["images"]]
     detections = [detection for block in blocks for detection in block["detections"]]
     # pycocotools does not tell how far it is.
-    with Progress(disable=not progress) as bars:
-        bars.add_task("scoring", total=None)
+    with bar("scoring", None, progress):
         return score(detections, test.truth(), images) | {"test_images": len(images)}
-
-
-def _autocast(config: DetectionConfig, device: torch.device) -> torch.autocast:
-    precision = PRECISIONS[config.loop.precision]
-    return torch.autocast(device.type, precision, enabled=precision is not None)
 
 
 def _write(path: Path, content: bytes) -> None:
