@@ -21,6 +21,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import PIL.Image
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
@@ -29,6 +30,8 @@ from matplotlib.rcsetup import cycler
 
 #: Characters; a shorter text names a figure and does not say what it shows
 SHORTEST_ALT = 30
+#: How long an animation shows a frame
+FRAME_MILLISECONDS = 200
 
 
 @dataclass(frozen=True)
@@ -156,11 +159,6 @@ def figure(
     The axes are one `Axes` if there is one panel, else an array, as in `plt.subplots`, whose other
     arguments (`sharex`, `width_ratios`, `subplot_kw`, ...) are taken too.
     """
-    if min(width, height) <= 0 or min(rows, cols) < 1:
-        raise ValueError(
-            f"width={width}, height={height}, rows={rows}, cols={cols}: "
-            "a figure needs a positive size and at least one panel"
-        )
     drawing = Figure(figsize=(width, height), layout="constrained")
     return drawing, drawing.subplots(rows, cols, **subplots)
 
@@ -179,32 +177,26 @@ def show(draw: Callable[[Theme], Figure], alt: str) -> Picture:
 
 def animate(
     draw_frame: Callable[[Any, Theme], Figure],
-    frames: int | Iterable[Any],
+    frames: Iterable[Any],
     alt: str,
     labels: Sequence[str] | None = None,
-    interval: int = 200,
 ) -> Picture:
     """Return a slider with a play button over frames that all travel inside the page.
 
-    `draw_frame(frame, theme)` returns the figure of one frame, where `frame` runs through `frames`
-    (a number counts from 0). `labels` name the frames for the reader ("step 40"); `interval` is the
-    time of a frame in milliseconds. Without scripts the last frame is shown. All figures must have
-    the same size.
-    Raises `ValueError` for a short `alt`, no frames, or labels that do not match them.
+    `draw_frame(frame, theme)` returns the figure of one frame, where `frame` runs through `frames`.
+    `labels` name the frames for the reader ("step 40"). Without scripts the last frame is shown.
+    All figures must have the same size. Raises `ValueError` for a short `alt`, no frames, or labels
+    that do not match them.
     """
     _check_alt(alt)
-    items = list(range(frames)) if isinstance(frames, int) else list(frames)
-    if labels is None:
-        labels = [f"{i + 1} of {len(items)}" for i in range(len(items))]
-    names = [str(label) for label in labels]
+    items = list(frames)
+    names = list(labels or (f"{i + 1} of {len(items)}" for i in range(len(items))))
     if not items:
         raise ValueError("frames is empty: an animation needs at least one frame")
     if len(names) != len(items):
         raise ValueError(
             f"labels has {len(names)} entries for {len(items)} frames: give one label to each frame"
         )
-    if interval < 1:
-        raise ValueError(f"interval={interval} must be at least 1 millisecond")
     drawn = [
         [_render(partial(draw_frame, item), theme, "webp") for theme in THEMES] for item in items
     ]
@@ -222,7 +214,7 @@ def animate(
         f'<input type="range" min="0" max="{len(items) - 1}" value="{len(items) - 1}" '
         f'aria-label="Frame" style="flex:1"><output aria-live="off">{html.escape(names[-1])}'
         f"</output></div></div><script>{player.strip()}({json.dumps(name)},{_script_json(uris)},"
-        f"{_script_json(names)},{interval});</script>"
+        f"{_script_json(names)},{FRAME_MILLISECONDS});</script>"
     )
     return Picture(page, alt)
 
@@ -272,26 +264,28 @@ def draw_joint(
     return image
 
 
-def gallery(images: Any, alt: str, *, columns: int = 8, scale: int = 2, gap: int = 2) -> Picture:
+def gallery(images: Any, alt: str, *, columns: int = 8, scale: int = 2) -> Picture:
     """Return a contact sheet of uint8 images (N, 3, H, W), each pixel `scale` times as large.
 
     The gaps are transparent, so one sheet serves both themes. Raises `ValueError` for other shapes
     or types.
     """
     _check_alt(alt)
-    sheet = contact_sheet(images, columns=columns, gap=gap, scale=scale)
-    uri = _array_uri(sheet)
+    sheet = contact_sheet(images, columns=columns, scale=scale)
+    stream = io.BytesIO()
+    PIL.Image.fromarray(sheet, "RGBA").save(stream, format="PNG", optimize=True)
     img = (
-        f'<img class="dark-light imsvd-pixels" src="{uri}" alt="{html.escape(alt)}" '
-        f'width="{sheet.shape[1]}" style="max-width:100%;height:auto;image-rendering:pixelated">'
+        f'<img class="dark-light imsvd-pixels" src="{_uri("image/png", stream)}" '
+        f'alt="{html.escape(alt)}" width="{sheet.shape[1]}" '
+        'style="max-width:100%;height:auto;image-rendering:pixelated">'
     )
     return Picture(f'<div class="imsvd-figure">{img}</div>', alt)
 
 
-def draw_gallery(ax: Axes, images: Any, *, columns: int = 8, gap: int = 2) -> AxesImage:
+def draw_gallery(ax: Axes, images: Any, *, columns: int = 8) -> AxesImage:
     """Draw a contact sheet of uint8 images (N, 3, H, W) into `ax`, which loses its axes."""
     ax.set_axis_off()
-    return ax.imshow(contact_sheet(images, columns=columns, gap=gap), interpolation="none")
+    return ax.imshow(contact_sheet(images, columns=columns), interpolation="none")
 
 
 def contact_sheet(images: Any, *, columns: int = 8, gap: int = 2, scale: int = 1) -> np.ndarray:
@@ -309,16 +303,15 @@ def contact_sheet(images: Any, *, columns: int = 8, gap: int = 2, scale: int = 1
         raise ValueError(
             f"columns={columns} and scale={scale} must be at least 1, gap={gap} at least 0"
         )
-    stack = stack.transpose(0, 2, 3, 1).repeat(scale, axis=1).repeat(scale, axis=2)
-    count, height, width = stack.shape[:3]
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    sheet = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, 4), np.uint8)
-    for i, image in enumerate(stack):
-        top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
-        sheet[top : top + height, left : left + width, :3] = image
-        sheet[top : top + height, left : left + width, 3] = 255
-    return sheet
+    pixels = np.insert(stack.transpose(0, 2, 3, 1), 3, 255, axis=3)  # opaque
+    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+    columns = min(columns, len(pixels))
+    rows = -(-len(pixels) // columns)
+    cells = np.pad(pixels, ((0, rows * columns - len(pixels)), (0, gap), (0, gap), (0, 0)))
+    height, width = cells.shape[1:3]
+    cells = cells.reshape(rows, columns, height, width, 4).swapaxes(1, 2)
+    sheet = cells.reshape(rows * height, columns * width, 4)
+    return sheet[: rows * height - gap, : columns * width - gap]
 
 
 def _check_alt(alt: str) -> None:
@@ -360,19 +353,11 @@ def _render(draw: Callable[[Theme], Figure], theme: Theme, kind: str) -> tuple[s
             )
         drawing.savefig(stream, format=kind, transparent=True, **options)
     media = "image/svg+xml" if kind == "svg" else "image/webp"
-    return _uri(media, stream.getvalue()), 96 * drawing.get_figwidth()
+    return _uri(media, stream), 96 * drawing.get_figwidth()
 
 
-def _array_uri(pixels: np.ndarray) -> str:
-    from PIL import Image
-
-    stream = io.BytesIO()
-    Image.fromarray(pixels, "RGBA").save(stream, format="PNG", optimize=True)
-    return _uri("image/png", stream.getvalue())
-
-
-def _uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+def _uri(kind: str, stream: io.BytesIO) -> str:
+    return f"data:{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 def _script_json(value: Any) -> str:

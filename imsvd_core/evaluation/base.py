@@ -30,6 +30,11 @@ class Setup:
     progress: bool = False
     """Whether rank 0 shows bars."""
 
+    @property
+    def sight(self) -> dict[str, Any]:
+        """How images are seen and embedded."""
+        return {"view": self.view, "device": self.device, "precision": self.precision}
+
 
 class Evaluation:
     """The settings of an evaluation: they say what it is, and run it."""

@@ -3,9 +3,8 @@
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -75,7 +74,6 @@ class KNNConfig(Evaluation):
         """
         self.check(*data)
         train, test = self.choose(*data)
-        options = {"view": setup.view, "device": setup.device, "precision": setup.precision}
         settings = self.identity(backbone) | {
             "gallery": [train.title, fingerprint(*train.identity())],
             "queries": fingerprint(*test.identity()),
@@ -84,9 +82,8 @@ class KNNConfig(Evaluation):
             "ranks": world()[1],
         }
         run = RunFolder(setup.folder.parent / f"knn-{config_hash(settings)}")
-        shared: dict[str, Any] = {"ranks": True, "progress": setup.progress}
         with signals.interruptible(), run.on_rank_0():
-            figures = _evaluate(backbone, train, test, self, options, run.path, **shared)
+            figures = _evaluate(backbone, train, test, self, replace(setup, folder=run.path), True)
             on_rank_0(shutil.rmtree)(run.path)
         return figures
 
@@ -116,10 +113,9 @@ def evaluate(
     Raises ValueError where the data cannot serve the protocol or features are not finite;
     FileNotFoundError and ValueError for images that cannot be read.
     """
-    options = {"view": view, "device": device, "precision": precision}
     config.check(*data)
     train, test = config.choose(*data)
-    return _evaluate(backbone, train, test, config, options)
+    return _evaluate(backbone, train, test, config, Setup(Path(), view, device, precision), False)
 
 
 @torch.no_grad()
@@ -128,24 +124,28 @@ def _evaluate(
     train: Images,
     test: Images,
     config: KNNConfig,
-    options: dict[str, Any],
-    folder: Path | None = None,
-    *,
-    ranks: bool = False,
-    progress: bool = False,
+    setup: Setup,
+    ranks: bool,
 ) -> dict[str, float]:
-    """`evaluate`; what is done so far is kept in the folder, if there is one."""
-    kept: dict[str, Any] = {"folder": folder, "progress": progress, "title": "embedding queries"}
-    queries = embed(backbone, test, **options, **kept, ranks=ranks)
+    """`evaluate`; or what the ranks do together, of which `setup.folder` keeps what is done."""
+    queries = embed(
+        backbone,
+        test,
+        **setup.sight,
+        ranks=ranks,
+        folder=setup.folder if ranks else None,
+        progress=setup.progress,
+        title="embedding queries",
+    )
     # An Apple GPU selects few at a time.
     queries = queries.cpu() if queries.device.type == "mps" else queries
     rows = share(len(train), ranks)
     neighbors = Neighbors(queries, max(config.neighbors), config.chunk, rows.start)
     del queries
-    file = folder and folder / f"neighbors-{world()[0]}.safetensors"
+    file = setup.folder / f"neighbors-{world()[0]}.safetensors" if ranks else None
     left = range(neighbors.resume(file), rows.stop)
-    with bar("comparing gallery", len(rows), progress, left.start - rows.start) as advance:
-        for features in batches(backbone, train, rows=left, **options):
+    with bar("comparing gallery", len(rows), setup.progress, left.start - rows.start) as advance:
+        for features in batches(backbone, train, rows=left, **setup.sight):
             neighbors.add(features)
             advance(len(features))
             neighbors.save(file)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from imsvd_core.system import checks, signals
 from imsvd_core.system.config import config_hash, essential, plain
 from imsvd_core.system.devices import PRECISIONS, pick_device
 from imsvd_core.system.progress import bar
-from imsvd_core.views import EvalView, View, ViewConfig
+from imsvd_core.views import View, ViewConfig
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,14 @@ class LinearConfig(Evaluation):
         blank = torch.zeros(1, 3, setup.view.size, setup.view.size, dtype=torch.uint8)
         width = represent(backbone, [setup.view.finish(blank)], device).shape[1]
         head = _new_head(width, len(train.classes), self.loop.seed)
-        settings = _training_settings(backbone, train, setup.view, self)
+        # Subsets are known by their images; the test's do not matter.
+        settings = self.identity(backbone) | {
+            "data": [train.title, list(train.classes)],
+            "images": fingerprint(*train.identity()),
+            "eval_view": plain(vars(setup.view)),
+        }
+        del settings["train_images"], settings["test_images"]
+        settings = essential(settings)
         trainer = Trainer(
             Probe(head),
             len(train),
@@ -120,9 +126,7 @@ def _training_batches(
         features = embed(
             backbone,
             train,
-            setup.view,
-            device=setup.device,
-            precision=setup.precision,
+            **setup.sight,
             ranks=True,
             progress=setup.progress,
             title="embedding training images",
@@ -147,20 +151,6 @@ def _augmented(
     for batch in train.views(order, view, device=setup.device):
         features = represent(backbone, batch.views, setup.device, setup.precision)
         yield batch._replace(views=(features,))
-
-
-def _training_settings(
-    backbone: nn.Module, train: Images, view: EvalView, config: LinearConfig
-) -> dict[str, Any]:
-    """What fixes the classifier. Subsets are known by their images; the test's do not matter."""
-    settings = config.identity(backbone)
-    del settings["train_images"], settings["test_images"]
-    settings |= {
-        "data": [train.title, list(train.classes)],
-        "images": fingerprint(*train.identity()),
-        "eval_view": plain(vars(view)),
-    }
-    return essential(settings)
 
 
 class Probe(Method):
@@ -199,9 +189,8 @@ def _test(
     names = ("linear", "linear_top5") if head.out_features > 5 else ("linear",)
     rows, labels = share(len(test)), test.labels.to(setup.device)
     done, correct = rows.start, torch.zeros(len(names), dtype=torch.int64, device=setup.device)
-    placing: dict[str, Any] = {"device": setup.device, "precision": setup.precision}
     with bar("testing", len(rows), setup.progress) as advance:
-        for features in batches(backbone, test, setup.view, rows, **placing):
+        for features in batches(backbone, test, rows=rows, **setup.sight):
             logits, label = head(features / scale), labels[done : done + len(features), None]
             correct[0] += (logits.argmax(1, keepdim=True) == label).sum()
             if len(names) > 1:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.resnet import ResNet
+from torchvision.ops import box_convert
 
 from imsvd_core.data.batch import Batch, Plan
 from imsvd_core.data.coco import CocoImages, Target
@@ -37,7 +38,6 @@ from imsvd_core.methods.base import Method
 from imsvd_core.system import checks, signals
 from imsvd_core.system.config import config_hash, essential, plain
 from imsvd_core.system.devices import PRECISIONS
-from imsvd_core.system.files import atomic_write
 from imsvd_core.system.progress import bar
 
 BLOCK = 25  # test images whose detections are written together: what a kill may cost
@@ -129,8 +129,8 @@ class DetectionConfig(Evaluation):
         folder = trainer.run.path / f"test-{config_hash(test_settings)}"
         # Every block of detections is kept as it comes.
         with trainer.run.on_rank_0(), signals.interruptible():
-            _make_precise(detector, train, self, trainer.device, folder, setup.progress)
-            figures = _test(detector, test, self, trainer.device, folder, setup.progress)
+            _make_precise(detector, train, self, trainer, folder, setup.progress)
+            figures = _test(detector, test, self, trainer, folder, setup.progress)
         return figures | {
             "iterations": trainer.step,
             "train_images": len(train),
@@ -275,8 +275,7 @@ def detect(
     for number, finding in zip(ids, findings, strict=True):
         inside = (finding["masks"][:, 0] > 0.5).byte().permute(1, 2, 0)
         masks = rle.encode(np.asfortranarray(inside.cpu().numpy()))
-        corner, end = finding["boxes"].split(2, dim=1)
-        boxes = torch.cat([corner, end - corner], 1).tolist()
+        boxes = box_convert(finding["boxes"], "xyxy", "xywh").tolist()
         columns = boxes, finding["labels"].tolist(), finding["scores"].tolist(), masks
         for box, label, confidence, mask in zip(*columns, strict=True):
             mask["counts"] = mask["counts"].decode()
@@ -296,7 +295,7 @@ def _make_precise(
     detector: nn.Module,
     train: CocoImages,
     config: DetectionConfig,
-    device: torch.device,
+    trainer: Trainer,
     folder: Path,
     progress: bool,
 ) -> None:
@@ -305,9 +304,9 @@ def _make_precise(
     path = folder / "detector.safetensors"
     if not on_rank_0(path.exists)():
         if config.precise_bn:
-            _show_batches(detector, train, config, device, progress)
+            _show_batches(detector, train, config, trainer.device, progress)
         weights = {name: value.cpu().contiguous() for name, value in detector.state_dict().items()}
-        on_rank_0(_write)(path, safetensors.torch.save(weights))
+        on_rank_0(trainer.run.write)(path, safetensors.torch.save(weights))
     detector.load_state_dict(safetensors.torch.load_file(path))
     detector.eval()
 
@@ -350,7 +349,7 @@ def _test(
     detector: nn.Module,
     test: CocoImages,
     config: DetectionConfig,
-    device: torch.device,
+    trainer: Trainer,
     folder: Path,
     progress: bool,
 ) -> dict[str, float]:
@@ -367,7 +366,7 @@ def _test(
     order = [(index, torch.tensor([index])) for _, block in missing for index in block]
     precision = PRECISIONS[config.loop.precision]
     with (
-        closing(test.batches(order, masks=False, device=device)) as batches,
+        closing(test.batches(order, masks=False, device=trainer.device)) as batches,
         bar("testing", len(order), progress) as advance,
     ):
         for path, block in missing:
@@ -380,8 +379,8 @@ def _test(
                     results = detect(detector, images, ids, test.categories, precision)
                     content["detections"] += results
                 advance(1)
-            _write(path, json.dumps(content).encode())
-    mean_over_ranks(torch.zeros(1, device=device))  # wait for all
+            trainer.run.write(path, json.dumps(content).encode())
+    mean_over_ranks(torch.zeros(1, device=trainer.device))  # wait for all
     return _score_files(list(blocks), test, progress)
 
 
@@ -394,8 +393,3 @@ def _score_files(paths: Sequence[Path], test: CocoImages, progress: bool) -> dic
     # pycocotools does not tell how far it is.
     with bar("scoring", None, progress):
         return score(detections, test.truth(), images) | {"test_images": len(images)}
-
-
-def _write(path: Path, content: bytes) -> None:
-    with atomic_write(path) as file:
-        file.write(content)
