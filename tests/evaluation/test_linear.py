@@ -109,7 +109,7 @@ def test_the_last_epoch_is_reported_not_the_best(backbone, tmp_path, monkeypatch
     """A rate that explodes at the end must show: the best epoch on the test set was perfect."""
     monkeypatch.setattr(
         "imsvd_core.engine.trainer.learning_rate",
-        lambda config, step, *rest: 1.0 if step < 32 else -5e3,
+        lambda optim, step, **lengths: 1.0 if step < 32 else -5e3,
     )
     pair = (data("train", 400), data("test", 200))
     found = evaluate(backbone, pair, CONFIG, run_dir=tmp_path)
