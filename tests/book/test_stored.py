@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from ledger import of_chapter
 
-from imsvd_core import arrays
 from imsvd_core.recipes import recipe
 from imsvd_core.results import stored
 from imsvd_core.system.config import config_hash
