@@ -16,11 +16,9 @@ from torch import Tensor
 
 def world() -> tuple[int, int]:
     """(rank, world size) of this process; (0, 1) outside a process group."""
-    return (
-        (dist.get_rank(), dist.get_world_size())
-        if dist.is_available() and dist.is_initialized()
-        else (0, 1)
-    )
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 P = ParamSpec("P")
@@ -35,13 +33,14 @@ def on_rank_0(work: Callable[P, T]) -> Callable[P, T]:
         rank, size = world()
         if size == 1:
             return work(*args, **kwargs)
-        outcome: list[Any] = [None, None]
+        value: T | None = None
         error: Exception | None = None
         if rank == 0:
             try:
-                outcome = [work(*args, **kwargs), None]
+                value = work(*args, **kwargs)
             except Exception as raised:
-                error, outcome = raised, [None, raised]
+                error = raised
+        outcome: list[Any] = [value, error]
         dist.broadcast_object_list(outcome)
         # On rank 0 the exception itself, with its traceback, and not a copy
         if error := error or outcome[1]:
@@ -108,6 +107,9 @@ class Exchange:
         self.widths = [right - left for left, right in itertools.pairwise(edges)]
         self.own = range(edges[self.rank], edges[self.rank + 1])  #: the columns that this rank owns
         self.samples = self.rows * self.size  #: N, over all ranks
+        # entries that this rank exchanges with every other: of its rows, and of its columns
+        self._sent = [self.rows * width for width in self.widths]
+        self._received = [self.rows * len(self.own)] * self.size
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum over ranks, on all of them; in place."""
@@ -139,20 +141,14 @@ class Exchange:
         parts = torch.split_with_sizes(table, self.widths, dim=1)
         sent = torch.cat([part.flatten() for part in parts])
         received = table.new_empty(self.samples, len(self.own))
-        here = [self.rows * len(self.own)] * self.size
-        dist.all_to_all_single(received.view(-1), sent, here, self._sizes())
+        dist.all_to_all_single(received.view(-1), sent, self._received, self._sent)
         return received
 
     def to_samples(self, columns: Tensor) -> Tensor:
         """(N, own) → (n, D): the inverse of `to_columns`."""
         if self.size == 1:
             return columns
-        received = columns.new_empty(self.rows * sum(self.widths))
-        here = [self.rows * len(self.own)] * self.size
-        dist.all_to_all_single(received, columns.contiguous().view(-1), self._sizes(), here)
-        parts = torch.split_with_sizes(received, self._sizes())
-        return torch.cat([part.view(self.rows, len(part) // self.rows) for part in parts], dim=1)
-
-    def _sizes(self) -> list[int]:
-        """Entries that this rank exchanges with every other."""
-        return [self.rows * width for width in self.widths]
+        received = columns.new_empty(sum(self._sent))
+        dist.all_to_all_single(received, columns.flatten(), self._sent, self._received)
+        parts = zip(received.split_with_sizes(self._sent), self.widths, strict=True)
+        return torch.cat([part.view(self.rows, width) for part, width in parts], dim=1)

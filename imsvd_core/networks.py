@@ -10,6 +10,8 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
+from imsvd_core.system import checks
+
 BackboneName = Literal["narrow", "resnet18", "resnet50"]
 
 
@@ -27,12 +29,8 @@ class NetworkConfig:
     """Embedding dimension D: the projector's output."""
 
     def __post_init__(self) -> None:
-        if self.backbone not in ("narrow", "resnet18", "resnet50"):
-            raise ValueError(
-                f"backbone={self.backbone!r} must be 'narrow', 'resnet18' or 'resnet50'"
-            )
-        if self.dim < 1 or any(width < 1 for width in self.hidden):
-            raise ValueError(f"dim={self.dim} and hidden={self.hidden} must be positive")
+        checks.literals(self)
+        checks.at_least(self, hidden=1, dim=1)
 
 
 class NarrowResNet(ResNet):

@@ -60,27 +60,33 @@ class StreamedLoss(torch.autograd.Function):
     def forward(ctx: Any, z1: Tensor, z2: Tensor, s: Settings) -> tuple[Tensor, ...]:
         counts = unit_counts(s.units, z1.shape[1])
         drawn, columns = _draw(counts, s, z1.device)
-        owned = z1.shape[1] if columns is None else len(columns)
-        ranks = Exchange(z1, owned, s.gather_distributed)
+        ranks = Exchange(z1, sum(counts[v] for v in drawn), s.gather_distributed)
 
         p1, p2, occupancy, values, disagreement = _codes_of_batch(z1, z2, s, ranks)
         log_occupancy = occupancy.clamp_min(torch.finfo(occupancy.dtype).tiny).log()
         diagonal = occupancy.dot(log_occupancy) / len(counts)
 
-        p1, p2 = ranks.to_columns(p1 if columns is None else p1[:, columns]), ranks.gather(p2)
-        wanted = any(ctx.needs_input_grad)
-        sloped = wanted and s.off_diagonal_weight != 0
+        p1, p2 = ranks.to_columns(p1[:, columns]), ranks.gather(p2)
+        tracked = any(ctx.needs_input_grad)
+        sloped = tracked and s.off_diagonal_weight != 0
         value, g1, g2 = _off_diagonal_sweep(p1, p2, counts, ranks.own, drawn, sloped, s.fused)
         del p1, p2
         off_diagonal = ranks.sum(value)
-        if wanted:
+        if tracked:
             g1, g2 = ranks.to_samples(g1), ranks.scatter_sum(g2)
-            g1 = g1 if columns is None else _among_all(g1, columns, g2)
+            if s.sampled_variables:
+                part, g1 = g1, torch.zeros_like(g2)
+                g1[:, columns] = part
             _to_logits_(g1, g2, z1, z2, values, log_occupancy, drawn, ranks, s)
             ctx.save_for_backward(_within(g1, z1.dtype), _within(g2, z1.dtype))
         ctx.dtype = z1.dtype
         ctx.mark_non_differentiable(diagonal, off_diagonal, disagreement)
-        return _total(s, diagonal, off_diagonal, disagreement)
+        total = (
+            s.diagonal_weight * diagonal
+            + s.off_diagonal_weight * off_diagonal
+            + s.invariance_weight * disagreement
+        )
+        return total, diagonal, off_diagonal, disagreement
 
     @staticmethod
     @once_differentiable
@@ -103,7 +109,7 @@ def _codes_of_batch(
     p1, p2 = (z.new_empty(z.shape, dtype=product) for z in (z1, z2))
     values = z1.new_empty(len(z1), len(counts), dtype=wide)
     occupancy, disagreement = _start(z1, z2), values.new_zeros(())
-    codes = kernels(s.fused, z1.is_cuda).codes
+    codes, _, _ = kernels(s.fused, z1.is_cuda)
     for chunk in _row_chunks(z1, counts):
         p1[chunk], p2[chunk], values[chunk], both = codes(z1[chunk], z2[chunk], s)
         disagreement += values[chunk].sum() / (len(counts) * ranks.samples)
@@ -125,7 +131,8 @@ def _off_diagonal_sweep(
     p1 holds the own rows' columns, of the `drawn` variables (None: all); p2 all columns.
     """
     variables = range(len(counts)) if drawn is None else drawn
-    information, shift = kernels(fused, p2.is_cuda).information, _shift(p2, counts)
+    *_, information = kernels(fused, p2.is_cuda)
+    shift = _shift(p2, counts)
     value = p2.new_zeros((), dtype=_compute_dtype(p2))
     g1, g2 = (p.new_zeros(p.shape, dtype=_compute_dtype(p)) for p in (p1, p2))
     for rows, cells, logs, diagonal in _slabs(p2, counts, own, variables):
@@ -192,53 +199,32 @@ def _to_logits_(
     z2: Tensor,
     values: Tensor,
     log_occupancy: Tensor,
-    drawn: Sequence[int] | None,
+    drawn: Sequence[int],
     ranks: Exchange,
     s: Settings,
 ) -> None:
     """Turn OE's slopes in the codes into W times the total's gradients in the logits, in place."""
     variables = values.shape[1]
-    share = len(drawn) / variables if drawn else 1
-    of_pairs = s.off_diagonal_weight / (max(variables - 1, 1) * share)
+    of_pairs = s.off_diagonal_weight / (max(variables - 1, 1) * (len(drawn) / variables))
     of_all = ranks.size / (variables * ranks.samples * s.temperature)
     slope = s.diagonal_weight * (1 + log_occupancy)
-    gradient_ = kernels(s.fused, z1.is_cuda).gradient_
+    _, gradient_, _ = kernels(s.fused, z1.is_cuda)
     for chunk in _row_chunks(z1, unit_counts(s.units, z1.shape[1])):
         tables = (table[chunk] for table in (g1, g2, z1, z2, values))
         gradient_(*tables, slope, of_pairs, of_all, s)
 
 
-def _total(
-    s: Settings, diagonal: Tensor, off_diagonal: Tensor, disagreement: Tensor
-) -> tuple[Tensor, ...]:
-    """The weighted sum, and its three terms."""
-    total = (
-        s.diagonal_weight * diagonal
-        + s.off_diagonal_weight * off_diagonal
-        + s.invariance_weight * disagreement
-    )
-    return total, diagonal, off_diagonal, disagreement
-
-
 def _draw(
     counts: tuple[int, ...], s: Settings, device: torch.device
-) -> tuple[list[int] | None, Tensor | None]:
-    """The variables whose block rows are swept, the same on all ranks, and their columns.
-
-    None, None for all.
-    """
+) -> tuple[Sequence[int], Tensor | slice]:
+    """The variables whose block rows are swept, the same on all ranks, and their columns."""
     if s.sampled_variables is None:
-        return None, None
+        return range(len(counts)), slice(None)
     order = torch.randperm(len(counts)).to(device)
     order = of_first_rank(order) if s.gather_distributed else order
     drawn = sorted(order[: s.sampled_variables].tolist())
     variable = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     return drawn, torch.isin(variable, torch.tensor(drawn)).nonzero()[:, 0].to(device)
-
-
-def _among_all(part: Tensor, columns: Tensor, like: Tensor) -> Tensor:
-    """A table as wide as `like` with `part` in its columns and zeros in the others."""
-    return torch.zeros_like(like).index_copy_(1, columns, part)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -256,27 +242,19 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
 # Elementwise work: three functions, plain or, for a GPU, each compiled into few kernels
 
 
-class Kernels(NamedTuple):
-    codes: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
-    gradient_: Callable[..., None]
-    information: Callable[..., tuple[Tensor, Tensor]]
-
-
 @lru_cache(maxsize=6)
-def kernels(fused: bool | None, is_cuda: bool) -> Kernels:
+def kernels(fused: bool | None, is_cuda: bool) -> tuple[Callable[..., Any], ...]:
     """`_codes`, `_gradient_` and `_information`: the same numbers but for the order of sums."""
-    if not (is_cuda if fused is None else fused):
-        return Kernels(_codes, _gradient_, _information_in_place)
-    compiled = torch.compile
-    return Kernels(compiled(_codes), compiled(_gradient_), compiled(_information))
+    if is_cuda if fused is None else fused:
+        return tuple(torch.compile(kernel) for kernel in (_codes, _gradient_, _information))
+    return _codes, _gradient_, _information_in_place
 
 
 def _codes(z1: Tensor, z2: Tensor, s: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of some samples: codes of both views, disagreements (n, V), and the sum of p¹p² (D,)."""
-    log_p1, log_p2 = (_log_codes(z, s.units, s.temperature) for z in (z1, z2))
-    p1, p2 = log_p1.exp(), log_p2.exp()
-    value = INVARIANCES[s.invariance].value(log_p1, log_p2, p1, s.units)
-    return p1, p2, value, (p1 * p2).sum(0)
+    log_p1, log_p2, p1, p2 = _both_codes(z1, z2, s)
+    disagreement = _inner_product if s.invariance == "inner_product" else _cross_entropy
+    return p1, p2, disagreement(log_p1, log_p2, p1, s.units), (p1 * p2).sum(0)
 
 
 def _gradient_(
@@ -294,9 +272,11 @@ def _gradient_(
 
     value: their disagreements (n, V); slope: of DE in its cells (D,).
     """
-    log_p1, log_p2 = (_log_codes(z, s.units, s.temperature) for z in (z1, z2))
-    p1, p2 = log_p1.exp(), log_p2.exp()
-    d1, d2 = INVARIANCES[s.invariance].slopes(log_p1, log_p2, p1, p2, value, s.units)
+    log_p1, log_p2, p1, p2 = _both_codes(z1, z2, s)
+    if s.invariance == "inner_product":
+        d1, d2 = _inner_product_slopes(log_p1, log_p2, p1, p2, value, s.units)
+    else:
+        d1, d2 = _cross_entropy_slopes(log_p2, p1, p2, s.units)
     for g, d, p, other in ((g1, d1, p1, p2), (g2, d2, p2, p1)):
         g.mul_(of_pairs).addcmul_(other, slope)
         torch.add(_through_softmax(p, g, s.units), d.mul_(s.invariance_weight), out=g).mul_(of_all)
@@ -324,11 +304,7 @@ def _information_in_place(
     return value, logs if dtype is logs.dtype else logs.sub_(shift).to(dtype)
 
 
-class Agreement(NamedTuple):
-    """A form of TI: its values (n, V), and its slopes in the logits of both views (n, D)."""
-
-    value: Callable[[Tensor, Tensor, Tensor, Units], Tensor]
-    slopes: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Units], tuple[Tensor, Tensor]]
+# The two forms of TI: values (n, V), and slopes in the logits of both views (n, D)
 
 
 def _inner_product(log_p1: Tensor, log_p2: Tensor, p1: Tensor, units: Units) -> Tensor:
@@ -350,15 +326,9 @@ def _cross_entropy(log_p1: Tensor, log_p2: Tensor, p1: Tensor, units: Units) -> 
 
 
 def _cross_entropy_slopes(
-    log_p1: Tensor, log_p2: Tensor, p1: Tensor, p2: Tensor, value: Tensor, units: Units
+    log_p2: Tensor, p1: Tensor, p2: Tensor, units: Units
 ) -> tuple[Tensor, Tensor]:
     return _through_softmax(p1, -log_p2, units), p2 - p1
-
-
-INVARIANCES = {
-    "inner_product": Agreement(_inner_product, _inner_product_slopes),
-    "cross_entropy": Agreement(_cross_entropy, _cross_entropy_slopes),
-}
 
 
 def _through_softmax(p: Tensor, g: Tensor, units: Units) -> Tensor:
@@ -372,12 +342,19 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _log_codes(z: Tensor, units: Units, temperature: float) -> Tensor:
-    """log p of Eq. 1. Logits beyond ±1e30 are cut there: differences and sums stay finite."""
+def _both_codes(z1: Tensor, z2: Tensor, s: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log p of Eq. 1 for both views, and p."""
+    log_p1, log_p2 = _log_codes(z1, s), _log_codes(z2, s)
+    return log_p1, log_p2, log_p1.exp(), log_p2.exp()
+
+
+def _log_codes(z: Tensor, s: Settings) -> Tensor:
+    """Logits beyond ±1e30 are cut there: differences and sums stay finite."""
     scaled = z.to(_compute_dtype(z))
-    scaled = scaled if temperature == 1 else scaled / temperature
+    scaled = scaled if s.temperature == 1 else scaled / s.temperature
     scaled = scaled.clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
-    return merge_variables(split_variables(scaled, units, fill=-torch.inf).log_softmax(-1), units)
+    split = split_variables(scaled, s.units, fill=-torch.inf)
+    return merge_variables(split.log_softmax(-1), s.units)
 
 
 def _within(g: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 Natural logarithms throughout. The loss is that of Eq. 11: DE + OE + λ·TI.
 """
 
+import bisect
 import math
 from collections.abc import Callable
 from math import comb, log
@@ -23,7 +24,7 @@ def population_bound(units: int, invariance_weight: float = 1.0, strength: int =
     log B over 0 < s ≤ 1 with f(s) = s log(s/B) − λ log s.
     Raises ValueError unless B ≥ 2, λ ≥ 0 and K ≥ 2.
     """
-    _check(units=units, least=2)
+    check_counts(units=units, least=2)
     if strength < 2 or not invariance_weight >= 0:
         raise ValueError(
             f"strength={strength}, invariance_weight={invariance_weight}: "
@@ -56,7 +57,7 @@ def balanced_entropy(samples: int, cells: int) -> float:
 
     Raises ValueError unless N, M ≥ 1.
     """
-    _check(samples=samples, cells=cells)
+    check_counts(samples=samples, cells=cells)
     low, fuller = divmod(samples, cells)
     crowd = (cells - fuller) * _xlogx(low) + fuller * _xlogx(low + 1)
     return log(samples) - crowd / samples
@@ -64,8 +65,8 @@ def balanced_entropy(samples: int, cells: int) -> float:
 
 def rao_bound(samples: int, units: int) -> int:
     """V ≤ (N − 1) / (B − 1): most variables of an array of strength 2 with N rows (Rao, 1947)."""
-    _check(samples=samples)
-    _check(units=units, least=2)
+    check_counts(samples=samples)
+    check_counts(units=units, least=2)
     return (samples - 1) // (units - 1)
 
 
@@ -75,8 +76,8 @@ def plotkin_bound(samples: int, units: int) -> float:
     Balanced marginals, and pairs that occur at most once each, need that; B(N − 1)/(N − B) if B
     divides N. Infinite for N ≤ B, where no two samples need ever agree.
     """
-    _check(samples=samples)
-    _check(units=units, least=2)
+    check_counts(samples=samples)
+    check_counts(units=units, least=2)
     low, fuller = divmod(samples, units)
     agreeing = (units - fuller) * comb(low, 2) + fuller * comb(low + 1, 2)
     return comb(samples, 2) / agreeing if agreeing else math.inf
@@ -89,7 +90,7 @@ def fano_entropy(agreement: float, units: int) -> float:
     F_B(s) = −s log s − (1 − s) log((1 − s)/(B − 1)) for s ≥ 1/B, log B below.
     Raises ValueError unless B ≥ 2 and 0 ≤ s ≤ 1.
     """
-    _check(units=units, least=2)
+    check_counts(units=units, least=2)
     if not 0 <= agreement <= 1 + 1e-9:
         raise ValueError(f"agreement={agreement} must be a probability")
     s = min(max(agreement, 1 / units), 1.0)
@@ -102,8 +103,8 @@ def fano_bound(samples: int, units: int, invariance_weight: float = 1.0) -> floa
     min over s of f(s) − min(2 log B, log N + 2 F_B(s)): a pair tells at most the sample, and the
     noise of its two codes.
     """
-    _check(samples=samples)
-    _check(units=units, least=2)
+    check_counts(samples=samples)
+    check_counts(units=units, least=2)
 
     def bound(s: float) -> float:
         pair = min(2 * log(units), log(samples) + 2 * fano_entropy(s, units))
@@ -119,8 +120,8 @@ def smoothed_packing_loss(
 
     Exact for the codes of `hard_packing`. Raises ValueError unless 0 ≤ θ ≤ 1 and N ≤ B².
     """
-    _check(samples=samples)
-    _check(units=units, least=2)
+    check_counts(samples=samples)
+    check_counts(units=units, least=2)
     if not 0 <= theta <= 1:
         raise ValueError(f"theta={theta} must be between 0 (uniform codes) and 1 (hard codes)")
     if samples > units**2:
@@ -150,7 +151,7 @@ def expected_entropy(samples: int, cells: int) -> float:
     log N − (M/N) Σ_k Binomial(k; N, 1/M) k log k; its difference to log M is the bias.
     Raises ValueError unless N, M ≥ 1.
     """
-    _check(samples=samples, cells=cells)
+    check_counts(samples=samples, cells=cells)
     if cells == 1:
         return 0.0
     count = torch.arange(2, samples + 1, dtype=torch.float64)
@@ -167,8 +168,8 @@ def simulated_entropy(
     The mean estimates what `expected_entropy` gives exactly.
     Raises ValueError unless N, M ≥ 1 and draws ≥ 2.
     """
-    _check(samples=samples, cells=cells)
-    _check(draws=draws, least=2)
+    check_counts(samples=samples, cells=cells)
+    check_counts(draws=draws, least=2)
     generator = torch.Generator().manual_seed(seed)
     batches = [torch.randint(cells, (samples,), generator=generator) for _ in range(draws)]
     counts = torch.stack([batch.bincount(minlength=cells) for batch in batches]).double()
@@ -183,8 +184,8 @@ def visible_share(samples: int, units: int) -> float:
     pair, and less to the mean of its plug-in estimate. Near 1 for B² ≪ N, near 0 for B² ≫ N. Raises
     ValueError unless B ≥ 2.
     """
-    _check(samples=samples)
-    _check(units=units, least=2)
+    check_counts(samples=samples)
+    check_counts(units=units, least=2)
     shown = expected_entropy(samples, units**2) - expected_entropy(samples, (units - 1) ** 2)
     return shown / (2 * log(units) - 2 * log(units - 1))
 
@@ -204,22 +205,18 @@ def suggest_units(batch_size: int, *, dim: int | None = None, visible: float = 0
     of images, networks or the length of training: a place to start from.
     Raises ValueError unless N ≥ 2, 0 < visible < 1, and D has a divisor to offer.
     """
-    _check(batch_size=batch_size, least=2)
+    check_counts(batch_size=batch_size, least=2)
     if not 0 < visible < 1:
         raise ValueError(f"visible={visible} must lie between 0 and 1 (0.25 is the default)")
-    low, high = 2, 3
-    while visible_share(batch_size, high) >= visible:  # the share falls with B
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        shows = visible_share(batch_size, middle) >= visible
-        low, high = (middle, high) if shows else (low, middle)
+    candidates = range(3, int(batch_size / visible) + 3)
+    # the share falls with B, and is below `visible` at the last candidate
+    best = 2 + bisect.bisect(candidates, -visible, key=lambda B: -visible_share(batch_size, B))
     if dim is None:
-        return low
+        return best
     divisors = [units for units in range(2, dim // 2 + 1) if dim % units == 0]
     if not divisors:
         raise ValueError(f"dim={dim} has no divisor between 2 and dim/2: take one that has")
-    return min(divisors, key=lambda units: (abs(log(units / low)), units))
+    return min(divisors, key=lambda units: (abs(log(units / best)), units))
 
 
 def _xlogx(x: float) -> float:
@@ -245,7 +242,8 @@ def _least(function: Callable[[float], float], low: float, high: float) -> tuple
     return place, value
 
 
-def _check(least: int = 1, **counts: int) -> None:
+def check_counts(least: int = 1, **counts: int) -> None:
+    """Raise ValueError unless all are integers from `least` on."""
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}={value!r} must be an integer ≥ {least}")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from sympy import factorint
+from sympy.ntheory import digits
 from sympy.polys.domains import ZZ
 from sympy.polys.galoistools import gf_irreducible_p, gf_mul, gf_rem, gf_strip
 from torch import Tensor
@@ -41,22 +42,19 @@ def galois_field(order: int) -> GaloisField:
         )
     ((prime, degree),) = factors.items()
 
-    def digits(x: int) -> list[int]:
+    def polynomial(x: int) -> list[int]:
         """Coefficients, highest first, as sympy has them."""
-        coefficients: list[int] = gf_strip(
-            [x // prime**power % prime for power in reversed(range(degree + 1))]
-        )
+        coefficients: list[int] = gf_strip(digits(x, prime)[1:])
         return coefficients
 
-    modulus = next(
-        poly for poly in map(digits, range(order, 2 * order)) if gf_irreducible_p(poly, prime, ZZ)
-    )
+    monic = map(polynomial, range(order, 2 * order))
+    modulus = next(poly for poly in monic if gf_irreducible_p(poly, prime, ZZ))
     place = prime ** torch.arange(degree)
     coefficients = torch.arange(order)[:, None] // place % prime
     add = ((coefficients[:, None] + coefficients) % prime * place).sum(-1)
 
     def product(x: int, y: int) -> int:
-        result = gf_rem(gf_mul(digits(x), digits(y), prime, ZZ), modulus, prime, ZZ)
+        result = gf_rem(gf_mul(polynomial(x), polynomial(y), prime, ZZ), modulus, prime, ZZ)
         return reduce(lambda number, digit: number * prime + int(digit), result, 0)
 
     elements = range(order)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from imsvd_core.arrays.bounds import check_counts
 from imsvd_core.discretization import soft_discretize, split_variables
 from imsvd_core.loss import cross_joint_entropy
 
@@ -43,8 +44,8 @@ def optimise_tables(
     In float64, in memory for `restarts` matrices of (V·B)² cells.
     Raises ValueError unless there are 1 sample, restart and step, 2 units and 2 variables.
     """
-    _check_sizes(1, samples=samples, restarts=restarts, steps=steps)
-    _check_sizes(2, units=units, variables=variables)
+    check_counts(samples=samples, restarts=restarts, steps=steps)
+    check_counts(least=2, units=units, variables=variables)
     generator = torch.Generator().manual_seed(seed)
 
     def normal() -> Tensor:
@@ -87,8 +88,8 @@ def search_hard_codes(
     Raises ValueError unless there are at least 1 sample, 2 units, 2 variables, 1 restart and 1
     sweep.
     """
-    _check_sizes(1, samples=samples, restarts=restarts, sweeps=sweeps)
-    _check_sizes(2, units=units, variables=variables)
+    check_counts(samples=samples, restarts=restarts, sweeps=sweeps)
+    check_counts(least=2, units=units, variables=variables)
     chance = random.Random(seed)
     best, values = math.inf, torch.empty(0)
     for _ in range(restarts):
@@ -154,9 +155,3 @@ class _CountedCodes:
         pair = sum(self.xlogx[k] for table in tables for counts in table for k in counts)
         means = single / len(self.single) + pair / len(self.pair)
         return means / samples - 2 * math.log(samples)
-
-
-def _check_sizes(least: int, **sizes: int) -> None:
-    for name, value in sizes.items():
-        if value < least:
-            raise ValueError(f"{name}={value} must be at least {least}")

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
+
+from imsvd_core.system import checks
 
 Interpolation = Literal["bilinear", "bicubic"]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-
-#: The highest value of each range and each number that a law sets; the lowest is 0.
-RANGES = {"scale": 1.0, "ratio": math.inf, "blur_sigma": math.inf}
-NUMBERS = {
-    "flip": 1.0,
-    "jitter_probability": 1.0,
-    "gray_probability": 1.0,
-    "blur_probability": 1.0,
-    "solarize_probability": 1.0,
-    "solarize_threshold": 1.0,
-    "brightness": math.inf,
-    "contrast": math.inf,
-    "saturation": math.inf,
-    "hue": 0.5,
-}
 
 
 @dataclass(frozen=True)
@@ -59,20 +45,18 @@ class ViewConfig:
     std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        check_output(self.size, self.interpolation, self.mean, self.std)
-        for name, highest in RANGES.items():
-            value = getattr(self, name)
-            ordered = len(value) == 2 and 0 < value[0] <= value[1] <= highest
-            finite = ordered and value[1] < math.inf
-            require(finite, name, value, f"give (low, high) with 0 < low <= high <= {highest}")
-        for name, highest in NUMBERS.items():
-            value = getattr(self, name)
-            inside = 0 <= value <= highest and value < math.inf
-            require(inside, name, value, f"give a number from 0 to {highest}")
+        check_output(self)
+        checks.at_least(self, blur_kernel=1)
+        checks.positive(self, "scale", "ratio", "blur_sigma")
+        checks.finite(self, "brightness", "contrast", "saturation")
+        checks.between(self, 0, 0.5, "hue")
+        checks.between(self, 0, 1, "scale", "flip", "jitter_probability", "gray_probability")
+        checks.between(self, 0, 1, "blur_probability", "solarize_probability", "solarize_threshold")
+        for name in ("scale", "ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            require(low <= high, name, (low, high), "give (low, high) with low <= high")
         kernel = self.blur_kernel
-        require(
-            kernel % 2 == 1 and kernel > 0, "blur_kernel", kernel, "give an odd number, 1 or more"
-        )
+        require(kernel % 2 == 1, "blur_kernel", kernel, "give an odd number")
         # The border is reflected, and a reflection is at most as long as the image.
         fits = not self.blur_probability or kernel // 2 < self.size
         require(fits, "blur_kernel", kernel, f"give less than twice the size, {self.size}")
@@ -103,37 +87,33 @@ class TwoViewConfig:
         return self.first, self.second, *small
 
 
-def imagenet_views(size: int = 224) -> TwoViewConfig:
-    """The paper's views for ImageNet, VICReg's: one always blurred, one at times solarised."""
-    first = ViewConfig(
+def _distorted(size: int, scale: tuple[float, float], strength: float) -> ViewConfig:
+    """Crops under SimCLR's distortion of colours (Chen et al., 2020) at this strength."""
+    color = 0.8 * strength
+    return ViewConfig(
         size=size,
-        scale=(0.08, 1.0),
-        interpolation="bicubic",
-        brightness=0.4,
-        contrast=0.4,
-        saturation=0.2,
-        hue=0.1,
+        scale=scale,
+        brightness=color,
+        contrast=color,
+        saturation=color,
+        hue=0.2 * strength,
         jitter_probability=0.8,
         gray_probability=0.2,
-        blur_probability=1.0,
     )
-    return TwoViewConfig(first, replace(first, blur_probability=0.1, solarize_probability=0.2))
+
+
+def imagenet_views(size: int = 224) -> TwoViewConfig:
+    """The paper's views for ImageNet, VICReg's: one always blurred, one at times solarised."""
+    colored = replace(_distorted(size, (0.08, 1.0), 0.5), interpolation="bicubic", saturation=0.2)
+    return TwoViewConfig(
+        replace(colored, blur_probability=1.0),
+        replace(colored, blur_probability=0.1, solarize_probability=0.2),
+    )
 
 
 def cifar_views(size: int = 32) -> TwoViewConfig:
     """The authors' views for CIFAR-10, both alike: no blur and no solarisation."""
-    view = ViewConfig(
-        size=size,
-        scale=(0.2, 1.0),
-        brightness=0.4,
-        contrast=0.4,
-        saturation=0.4,
-        hue=0.1,
-        jitter_probability=0.8,
-        gray_probability=0.2,
-        mean=CIFAR_MEAN,
-        std=CIFAR_STD,
-    )
+    view = replace(_distorted(size, (0.2, 1.0), 0.5), mean=CIFAR_MEAN, std=CIFAR_STD)
     return TwoViewConfig(first=view, second=view)
 
 
@@ -143,17 +123,7 @@ def multicrop_views(size: int = 224, small_size: int = 96, small_count: int = 6)
     Caron et al., 2020 (https://arxiv.org/abs/2006.09882), as in their released code, but for the
     standard deviation of red: theirs is 0.228.
     """
-    large = ViewConfig(
-        size=size,
-        scale=(0.14, 1.0),
-        brightness=0.8,
-        contrast=0.8,
-        saturation=0.8,
-        hue=0.2,
-        jitter_probability=0.8,
-        gray_probability=0.2,
-        blur_probability=0.5,
-    )
+    large = replace(_distorted(size, (0.14, 1.0), 1.0), blur_probability=0.5)
     small = replace(large, size=small_size, scale=(0.05, 0.14))
     return TwoViewConfig(large, large, small, small_count)
 
@@ -170,19 +140,17 @@ def cifar_multicrop_views(
     return TwoViewConfig(large, large, small, small_count)
 
 
-def check_output(
-    size: int, interpolation: str, mean: tuple[float, ...], std: tuple[float, ...]
-) -> None:
-    """Raise ValueError unless a view can have this size, resampling, mean and deviation."""
-    whole = isinstance(size, int) and size >= 1
-    require(whole, "size", size, "give a whole number of pixels, 1 or more")
-    exists = interpolation in ("bilinear", "bicubic")
-    require(exists, "interpolation", interpolation, "give 'bilinear' or 'bicubic'")
-    require(len(mean) == 3, "mean", mean, "give one number a channel, 3")
-    require(len(std) == 3 and min(std) > 0, "std", std, "give one number above 0 a channel, 3")
+def check_output(law: Any) -> None:
+    """Raise ValueError unless a view can have its size, resampling, mean and deviation."""
+    checks.literals(law)
+    checks.at_least(law, size=1)
+    checks.positive(law, "std")
+    for name in ("mean", "std"):
+        value = getattr(law, name)
+        require(len(value) == 3, name, value, "give one number a channel, 3")
 
 
 def require(fits: bool, name: str, value: object, remedy: str) -> None:
     """Raise ValueError that names the setting, its value and the remedy, unless the value fits."""
     if not fits:
-        raise ValueError(f"{name} = {value!r}: {remedy}")
+        raise ValueError(f"{name}={value!r}: {remedy}")

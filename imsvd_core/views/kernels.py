@@ -12,7 +12,7 @@ CPU, CUDA and MPS run the same code, in float32. On an accelerator nothing waits
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -55,12 +55,12 @@ class ViewParameters:
 
     def to(self, device: torch.device | str) -> ViewParameters:
         """The same parameters on another device."""
-        columns = (getattr(self, f.name) for f in fields(self))
-        return ViewParameters(*(column.to(device, non_blocking=True) for column in columns))
+        columns = (column.to(device, non_blocking=True) for column in vars(self).values())
+        return ViewParameters(*columns)
 
     def __getitem__(self, images: slice) -> ViewParameters:
         """The parameters of some of the images."""
-        return ViewParameters(*(getattr(self, f.name)[images] for f in fields(self)))
+        return ViewParameters(*(column[images] for column in vars(self).values()))
 
 
 def between(low: float, high: float, uniform: Tensor) -> Tensor:
@@ -255,14 +255,14 @@ def to_float(images: Tensor) -> Tensor:
 
 def normalize(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...], out: Tensor) -> Tensor:
     """(x - mean) / std, channel by channel, written into ``out``."""
-    mean_and_std = _constant((tuple(mean), tuple(std)), x.device).view(2, 3, 1, 1)
-    return torch.sub(x, mean_and_std[0], out=out).div_(mean_and_std[1])
+    center, deviation = _channels(tuple(mean), tuple(std), device=x.device)
+    return torch.sub(x, center, out=out).div_(deviation)
 
 
 @lru_cache(maxsize=16)
-def _constant(values: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
-    """A small tensor, sent to the device once: each sending would wait for the device."""
-    return torch.tensor(values, device=device)
+def _channels(*law: tuple[float, ...], device: torch.device) -> Tensor:
+    """Mean and deviation, (2, 3, 1, 1), sent to the device once: each sending would wait for it."""
+    return torch.tensor(law, device=device).view(2, 3, 1, 1)
 
 
 def needed(step: Tensor) -> bool:

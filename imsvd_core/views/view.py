@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional as TF
 
+from imsvd_core.system import checks
 from imsvd_core.views.config import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -181,9 +183,9 @@ class TwoViews(Views):
 
     def __init__(self, config: TwoViewConfig) -> None:
         super().__init__((config.first, config.second))
-        self.first, self.second = self.views
 
 
+@dataclass(frozen=True)
 class EvalView:
     """The view to test on, without chance: shorter side to ``resize``, centre crop, normalise.
 
@@ -191,19 +193,15 @@ class EvalView:
     Raises ValueError for a ``size`` above ``resize``.
     """
 
-    def __init__(
-        self,
-        resize: int,
-        size: int,
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
-        interpolation: Interpolation = "bilinear",
-    ) -> None:
-        check_output(size, interpolation, mean, std)
-        enough = isinstance(resize, int) and resize >= size
-        require(enough, "resize", resize, f"give a whole number, at least the size, {size}")
-        self.resize, self.size, self.mean, self.std = resize, size, mean, std
-        self.interpolation = interpolation
+    resize: int
+    size: int
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    interpolation: Interpolation = "bilinear"
+
+    def __post_init__(self) -> None:
+        check_output(self)
+        checks.at_least(self, resize=self.size)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
