@@ -31,9 +31,8 @@ PALETTE: dict[str, tuple[int, int, int]] = {
     "violet": (136, 74, 196),
     "pink": (243, 128, 178),
 }
-GROUND_PALETTE: dict[
-    str, tuple[int, int, int]
-] = {  # muted, so that the shape stands out from all of them
+# Muted, so that the shape stands out from all of them.
+GROUND_PALETTE: dict[str, tuple[int, int, int]] = {
     "sand": (214, 203, 182),
     "sage": (158, 174, 158),
     "slate": (104, 112, 126),
@@ -67,6 +66,21 @@ CLASSES: tuple[str, ...] = tuple(
 )
 """The label: shape and texture together, whatever the colour, size, place and background."""
 
+NUISANCES: dict[str, tuple[float, float]] = {
+    "x": (-0.05, 0.05),
+    "y": (-0.05, 0.05),
+    "radius": (0.95, 1.05),
+    "rotation": (-math.pi / 7, math.pi / 7),
+    "texture_angle": (0, math.pi),
+    "texture_shift": (0, 1),
+    "light_angle": (0, 2 * math.pi),
+    "light": (0, 0.25),
+    "ground_shift": (0, 16),
+}
+"""The ranges of the continuous factors, in the order of their draws; place shifts x and y, and size
+scales the radius.
+"""
+
 _RADII = (0.40, 0.52, 0.66)  # of half the picture's width
 _STEP = 0.31  # between the nine places
 _BLOCK = 128  # pictures drawn at once: small enough for the processor's cache
@@ -81,23 +95,15 @@ def sample(n: int, generator: torch.Generator) -> dict[str, Tensor]:
     if n < 1:
         raise ValueError(f"n is {n}: at least one picture is needed")
 
-    def uniform(low: float, high: float) -> Tensor:
-        return torch.rand(n, generator=generator) * (high - low) + low
-
     factors = {
         name: torch.randint(len(values), (n,), generator=generator)
         for name, values in FACTORS.items()
     }
-    place, radius = factors["place"], torch.tensor(_RADII)[factors["size"]]
-    factors["x"] = (place % 3 - 1) * _STEP + uniform(-0.05, 0.05)
-    factors["y"] = (place // 3 - 1) * _STEP + uniform(-0.05, 0.05)
-    factors["radius"] = radius * uniform(0.95, 1.05)
-    factors["rotation"] = uniform(-math.pi / 7, math.pi / 7)
-    factors["texture_angle"] = uniform(0, math.pi)
-    factors["texture_shift"] = uniform(0, 1)
-    factors["light_angle"] = uniform(0, 2 * math.pi)
-    factors["light"] = uniform(0.0, 0.25)
-    factors["ground_shift"] = uniform(0, 16)
+    for name, (low, high) in NUISANCES.items():
+        factors[name] = torch.rand(n, generator=generator) * (high - low) + low
+    factors["x"] += (factors["place"] % 3 - 1) * _STEP
+    factors["y"] += (factors["place"] // 3 - 1) * _STEP
+    factors["radius"] *= torch.tensor(_RADII)[factors["size"]]
     return factors
 
 
@@ -120,17 +126,15 @@ def draw(
     n = len(factors["shape"])
     images = torch.empty(n, 3, size, size, dtype=torch.uint8)
     threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # the blocks are small: threads would wait for each other longer than they draw
+    # The blocks are small: threads would wait for each other longer than they draw.
+    torch.set_num_threads(1)
     try:
         for start in range(0, n, _BLOCK):
-            picture = _picture(
-                {name: values[start : start + _BLOCK] for name, values in factors.items()}, size
-            )
+            block = slice(start, start + _BLOCK)
+            picture = _picture({name: values[block] for name, values in factors.items()}, size)
             if noise is not None:
                 picture += torch.rand(picture.shape, generator=noise) * 18 - 9
-            images[start : start + _BLOCK] = (picture + 0.5).clamp_(0, 255).to(torch.uint8)
+            images[block] = (picture + 0.5).clamp_(0, 255).to(torch.uint8)
     finally:
         torch.set_num_threads(threads)
     return images
@@ -140,37 +144,33 @@ def _picture(factors: dict[str, Tensor], size: int) -> Tensor:
     """One block of pictures, float32 (N, 3, size, size) in grey levels: background, shadow, shape,
     light.
     """
-    f = {name: values[:, None, None] for name, values in factors.items()}
+    f = {name: values[:, None, None, None] for name, values in factors.items()}
     axis = (torch.arange(size) + 0.5) * (2 / size) - 1
-    x, y = axis.expand(1, size, size), axis[:, None].expand(1, size, size)
-    pixel = 2 / size
+    x, y = axis.expand(1, 1, size, size), axis[:, None].expand(1, 1, size, size)
+    dx, dy = x - f["x"], y - f["y"]
 
-    across, down = _turn(x - f["x"], y - f["y"], f["rotation"])
-    distance = (
-        _choose(_SHAPES, factors["shape"], across / f["radius"], down / f["radius"]) * f["radius"]
-    )
-    inside = (0.5 - distance / pixel).clamp(0, 1)
+    across, down = _turn(dx, dy, f["rotation"])
+    shape = _choose(_SHAPES, factors["shape"], across / f["radius"], down / f["radius"])
+    distance = shape * f["radius"]
+    inside = (0.5 - distance / (2 / size)).clamp(0, 1)
     shadow = (1 - distance / 0.22).clamp(0, 1)
     rim = (1 + distance / 0.09).clamp(0, 1)
 
-    turned = _turn(x - f["x"], y - f["y"], f["texture_angle"])
+    turned = _turn(dx, dy, f["texture_angle"])
     ink = _choose(_TEXTURES, factors["texture"], *turned, f["texture_shift"])
-    ground = _choose(
-        _GROUNDS, factors["background"], x.expand_as(ink), y.expand_as(ink), f["ground_shift"]
-    )
-    back = _colours(GROUND_PALETTE)[factors["ground"]][:, :, None, None] * ground[:, None]
-    back = back * (1 - 0.4 * shadow * shadow)[:, None]
-    front = _colours(PALETTE)[factors["colour"]][:, :, None, None]
-    front = front * (1 - 0.22 * rim)[:, None]
+    plane = x.expand_as(ink), y.expand_as(ink)
+    ground = _choose(_GROUNDS, factors["background"], *plane, f["ground_shift"])
+    back = _colours(GROUND_PALETTE, factors["ground"]) * ground * (1 - 0.4 * shadow * shadow)
+    front = _colours(PALETTE, factors["colour"]) * (1 - 0.22 * rim)
     # The texture's second tone is the colour mixed with white: the hue stays what the factor says.
-    front = front + (255 - front) * (0.72 * ink)[:, None]
-    picture = back + (front - back) * inside[:, None]
-    light = 1 + f["light"] * (x * torch.cos(f["light_angle"]) + y * torch.sin(f["light_angle"]))
-    return picture * light[:, None]
+    front = front + (255 - front) * (0.72 * ink)
+    picture = back + (front - back) * inside
+    return picture * (1 + f["light"] * _turn(x, y, f["light_angle"])[0])
 
 
-def _colours(palette: dict[str, tuple[int, int, int]]) -> Tensor:
-    return torch.tensor(list(palette.values()), dtype=torch.float32)
+def _colours(palette: dict[str, tuple[int, int, int]], colour: Tensor) -> Tensor:
+    """The colour of each picture, (N, 3, 1, 1), in grey levels."""
+    return torch.tensor(list(palette.values()), dtype=torch.float32)[colour][:, :, None, None]
 
 
 def _turn(x: Tensor, y: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,8 +196,7 @@ def _disc(x: Tensor, y: Tensor, radius: float = 0.88) -> Tensor:
 
 def _box(x: Tensor, y: Tensor, width: float = 0.8, height: float = 0.8) -> Tensor:
     dx, dy = x.abs() - width, y.abs() - height
-    corner = torch.sqrt(dx.clamp(min=0).square() + dy.clamp(min=0).square())
-    return corner + torch.maximum(dx, dy).clamp(max=0)
+    return _disc(dx.clamp(min=0), dy.clamp(min=0), 0) + torch.maximum(dx, dy).clamp(max=0)
 
 
 def _star(
@@ -212,10 +211,8 @@ def _star(
     points.
     """
     x, y = x.abs(), drop - y
-    for angle in (
-        2 * math.pi / points,
-        math.pi / points,
-    ):  # two mirrors fold all points on half of one
+    # Two mirrors fold all points on half of one.
+    for angle in (2 * math.pi / points, math.pi / points):
         nx, ny = math.cos(angle), -math.sin(angle)
         beyond = (x * nx + y * ny).clamp(min=0) * 2
         x, y = (x - beyond * nx).abs(), y - beyond * ny
@@ -224,7 +221,7 @@ def _star(
     length = math.hypot(right, down)
     right, down, y = right / length, down / length, tip - y
     along = (x * right + y * down).clamp(0, length)
-    distance = torch.sqrt((x - along * right).square() + (y - along * down).square())
+    distance = _disc(x - along * right, y - along * down, 0)
     return torch.where(x * down - y * right > 0, distance, -distance)
 
 
@@ -235,10 +232,8 @@ def _triangle(x: Tensor, y: Tensor) -> Tensor:
 def _heart(x: Tensor, y: Tensor) -> Tensor:
     side, half = 0.56, math.sqrt(0.5)
     y = y - 0.1
-    u, v = (
-        (x + y) * half,
-        (y - x) * half,
-    )  # a square on its corner, and a disc on each of its two upper sides
+    # A square on its corner, and a disc on each of its two upper sides.
+    u, v = (x + y) * half, (y - x) * half
     discs = torch.minimum(_disc(u, v + side, side), _disc(u + side, v, side))
     return torch.minimum(_box(u, v, side, side), discs)
 
@@ -254,15 +249,11 @@ def _ring(x: Tensor, y: Tensor) -> Tensor:
 def _moon(x: Tensor, y: Tensor) -> Tensor:
     x, y = x + 0.1, y.abs()
     outer, bite = _disc(x, y, 0.98), _disc(x - 0.52, y, 0.74)
-    horn_x, horn_y = (
-        0.6569,
-        0.7272,
-    )  # where the circles meet: what is nearest beyond it, from either centre
+    # Where the circles meet: what is nearest beyond it, from either centre.
+    horn_x, horn_y = 0.6569, 0.7272
     centre = torch.where(outer > 0, 0.0, 0.52)
-    horn = torch.sqrt((x - horn_x).square() + (y - horn_y).square())
-    return torch.where(
-        (x - centre) * horn_y > y * (horn_x - centre), horn, torch.maximum(outer, -bite)
-    )
+    beyond = (x - centre) * horn_y > y * (horn_x - centre)
+    return torch.where(beyond, _disc(x - horn_x, y - horn_y, 0), torch.maximum(outer, -bite))
 
 
 _SHAPES = (_disc, _box, _triangle, _star, _heart, _cross, _ring, _moon)
@@ -318,10 +309,12 @@ def _clouds(x: Tensor, y: Tensor, shift: Tensor) -> Tensor:
     left, top = torch.floor(u), torch.floor(v)
     u, v = u - left, v - top
     u, v = u * u * (3 - 2 * u), v * v * (3 - 2 * v)
-    i, j = left.long() % 16, top.long() % 16
-    upper = heights[j, i] * (1 - u) + heights[j, (i + 1) % 16] * u
-    lower = heights[(j + 1) % 16, i] * (1 - u) + heights[(j + 1) % 16, (i + 1) % 16] * u
-    return 0.72 + 0.56 * (upper * (1 - v) + lower * v)
+    i, j = left.long(), top.long()
+
+    def row(j: Tensor) -> Tensor:
+        return heights[j % 16, i % 16] * (1 - u) + heights[j % 16, (i + 1) % 16] * u
+
+    return 0.72 + 0.56 * (row(j) * (1 - v) + row(j + 1) * v)
 
 
 def _weave(x: Tensor, y: Tensor, shift: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ objects, in every worker that decodes, would not fit beside the images.
 from __future__ import annotations
 
 import io
-import json
 import pickle
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, redirect_stdout
@@ -24,7 +23,6 @@ from torch import Tensor
 
 from imsvd_core.data import sources
 from imsvd_core.data.batch import Plan
-from imsvd_core.data.decoding import decode
 from imsvd_core.data.sources import OnCorrupt, Split
 from imsvd_core.data.streamed import StreamedImages
 from imsvd_core.system.progress import bar
@@ -71,8 +69,7 @@ class CocoImages(StreamedImages):
         record = self.record(index)
         objects, height, width = record["objects"], record["height"], record["width"]
         boxes = [_corners(mark, height, width) for mark in objects]
-        label = {category: number for number, category in enumerate(self.categories, 1)}
-        labels = [label[mark["category_id"]] for mark in objects]
+        labels = [1 + self.categories.index(mark["category_id"]) for mark in objects]
         crowds = [mark.get("iscrowd", 0) for mark in objects]
         target = {
             "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
@@ -94,7 +91,7 @@ class CocoImages(StreamedImages):
         """An image, uint8 (3, H, W), and what stands in it. Raises ValueError naming a file that
         cannot be read, or whose size is not what the annotations were made for.
         """
-        image, record = decode(self.file(index)), self.record(index)
+        image, record = self.decode(index), self.record(index)
         if image.shape[1:] != (record["height"], record["width"]):
             raise ValueError(
                 f"{self.file(index)} is {image.shape[2]}×{image.shape[1]} and {self.listing.name} "
@@ -120,26 +117,18 @@ class CocoImages(StreamedImages):
         read = partial(self._read_all, masks)
         with closing(self.stream(read, entries, workers, device)) as results:
             for images, targets in results:
-                yield (
-                    [torch.as_tensor(image, device=device) for image in images],
-                    [
-                        {
-                            name: torch.as_tensor(part, device=device)
-                            for name, part in target.items()
-                        }
-                        for target in targets
-                    ],
-                )
+                sent = partial(torch.as_tensor, device=device)
+                parts = [{name: sent(part) for name, part in target.items()} for target in targets]
+                yield list(map(sent, images)), parts
 
     def _read_all(
         self, masks: bool, indices: Iterable[int]
     ) -> tuple[list[np.ndarray], list[dict[str, np.ndarray]], list[int]]:
         """One entry, as arrays: every tensor that leaves a worker keeps a file open."""
         unreadable: list[int] = []
+        read = partial(self.read, masks=masks)
         images, targets = [], []
-        for _, (image, target) in self.readable(
-            partial(self.read, masks=masks), indices, unreadable
-        ):
+        for _, (image, target) in self.readable(read, indices, unreadable):
             images.append(image.numpy())
             targets.append({name: part.numpy() for name, part in target.items()})
         return images, targets, unreadable
@@ -168,15 +157,13 @@ def open_coco(
     """
     folder = sources.find_root(name, ("coco:",), split, on_corrupt, root)
     home, listing = folder / SPLITS[split], folder / f"annotations/instances_{SPLITS[split]}.json"
-    for place in (home, listing):
-        if not place.exists():
-            raise FileNotFoundError(
-                f"{place} is not there: {name!r} needs train2017/, val2017/ and annotations/ with "
-                "instances_train2017.json and instances_val2017.json, as COCO's archives unpack"
-            )
+    if not (home.is_dir() and listing.is_file()):
+        raise FileNotFoundError(
+            f"{home} or {listing} is not there: {name!r} needs them as COCO's archives unpack"
+        )
     with bar(f"reading {listing.name}", None, progress):
         coco = read_listing(listing)
-    records = _sorted_records(coco, listing, split, progress)
+        records = _sorted_records(coco, listing, split)
     if not coco.anns or not records:
         raise ValueError(
             f"{listing} lists no image with an object: unpack COCO's annotations again"
@@ -200,20 +187,15 @@ def open_coco(
     )
 
 
-def _sorted_records(coco: COCO, listing: Path, split: Split, progress: bool) -> dict[int, bytes]:
+def _sorted_records(coco: COCO, listing: Path, split: Split) -> dict[int, bytes]:
     """The pickled record of each image that the split uses, by COCO's numbers, ascending."""
     records = {}
-    with bar(f"sorting {listing.name}", len(coco.imgs), progress) as advance:
-        for number in sorted(coco.imgs):
-            image = coco.imgs[number]
-            for fault in faults(image, coco):
-                raise ValueError(
-                    f"{listing}: {fault}: unpack COCO's annotations of instances again"
-                )
-            objects = [mark for mark in coco.imgToAnns[number] if _usable(mark, image, split)]
-            if objects or split == "test":
-                records[number] = pickle.dumps({**image, "objects": objects})
-            advance(1)
+    for number, image in sorted(coco.imgs.items()):
+        for fault in faults(image, coco):
+            raise ValueError(f"{listing}: {fault}: give COCO's annotations of instances")
+        objects = [mark for mark in coco.imgToAnns[number] if _usable(mark, image, split)]
+        if objects or split == "test":
+            records[number] = pickle.dumps({**image, "objects": objects})
     return records
 
 
@@ -225,7 +207,7 @@ def read_listing(file: Path) -> COCO:
         with redirect_stdout(io.StringIO()):
             coco = COCO(str(file))
         coco.dataset["images"], coco.dataset["annotations"], coco.dataset["categories"]
-    except (json.JSONDecodeError, UnicodeDecodeError, AssertionError, KeyError, TypeError) as error:
+    except (ValueError, AssertionError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file} holds no COCO annotations ({type(error).__name__}: {error}): unpack them again"
         ) from error

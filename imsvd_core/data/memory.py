@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
 
@@ -15,16 +14,13 @@ from torch import Tensor
 
 from imsvd_core.data import attributes, sources
 from imsvd_core.data.batch import Batch, OrderLike, balanced, members
-from imsvd_core.data.decoding import decode
 from imsvd_core.data.download import get
 from imsvd_core.data.sources import PUBLISHED, TITLES, OnCorrupt, Split
-from imsvd_core.data.tree import open_folder
+from imsvd_core.data.tree import FolderImages, open_folder
 from imsvd_core.data.workers import in_threads
 from imsvd_core.views import EvalView, View, Views
 
 ATTRIBUTES_SIZES = {"train": 20_000, "test": 4_000}
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,8 +146,9 @@ def load(
     place = get(name, root)
     if not place.tree:
         return _read_published(place.folder, name, split)
-    data = _read_tree(place.folder, split, on_corrupt, progress)
-    return replace(data, name=name, title=sources.title_of(name, place))
+    tree = open_folder(f"folder:{place.folder.absolute()}", split, on_corrupt=on_corrupt)
+    title = sources.title_of(name, place)
+    return _read_tree(replace(tree, name=name, title=title, replaced=False), progress)
 
 
 def manifest(name: str = "auto", root: Path | str | None = None) -> str:
@@ -185,7 +182,7 @@ def _draw(split: Split) -> ImageData:
         attributes.label(factors),
         attributes.CLASSES,
         factors,
-        dict(attributes.FACTORS),
+        attributes.FACTORS,
     )
 
 
@@ -193,9 +190,8 @@ def _read_published(folder: Path, name: str, split: Split) -> ImageData:
     try:
         data = PUBLISHED[name](folder, train=split == "train")
     except Exception as error:
-        damaged = folder / next(iter(sources.layout(name))).parent
         raise ValueError(
-            f"{damaged} cannot be read ({error}): remove it to download it again"
+            f"{name} in {folder} cannot be read ({error}): remove it to download it again"
         ) from error
     images = torch.as_tensor(data.data)
     if name == "fashion-mnist":
@@ -206,24 +202,18 @@ def _read_published(folder: Path, name: str, split: Split) -> ImageData:
     return ImageData(name, TITLES[name], split, images.contiguous(), labels, classes)
 
 
-def _read_tree(folder: Path, split: Split, on_corrupt: OnCorrupt, progress: bool) -> ImageData:
-    tree = open_folder(f"folder:{folder.absolute()}", split, on_corrupt=on_corrupt)
+def _read_tree(tree: FolderImages, progress: bool) -> ImageData:
+    unreadable: list[int] = []
 
-    def read(file: str) -> Tensor | None:
-        try:
-            return decode(file)
-        except ValueError as error:
-            if on_corrupt == "error":
-                raise
-            log.warning("skipped: %s", error)
-            return None
+    def read(row: int) -> list[tuple[int, Tensor]]:
+        return list(tree.readable(tree.decode, [row], unreadable))
 
-    files = [str(tree.file(index)) for index in range(len(tree))]
-    images = dict(enumerate(in_threads(read, files, "decoding", progress=progress)))
-    readable = {row: image for row, image in images.items() if image is not None}
-    if not readable:
-        raise ValueError(f"{tree.home} holds no image that can be read, of {len(files)} files")
-    shapes = {tuple(image.shape[1:]): files[row] for row, image in readable.items()}
+    parts = in_threads(read, range(len(tree)), "decoding", progress=progress)
+    images = dict(chain.from_iterable(parts))
+    tree.note(unreadable)
+    if not images:
+        raise ValueError(f"{tree.home} holds no image that can be read, of {len(tree)} files")
+    shapes = {tuple(image.shape[1:]): tree.file(row) for row, image in images.items()}
     if len(shapes) > 1:
         (shape, file), (other_shape, other_file) = list(shapes.items())[:2]
         raise ValueError(
@@ -233,9 +223,9 @@ def _read_tree(folder: Path, split: Split, on_corrupt: OnCorrupt, progress: bool
     return ImageData(
         tree.name,
         tree.title,
-        split,
-        torch.stack([*readable.values()]),
-        tree.labels[[*readable]],
+        tree.split,
+        torch.stack([*images.values()]),
+        tree.labels[[*images]],
         tree.classes,
-        skipped=len(files) - len(readable),
+        skipped=len(unreadable),
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from imsvd_core.data.batch import balanced
+from imsvd_core.data.decoding import decode
 from imsvd_core.data.sources import OnCorrupt
 from imsvd_core.data.workers import stream
 
@@ -42,6 +43,10 @@ class StreamedImages:
     def file(self, index: int) -> Path:
         """Where an image is."""
         raise NotImplementedError
+
+    def decode(self, index: int) -> Tensor:
+        """An image, uint8 RGB (3, H, W)."""
+        return decode(self.file(index))
 
     def strata(self) -> Tensor:
         """The classes (N,) over which a subset is even; one for all by default."""
@@ -92,14 +97,18 @@ class StreamedImages:
         workers: int | None,
         device: torch.device | str,
     ) -> Generator[list[Any]]:
-        """What `read` makes of each part; the places of unreadable images, its last item, are kept.
+        """What `read` makes of each part, but for its last item, unreadable images, which is noted.
 
-        Warns of each that is new. All else as in `workers.stream`.
+        All else as in `workers.stream`.
         """
-        fate = "replaced by the next image" if self.replaced else "left out"
         with closing(stream(read, parts, workers, device)) as results:
             for *items, unreadable in results:
-                for place in set(unreadable) - self.unreadable:
-                    self.unreadable.add(place)
-                    log.warning("%s cannot be read and is %s", self.file(place), fate)
+                self.note(unreadable)
                 yield items
+
+    def note(self, places: Iterable[int]) -> None:
+        """Keep the places of unreadable images; warn of each that is new."""
+        fate = "replaced by the next image" if self.replaced else "left out"
+        for place in set(places) - self.unreadable:
+            self.unreadable.add(place)
+            log.warning("%s cannot be read and is %s", self.file(place), fate)

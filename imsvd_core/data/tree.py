@@ -23,7 +23,6 @@ from torch import Tensor
 
 from imsvd_core.data import sources
 from imsvd_core.data.batch import Batch, OrderLike, Plan, members
-from imsvd_core.data.decoding import decode
 from imsvd_core.data.sources import OnCorrupt, Split
 from imsvd_core.data.streamed import StreamedImages
 from imsvd_core.views import CROP_DRAWS, EvalView, View, Views
@@ -163,8 +162,7 @@ class FolderImages(StreamedImages):
         return *crops, unreadable
 
     def _images(self, indices: Sequence[int], unreadable: list[int]) -> list[Tensor]:
-        images = self.readable(lambda place: decode(self.file(place)), indices, unreadable)
-        return [image for _, image in images]
+        return [image for _, image in self.readable(self.decode, indices, unreadable)]
 
 
 def open_folder(

@@ -16,7 +16,6 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from imsvd_core.data import sources
-from imsvd_core.data.decoding import decode
 from imsvd_core.data.sources import OnCorrupt, Split
 from imsvd_core.data.streamed import StreamedImages
 
@@ -77,7 +76,7 @@ class VOCImages(StreamedImages):
         self, resize: int, size: int, part: Sequence[int]
     ) -> tuple[list[int], Tensor, list[int]]:
         def read(place: int) -> Tensor:
-            image = TF.resize(decode(self.file(place)), [resize], antialias=True)
+            image = TF.resize(self.decode(place), [resize], antialias=True)
             return TF.resize(image, [size, size], antialias=True)
 
         unreadable: list[int] = []

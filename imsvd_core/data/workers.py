@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from imsvd_core.system.progress import bar
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 AHEAD = 2  # parts that wait for each worker
@@ -68,8 +69,8 @@ def stream(
 
 
 def in_threads(
-    read: Callable[[str], T],
-    files: Sequence[str],
+    read: Callable[[S], T],
+    files: Sequence[S],
     description: str,
     workers: int | None = None,
     progress: bool = False,

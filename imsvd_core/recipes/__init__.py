@@ -42,10 +42,10 @@ RECIPES: dict[str, Callable[[Scale], Recipe]] = {
 }
 
 
-def recipe(name: str, scale: Scale | None = None) -> Recipe:
+def recipe(name: str, scale: str | None = None) -> Recipe:
     """The recipe `name` at a scale (IMSVD_SCALE's by default). Raises ValueError naming the recipes
     there are."""
     if name not in RECIPES:
         raise ValueError(f"recipe={name!r} is unknown; there are: {', '.join(RECIPES)}")
-    scale = current_scale(scale)
-    return fast_here(RECIPES[name](scale), scale)
+    size = current_scale(scale)
+    return fast_here(RECIPES[name](size), size)

@@ -17,6 +17,11 @@ from imsvd_core.views import CIFAR_MEAN, CIFAR_STD, TwoViewConfig, cifar_views
 Scale = Literal["smoke", "laptop", "full"]
 
 
+def watching(gallery: int, queries: int) -> KNNConfig:
+    """A kNN that is small enough to accompany a training."""
+    return KNNConfig(neighbors=(20,), gallery=gallery, queries=queries)
+
+
 @dataclass(frozen=True)
 class EvalViewConfig:
     """The view that evaluations see: shorter side to `resize`, then the middle `size` of it."""
@@ -38,9 +43,7 @@ class Recipe:
     loop: LoopConfig = field(default_factory=LoopConfig)
     eval_view: EvalViewConfig = field(default_factory=EvalViewConfig)
     knn: KNNConfig = field(default_factory=KNNConfig)
-    watch: KNNConfig = field(
-        default_factory=lambda: KNNConfig(neighbors=(20,), gallery=10_000, queries=2_000)
-    )
+    watch: KNNConfig = field(default_factory=lambda: watching(10_000, 2_000))
     """The smaller kNN that accompanies training, before it and after every epoch."""
     look: int = 2048
     """Test images whose codes and joint matrix accompany training."""
@@ -77,10 +80,13 @@ def current_scale(scale: str | None = None) -> Scale:
 
 def fast_here(settings: Any, scale: Scale) -> Any:
     """The settings, of small scales with fp32 for bf16 on a machine that would emulate bf16."""
-    if scale == "full" or fast_precision() == "bf16" or not is_dataclass(settings):
+    if scale == "full" or fast_precision() == "bf16":
         return settings
-    if isinstance(settings, LoopConfig):
-        return replace(settings, precision="fp32") if settings.precision == "bf16" else settings
-    inner = {field.name: getattr(settings, field.name) for field in fields(settings)}
-    mended = {name: fast_here(part, scale) for name, part in inner.items() if is_dataclass(part)}
-    return replace(settings, **mended)
+    if isinstance(settings, type) or not is_dataclass(settings):
+        return settings
+    parts = {
+        field.name: fast_here(getattr(settings, field.name), scale) for field in fields(settings)
+    }
+    if isinstance(settings, LoopConfig) and settings.precision == "bf16":
+        parts["precision"] = "fp32"
+    return replace(settings, **parts)

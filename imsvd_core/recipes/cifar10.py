@@ -8,7 +8,7 @@ from imsvd_core.evaluation.knn import KNNConfig
 from imsvd_core.evaluation.linear import LinearConfig
 from imsvd_core.methods import BYOL, IMSVD, BarlowTwins, SwAV, VICReg
 from imsvd_core.networks import NetworkConfig
-from imsvd_core.recipes.base import EvalViewConfig, Recipe, Scale
+from imsvd_core.recipes.base import EvalViewConfig, Recipe, Scale, watching
 from imsvd_core.views import CIFAR_MEAN, CIFAR_STD, ViewConfig, cifar_multicrop_views
 
 
@@ -17,37 +17,29 @@ def cifar10(scale: Scale) -> Recipe:
     # ResNet-18 and SGD as in the authors' CIFAR code; bf16 where they used fp16
     if scale == "full":
         probe = ViewConfig(size=32, scale=(0.8, 1.0), mean=CIFAR_MEAN, std=CIFAR_STD)
-        drops = OptimConfig(
-            name="sgd", lr=30.0, weight_decay=0.0, warmup_epochs=0, milestones=(60, 80)
-        )
+        drops = OptimConfig("sgd", lr=30.0, weight_decay=0.0, warmup_epochs=0, milestones=(60, 80))
         return Recipe(
             method=IMSVD(units=32),
             network=NetworkConfig(backbone="resnet18", hidden=(1024, 1024), dim=1024),
-            optim=OptimConfig(name="sgd", lr=0.2, weight_decay=5e-4, warmup_epochs=10),
+            optim=OptimConfig("sgd", lr=0.2, weight_decay=5e-4, warmup_epochs=10),
             loop=LoopConfig(epochs=800, batch_size=512),
-            eval_view=EvalViewConfig(resize=36, size=32),
-            linear=LinearConfig(
-                drops, LoopConfig(epochs=100, batch_size=256), augment=True, view=probe
-            ),
+            eval_view=EvalViewConfig(resize=36),
+            linear=LinearConfig(drops, augment=True, view=probe),
         )
-    optim = OptimConfig(name="adamw", lr=2e-3, weight_decay=1e-4, warmup_epochs=0.5)
-    probe_optim = OptimConfig(name="sgd", lr=0.1, weight_decay=1e-6, warmup_epochs=0)
+    probe_optim = OptimConfig("sgd", lr=0.1, weight_decay=1e-6, warmup_epochs=0)
     if scale == "laptop":
         return Recipe(
             method=IMSVD(units=32, temperature=0.25),
-            network=NetworkConfig(backbone="narrow", hidden=(1024, 1024), dim=1024),
-            optim=optim,
-            loop=LoopConfig(epochs=2, batch_size=512),
+            loop=LoopConfig(epochs=2),
             linear=LinearConfig(probe_optim, LoopConfig(epochs=20, batch_size=256), normalize=True),
         )
     return Recipe(
         method=IMSVD(units=8, temperature=0.25),
-        network=NetworkConfig(backbone="narrow", hidden=(64,), dim=64),
-        optim=optim,
+        network=NetworkConfig(hidden=(64,), dim=64),
         loop=LoopConfig(epochs=2, batch_size=64, log_every=1),
         samples=256,
         knn=KNNConfig(gallery=400, queries=200),
-        watch=KNNConfig(neighbors=(20,), gallery=200, queries=100),
+        watch=watching(200, 100),
         linear=LinearConfig(probe_optim, LoopConfig(epochs=2, batch_size=64), normalize=True),
     )
 
@@ -76,7 +68,7 @@ def byol(scale: Scale) -> Recipe:
         base,
         method=BYOL(momentum=0.99, predictor_hidden=1024),
         network=NetworkConfig(backbone="resnet18", hidden=(1024,), dim=256),
-        optim=OptimConfig(name="sgd", lr=0.24, weight_decay=5e-4, warmup_epochs=0),
+        optim=OptimConfig("sgd", lr=0.24, weight_decay=5e-4, warmup_epochs=0),
     )
 
 
@@ -92,7 +84,7 @@ def swav(scale: Scale) -> Recipe:
         base,
         method=SwAV(prototypes=512),
         network=NetworkConfig(backbone="resnet18", hidden=(512,), dim=128),
-        optim=OptimConfig(name="adamw", lr=4e-3, weight_decay=1e-6, warmup_epochs=0),
+        optim=OptimConfig("adamw", lr=4e-3, weight_decay=1e-6, warmup_epochs=0),
     )
 
 
@@ -102,9 +94,7 @@ def units(scale: Scale) -> Recipe:
     base = cifar10(scale)
     shorter = replace(base, loop=replace(base.loop, epochs=100 if scale == "full" else 1))
     if scale == "laptop":
-        return replace(
-            shorter, samples=25_600, knn=KNNConfig(neighbors=(20,), gallery=10_000, queries=5_000)
-        )
+        return replace(shorter, samples=25_600, knn=watching(10_000, 5_000))
     return shorter
 
 
@@ -118,11 +108,11 @@ def two_views(scale: Scale) -> Recipe:
         )
     laptop = replace(
         base,
-        network=NetworkConfig(backbone="narrow", cifar_stem=False, hidden=(512,), dim=128),
+        network=NetworkConfig(cifar_stem=False, hidden=(512,), dim=128),
         optim=replace(base.optim, warmup_epochs=1),
         loop=LoopConfig(epochs=6, batch_size=256),
         samples=4_096,
-        watch=KNNConfig(neighbors=(20,), gallery=4_000, queries=1_000),
+        watch=watching(4_000, 1_000),
     )
     if scale == "laptop":
         return laptop

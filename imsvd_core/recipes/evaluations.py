@@ -26,7 +26,7 @@ class EvaluationRecipe:
 
 
 def evaluation(
-    name: str, scale: Scale | None = None, trained: Recipe | None = None
+    name: str, scale: str | None = None, trained: Recipe | None = None
 ) -> EvaluationRecipe:
     """The evaluation `name` at a scale, of a backbone that was `trained` so: knn and linear as its
     recipe has them (by default ImageNet's), the others as the paper does, all with the
@@ -36,14 +36,13 @@ def evaluation(
     """
     if name not in EVALUATIONS and name not in OWN:
         raise ValueError(f"evaluation={name!r} must be one of {', '.join((*OWN, *EVALUATIONS))}")
-    scale = current_scale(scale)
-    own = trained or fast_here(imagenet(scale), scale)
+    size = current_scale(scale)
+    own = trained or fast_here(imagenet(size), size)
     if name in OWN:
         return EvaluationRecipe(getattr(own, name), own.data, own.eval_view)
-    recipe = fast_here(EVALUATIONS[name](scale), scale)
-    mean, std = own.eval_view.mean, own.eval_view.std
-    view = replace(recipe.eval_view, mean=mean, std=std)
-    return EvaluationRecipe(recipe.config.normalised(mean, std), recipe.data, view)
+    recipe = fast_here(EVALUATIONS[name](size), size)
+    view = replace(recipe.eval_view, mean=own.eval_view.mean, std=own.eval_view.std)
+    return EvaluationRecipe(recipe.config.normalised(view.mean, view.std), recipe.data, view)
 
 
 def _imagenet_knn(scale: Scale) -> EvaluationRecipe:
@@ -61,10 +60,12 @@ def _imagenet_linear(scale: Scale) -> EvaluationRecipe:
 def _places205_linear(scale: Scale) -> EvaluationRecipe:
     """Linear probe on Places205 (Table III). The weight decay is VISSL's."""
     own = imagenet(scale)
-    optim = OptimConfig(name="sgd", lr=0.01, weight_decay=5e-4, warmup_epochs=0, milestones=(5, 10))
-    loop = replace(own.linear.loop, epochs=1 if scale == "smoke" else 14)
-    view = replace(own.linear.view, scale=(0.08, 1.0))
-    config = replace(own.linear, optim=optim, view=view, loop=loop)
+    config = replace(
+        own.linear,
+        optim=OptimConfig("sgd", lr=0.01, weight_decay=5e-4, warmup_epochs=0, milestones=(5, 10)),
+        loop=replace(own.linear.loop, epochs=1 if scale == "smoke" else 14),
+        view=replace(own.linear.view, scale=(0.08, 1.0)),
+    )
     data = "tree:places205" if scale == "full" else "tree:tiny-imagenet-40"
     return EvaluationRecipe(config, data, own.eval_view)
 
@@ -102,7 +103,7 @@ def _coco_detection(scale: Scale) -> EvaluationRecipe:
             lr=0.02,
             drops=(200, 270),
             precise_bn=20,
-            loop=LoopConfig(batch_size=4, precision="bf16"),
+            loop=LoopConfig(batch_size=4),
         )
         return EvaluationRecipe(laptop, "coco:coco-mini")
     smoke = DetectionConfig(

@@ -19,6 +19,7 @@ from torchvision.datasets import CIFAR10, FashionMNIST
 
 from imsvd_core.data import download, sources
 from imsvd_core.data import memory as datasets
+from imsvd_core.data.decoding import decode
 from imsvd_core.data.memory import ImageData
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -204,11 +205,11 @@ def test_a_broken_image_is_named_or_skipped_and_counted(tmp_path, suffix, kind, 
 
 def test_a_changed_byte_of_a_png_never_passes_for_other_pixels(tmp_path):
     (file,) = save(tmp_path, pixels(1))
-    content, whole = file.read_bytes(), datasets.decode(str(file))
+    content, whole = file.read_bytes(), decode(str(file))
     for place in range(0, len(content), 13):
         file.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
         try:
-            changed = datasets.decode(str(file))
+            changed = decode(str(file))
         except ValueError as error:
             changed, message = whole, str(error)
             assert "0000.png" in message
