@@ -56,12 +56,26 @@ def cross_joint_entropy(
         off_diagonal_weight=off_diagonal_weight,
         invariance_weight=invariance_weight,
     )
-    counts = check_logits(z1, z2, units)
+    check_logits(z1, z2, units)
     p1, p2 = soft_discretize(z1, units, temperature), soft_discretize(z2, units, temperature)
+    diagonal, off_diagonal, disagreement = three_terms(p1, p2, units, invariance)
+    total = (
+        diagonal_weight * diagonal
+        + off_diagonal_weight * off_diagonal
+        + invariance_weight * disagreement
+    )
+    return LossTerms(total, diagonal, off_diagonal, disagreement)
+
+
+def three_terms(
+    p1: Tensor, p2: Tensor, units: Units, invariance: Invariance = "inner_product"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """DE, OE and TI (or TIC) of Eq. 11, from soft codes (N, D) of two views."""
     cells = joint(p1, p2)
     information = torch.special.xlogy(cells, cells)
 
-    variable = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(z1.device)
+    counts = unit_counts(units, p1.shape[1])
+    variable = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(p1.device)
     pairs = len(counts) * (len(counts) - 1)
     diagonal = information.diagonal().sum() / len(counts)
     off_diagonal = information[variable[:, None] != variable].sum() / max(pairs, 1)
@@ -69,13 +83,7 @@ def cross_joint_entropy(
         agreement = split_variables(p1 * p2, units).sum(-1).log()
     else:
         agreement = split_variables(torch.special.xlogy(p1, p2), units).sum(-1)
-    disagreement = -agreement.mean()
-    total = (
-        diagonal_weight * diagonal
-        + off_diagonal_weight * off_diagonal
-        + invariance_weight * disagreement
-    )
-    return LossTerms(total, diagonal, off_diagonal, disagreement)
+    return diagonal, off_diagonal, -agreement.mean()
 
 
 class CrossJointEntropyLoss(nn.Module):

@@ -200,9 +200,8 @@ def suggest_units(batch_size: int, *, dim: int | None = None, visible: float = 0
     the divisor of D nearest to that, by ratio, among those that leave two variables.
 
     Limits: derived for hard, uniform, independent variables and for pairs; soft codes hide
-    less, so more units can pay. The default, a quarter, is set by the two choices that the
-    paper's authors made by accuracy, (2048, 80) and (512, 32), not derived. It knows nothing
-    of images, networks or the length of training: a place to start from.
+    less, so more units can pay. The default, a quarter, lies between the authors' settings,
+    (2048, 80) and (512, 32); it is not derived, and knows nothing of images or networks.
     Raises ValueError unless N ≥ 2, 0 < visible < 1, and D has a divisor to offer.
     """
     check_counts(batch_size=batch_size, least=2)
