@@ -8,7 +8,6 @@ from typing import Literal
 
 import tyro
 
-from imsvd_core.commands.common import usage
 from imsvd_core.data import check, download
 from imsvd_core.system.files import atomic_write
 
@@ -51,22 +50,15 @@ class DataGetCommand:
 
 def data(argv: Sequence[str]) -> None:
     """Download a data set, or verify a data root."""
-    if argv[:1] == ["get"]:
-        name = tyro.cli(DataGetCommand, prog="imsvd data get", args=argv[1:]).name
-        print(f"{name} is in {download.get(name).folder}")
-        return
-    if argv[:1] != ["check"]:
-        raise usage(
-            "usage: imsvd data get cifar10|cifar100|fashion-mnist\n"
-            f"       imsvd data check {'|'.join(check.SPECS)} ROOT\n\n"
-            "`imsvd data check --help` lists its settings.",
-            argv,
-        )
-    command = tyro.cli(DataCheckCommand, prog="imsvd data check", args=argv[1:])
-    spec = check.find_spec(command.name)
-    spec = replace(
-        spec, classes=command.classes or spec.classes, counts={**spec.counts, **command.counts}
+    command = tyro.extras.subcommand_cli_from_dict(
+        {"get": DataGetCommand, "check": DataCheckCommand}, prog="imsvd data", args=argv
     )
+    if isinstance(command, DataGetCommand):
+        print(f"{command.name} is in {download.get(command.name).folder}")
+        return
+    spec = check.find_spec(command.name)
+    counts = {**spec.counts, **command.counts}
+    spec = replace(spec, classes=command.classes or spec.classes, counts=counts)
     report = check.check(
         command.name,
         command.root,

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from imsvd_core.data.memory import ImageData, load, manifest
-from imsvd_core.data.sources import OnCorrupt, Split, data_root, resolve, title
+from imsvd_core.data.sources import OnCorrupt, Root, Split, data_root, resolve, title
+from imsvd_core.data.streamed import StreamedImages
 from imsvd_core.data.tree import FolderImages, open_folder
-
-if TYPE_CHECKING:
-    from imsvd_core.data.coco import CocoImages
-    from imsvd_core.data.voc import VOCImages
+from imsvd_core.data.voc import open_voc
 
 __all__ = [
     "FolderImages",
@@ -38,11 +34,11 @@ def open_data(
     name: str = "auto",
     split: Split = "train",
     *,
-    root: Path | str | None = None,
+    root: Root = None,
     on_corrupt: OnCorrupt = "error",
     stream: bool | None = None,
     progress: bool = False,
-) -> Images | VOCImages | CocoImages:
+) -> ImageData | StreamedImages:
     """Open one split of a data set: the one door to all of them.
 
     Args:
@@ -67,8 +63,6 @@ def open_data(
     if scheme != "folder" and stream not in (None, scheme in ("tree", "voc", "coco")):
         raise ValueError(f"stream={stream} contradicts {name!r}: only folder:PATH can be both")
     if scheme == "voc":
-        from imsvd_core.data.voc import open_voc
-
         return open_voc(name, split, root, on_corrupt=on_corrupt)
     if scheme == "coco":
         from imsvd_core.data.coco import open_coco  # pycocotools is slow to import

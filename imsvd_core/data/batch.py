@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from imsvd_core.views import View, Views
+
+T = TypeVar("T")
+
+Device = torch.device | str
 
 
 class Batch(NamedTuple):
@@ -32,7 +36,7 @@ class OrderLike(Protocol):
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]: ...
 
-    def generator(self, step: int, device: torch.device | str) -> torch.Generator:
+    def generator(self, step: int, device: Device) -> torch.Generator:
         """A new generator on `device`, seeded for the draws of all pieces of `step`."""
 
 
@@ -43,6 +47,11 @@ Plan = Iterable[tuple[int, Tensor]]
 def members(views: Views | View) -> tuple[View, ...]:
     """The single views that `views` draws of every image, in the order of their draws."""
     return (views,) if isinstance(views, View) else views.views
+
+
+def groups(rows: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """The rows in groups of `size`, the last of what is left."""
+    return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 def balanced(labels: Tensor, n: int, seed: int, owner: str) -> Tensor:

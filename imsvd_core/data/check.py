@@ -29,7 +29,6 @@ from imsvd_core.system.files import atomic_write
 
 Decode = Literal["none", "header", "full"]
 STAMP = ".imsvd-checked.json"
-LISTS = "ImageSets/Main"  # of VOC
 SHOWN = 10  # examples of each problem
 UNPACK, PREPARE = "unpack the archives again", "prepare the data root as told below"
 JPEG_END, PNG_END = b"\xff\xd9", b"IEND\xaeB`\x82"
@@ -174,10 +173,8 @@ def _inspect_tree(root: Path, spec: Spec, report: Report) -> list[str]:
 
 def _class_folders(home: Path, spec: Spec, report: Report) -> list[str]:
     """The names of the class folders in `home`, and a problem for everything else."""
-    if loose := [entry.name for entry in os.scandir(home) if sources.is_image(entry.name)]:
-        example = f"{len(loose):,} in {home}, first {min(loose)}"
-        remedy = f"move each into {home}/<class>/, as told below"
-        report.add("images outside class folders", [example], remedy)
+    loose = (f"{home}/{name}" for name in sorted(os.listdir(home)) if sources.is_image(name))
+    report.add("image outside class folders", loose, f"move it into {home}/<class>/, as told below")
     names = sources.class_names(home)
     classes = [name for name in names if re.fullmatch(spec.class_name, name)]
     strangers = (str(home / name) for name in names if name not in classes)
@@ -186,33 +183,27 @@ def _class_folders(home: Path, spec: Spec, report: Report) -> list[str]:
 
 
 def _inspect_voc(root: Path, spec: Spec, report: Report) -> list[str]:
-    """JPEGImages, Annotations and ImageSets/Main: lists of each split, and of each class in it."""
+    """JPEGImages, Annotations and ImageSets/Main: a list of each class in each split."""
     base = voc.base_of(root)
-    for folder in ("JPEGImages", "Annotations", LISTS):
-        if not (base / folder).is_dir():
-            report.add("missing folder", [str(base / folder)], PREPARE)
+    if not (base / "Annotations").is_dir():
+        report.add("missing folder", [f"{base}/Annotations"], PREPARE)
     images = {path.stem for path in base.glob("JPEGImages/*.jpg")}
     annotations = {path.stem for path in base.glob("Annotations/*.xml")}
-    lists = base.glob(f"{LISTS}/*_trainval.txt")
-    classes = {path.name.removesuffix("_trainval.txt") for path in lists}
-    report.expect("classes", len(classes), spec.classes)
-    splits: dict[str, list[str]] = {}
-    for split, expected in spec.counts.items():
-        splits[split] = []
-        file = base / LISTS / f"{split}.txt"
-        with report.reading("unusable list", file):
-            splits[split] += file.read_text().split()
-        report.expect(f"{split} images", len(splits[split]), expected)
-        for name in sorted(classes):
-            file = base / LISTS / f"{name}_{split}.txt"
-            with report.reading("unusable list", file):
-                if list(voc.read_list(file)) != splits[split]:
-                    report.add("list of other images", [str(file)])
-    listed = set().union(*splits.values())
+    classes: set[str] = set()
+    splits: list[set[str]] = []
+    for split, name in voc.LISTS.items():
+        with report.reading("unusable lists", base / "ImageSets/Main"):
+            data = voc.open_voc(f"voc:{root.absolute()}", split)
+            report.expect(f"{name} classes", len(data.classes), spec.classes)
+            report.expect(f"{name} images", len(data), spec.counts[name])
+            classes.update(data.classes)
+            splits.append(set(data.stems))
+    listed = set().union(*splits)
     report.add("missing image", sorted(listed - images))
     report.add("missing annotation", sorted(listed - annotations))
     report.add("annotation without image", sorted(annotations - images))
-    report.add("image of both splits", sorted(set(splits["trainval"]) & set(splits["test"])))
+    if len(splits) == 2:
+        report.add("image of both splits", sorted(splits[0] & splits[1]))
     for stem in sorted(annotations):
         file = base / f"Annotations/{stem}.xml"
         with report.reading("unreadable annotation", file):
@@ -313,11 +304,8 @@ def check(
     for a missing root.
     """
     spec = spec or find_spec(name)
-    if decode not in get_args(Decode) or (workers is not None and workers < 1):
-        raise ValueError(
-            f"decode is {decode!r} and workers {workers}: choose none, header or full, and 1 or "
-            "more"
-        )
+    if decode not in get_args(Decode):
+        raise ValueError(f"decode is {decode!r}: choose none, header or full")
     root = Path(root).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder.\n{how_to(spec, root)}")

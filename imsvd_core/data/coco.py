@@ -22,8 +22,8 @@ from pycocotools.coco import COCO
 from torch import Tensor
 
 from imsvd_core.data import sources
-from imsvd_core.data.batch import Plan
-from imsvd_core.data.sources import OnCorrupt, Split
+from imsvd_core.data.batch import Device, Plan
+from imsvd_core.data.sources import OnCorrupt, Root, Split
 from imsvd_core.data.streamed import StreamedImages
 from imsvd_core.system.progress import bar
 
@@ -105,7 +105,7 @@ class CocoImages(StreamedImages):
         *,
         masks: bool = True,
         workers: int | None = None,
-        device: torch.device | str = "cpu",
+        device: Device = "cpu",
     ) -> Generator[tuple[list[Tensor], list[Target]]]:
         """Images and targets on `device`, for each entry (step, indices (n,)) of the plan, in
         order; read ahead by workers.
@@ -143,7 +143,7 @@ class CocoImages(StreamedImages):
 def open_coco(
     name: str,
     split: Split = "train",
-    root: Path | str | None = None,
+    root: Root = None,
     *,
     on_corrupt: OnCorrupt = "error",
     progress: bool = False,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torchvision.datasets import FashionMNIST
 
-from imsvd_core.data.sources import PUBLISHED, TITLES, Place, data_root, find, layout
+from imsvd_core.data.sources import PUBLISHED, TITLES, Place, Root, data_root, find, layout
 
 PROBE_SECONDS = 5.0  #: for the first byte; silent for longer, a host counts as out of reach
 STALL_SECONDS = 10.0  #: of silence end a download that had begun
@@ -21,7 +21,7 @@ class DownloadError(FileNotFoundError):
     """A data set could not be downloaded; the message says why, and what else can be done."""
 
 
-def get(name: str, root: Path | str | None = None) -> Place:
+def get(name: str, root: Root = None) -> Place:
     """Download `name` through torchvision, which verifies its checksum and shows a bar.
 
     The files go to the data root only when all are whole: a download that is cut short leaves

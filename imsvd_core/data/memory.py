@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from imsvd_core.data import attributes, sources
-from imsvd_core.data.batch import Batch, OrderLike, balanced, members
+from imsvd_core.data.batch import Batch, Device, OrderLike, balanced, groups, members
 from imsvd_core.data.download import get
-from imsvd_core.data.sources import PUBLISHED, TITLES, OnCorrupt, Split
+from imsvd_core.data.sources import PUBLISHED, TITLES, OnCorrupt, Root, Split
 from imsvd_core.data.tree import FolderImages, open_folder
 from imsvd_core.data.workers import in_threads
 from imsvd_core.views import EvalView, View, Views
@@ -36,9 +36,8 @@ class ImageData:
     images: Tensor  # uint8 (N, 3, H, W)
     labels: Tensor  # int64 (N,), indices into `classes`
     classes: tuple[str, ...]
-    factors: dict[str, Tensor] | None = None  # (N,) each: int64 if named, float32 if continuous
-    # The names behind an int64 factor's numbers.
-    factor_values: dict[str, tuple[str, ...]] | None = None
+    #: (N,) each: int64 for those of `attributes.FACTORS`, float32 if continuous
+    factors: dict[str, Tensor] | None = None
     skipped: int = 0  # unreadable files left out
 
     def __post_init__(self) -> None:
@@ -61,7 +60,7 @@ class ImageData:
         rows = balanced(self.labels.cpu(), n, seed, f"{self.title} ({self.split})")
         return self._each(lambda values: values[rows.to(values.device)])
 
-    def to(self, device: torch.device | str) -> ImageData:
+    def to(self, device: Device) -> ImageData:
         """The same data with every tensor on `device`."""
         return self._each(lambda values: values.to(device))
 
@@ -79,7 +78,7 @@ class ImageData:
         order: OrderLike,
         views: Views | View,
         *,
-        device: torch.device | str = "cpu",
+        device: Device = "cpu",
         workers: int | None = None,
     ) -> Generator[Batch]:
         """The batches of a training: for each piece of the order, its images seen through `views`.
@@ -101,7 +100,7 @@ class ImageData:
         view: EvalView,
         rows: Sequence[int] | None = None,
         *,
-        device: torch.device | str = "cpu",
+        device: Device = "cpu",
         batch_size: int = 500,
         workers: int | None = None,
     ) -> Generator[Tensor]:
@@ -110,16 +109,16 @@ class ImageData:
         Yields float32 (n, 3, size, size), normalised. Images in memory need no `workers`.
         """
         rows = range(len(self)) if rows is None else rows
-        for start in range(0, len(rows), batch_size):
-            part = torch.as_tensor(rows[start : start + batch_size])
-            yield view(self.images[part.to(self.images.device)].to(device))
+        for group in groups(rows, batch_size):
+            part = torch.as_tensor(group, device=self.images.device)
+            yield view(self.images[part].to(device))
 
 
 def load(
     name: str = "auto",
     split: Split = "train",
     *,
-    root: Path | str | None = None,
+    root: Root = None,
     on_corrupt: OnCorrupt = "error",
     progress: bool = False,
 ) -> ImageData:
@@ -151,7 +150,7 @@ def load(
     return _read_tree(replace(tree, name=name, title=title, replaced=False), progress)
 
 
-def manifest(name: str = "auto", root: Path | str | None = None) -> str:
+def manifest(name: str = "auto", root: Root = None) -> str:
     """A short identity of the data at hand: name, number of files, hash of their names and sizes.
 
     It is quick (it opens no file), stable from machine to machine, and prints nothing.
@@ -182,7 +181,6 @@ def _draw(split: Split) -> ImageData:
         attributes.label(factors),
         attributes.CLASSES,
         factors,
-        attributes.FACTORS,
     )
 
 

@@ -17,6 +17,9 @@ from torchvision.datasets.utils import check_integrity
 
 Split = Literal["train", "test"]
 OnCorrupt = Literal["error", "skip"]
+Root = Path | str | None
+
+say_once = cache(print)  #: prints a line the first time that a process is asked to
 
 TITLES = {
     "cifar10": "CIFAR-10",
@@ -29,12 +32,12 @@ SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
 SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
-def data_root(root: Path | str | None = None) -> Path:
+def data_root(root: Root = None) -> Path:
     """The folder of all data sets: `root`, or else `IMSVD_DATA`, or else ~/.cache/imsvd."""
     return Path(root or os.environ.get("IMSVD_DATA") or "~/.cache/imsvd").expanduser()
 
 
-def resolve(name: str = "auto", root: Path | str | None = None, *, quiet: bool = False) -> str:
+def resolve(name: str = "auto", root: Root = None, *, quiet: bool = False) -> str:
     """The data set that `name` stands for here and now; downloads nothing.
 
     `auto` is `IMSVD_DATASET` if that is set; else `cifar10` if it is under the root; else
@@ -56,22 +59,17 @@ def resolve(name: str = "auto", root: Path | str | None = None, *, quiet: bool =
     if not quiet:
         say_once(
             f"Data set: {TITLES['attributes']}. CIFAR-10 is not under {root}: "
-            "`imsvd data get cifar10` downloads it."
+            "`imsvd data get cifar10` downloads it.",
+            flush=True,
         )
     return "attributes"
 
 
-def title(name: str = "auto", root: Path | str | None = None) -> str:
+def title(name: str = "auto", root: Root = None) -> str:
     """A page's name of the data at hand, such as "CIFAR-10 (JPEG)"; prints nothing."""
     root = data_root(root)
     name = resolve(name, root, quiet=True)
     return title_of(name, find(name, root))
-
-
-@cache
-def say_once(line: str) -> None:
-    """Print a line, the first time that a process is asked to."""
-    print(line, flush=True)
 
 
 class Place(NamedTuple):
@@ -87,9 +85,7 @@ def check_choices(split: str, on_corrupt: str) -> None:
         raise ValueError(f"on_corrupt is {on_corrupt!r}: choose 'error' or 'skip'")
 
 
-def find_root(
-    name: str, schemes: tuple[str, ...], split: str, on_corrupt: str, root: Path | str | None
-) -> Path:
+def find_root(name: str, schemes: tuple[str, ...], split: str, on_corrupt: str, root: Root) -> Path:
     """The folder of a data set that is streamed; raises ValueError for another one's name."""
     check_choices(split, on_corrupt)
     if not name.startswith(schemes):
@@ -97,7 +93,7 @@ def find_root(
     return find_folder(name, root)
 
 
-def find_folder(name: str, root: Path | str | None = None) -> Path:
+def find_folder(name: str, root: Root = None) -> Path:
     """The folder that `folder:PATH` and the like name, absolute or below the data root.
 
     Raises FileNotFoundError if there is none.

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor
 
-from imsvd_core.data.batch import balanced
+from imsvd_core.data.batch import Device, balanced
 from imsvd_core.data.decoding import decode
 from imsvd_core.data.sources import OnCorrupt
 from imsvd_core.data.workers import stream
@@ -58,11 +58,8 @@ class StreamedImages:
         The same `n` and `seed` give the same images. Raises ValueError unless 1 <= n <= len(self).
         """
         rows = balanced(self.strata(), n, seed, f"{self.title} ({self.split})")
-        columns: dict[str, Any] = {name: getattr(self, name) for name in self.columns}
-        for name, column in columns.items():
-            entries = tuple(column[row] for row in rows)
-            columns[name] = entries if isinstance(column, tuple) else column[rows.numpy()]
-        return replace(self, unreadable=set(), **columns)
+        entries: dict[str, Any] = {name: getattr(self, name)[rows.numpy()] for name in self.columns}
+        return replace(self, unreadable=set(), **entries)
 
     def readable(
         self, read: Callable[[int], T], indices: Iterable[int], unreadable: list[int]
@@ -95,7 +92,7 @@ class StreamedImages:
         read: Callable[[Any], tuple],
         parts: Iterable,
         workers: int | None,
-        device: torch.device | str,
+        device: Device,
     ) -> Generator[list[Any]]:
         """What `read` makes of each part, but for its last item, unreadable images, which is noted.
 

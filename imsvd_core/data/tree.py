@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from imsvd_core.data import sources
-from imsvd_core.data.batch import Batch, OrderLike, Plan, members
-from imsvd_core.data.sources import OnCorrupt, Split
+from imsvd_core.data.batch import Batch, Device, OrderLike, Plan, groups, members
+from imsvd_core.data.sources import OnCorrupt, Root, Split
 from imsvd_core.data.streamed import StreamedImages
 from imsvd_core.views import CROP_DRAWS, EvalView, View, Views
 
@@ -65,7 +65,7 @@ class FolderImages(StreamedImages):
         order: OrderLike,
         views: Views | View,
         *,
-        device: torch.device | str = "cpu",
+        device: Device = "cpu",
         workers: int | None = None,
     ) -> Generator[Batch]:
         """The batches of a training: for each piece of the order, its images seen through `views`.
@@ -99,7 +99,7 @@ class FolderImages(StreamedImages):
         *,
         seed: int,
         workers: int | None = None,
-        device: torch.device | str = "cpu",
+        device: Device = "cpu",
     ) -> Generator[tuple[Tensor, ...]]:
         """What the views' `finish` takes: for each entry of the plan, in order, one random crop of
         every image for each view, uint8 (n, 3, size, size); all else as in `views`."""
@@ -116,7 +116,7 @@ class FolderImages(StreamedImages):
         view: EvalView,
         rows: Sequence[int] | None = None,
         *,
-        device: torch.device | str = "cpu",
+        device: Device = "cpu",
         batch_size: int = 500,
         workers: int | None = None,
     ) -> Generator[Tensor]:
@@ -125,9 +125,8 @@ class FolderImages(StreamedImages):
         Streamed images come 64 at a time, whatever `batch_size` says; all else as in `views`.
         """
         rows = range(len(self)) if rows is None else rows
-        parts = (rows[start : start + PART] for start in range(0, len(rows), PART))
         read = partial(self._read_centers, view)
-        with closing(self.stream(read, parts, workers, device)) as tables:
+        with closing(self.stream(read, groups(rows, PART), workers, device)) as tables:
             for (crops,) in tables:
                 yield view.finish(crops)
 
@@ -168,7 +167,7 @@ class FolderImages(StreamedImages):
 def open_folder(
     name: str,
     split: Split = "train",
-    root: Path | str | None = None,
+    root: Root = None,
     *,
     on_corrupt: OnCorrupt = "error",
 ) -> FolderImages:

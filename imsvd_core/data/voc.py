@@ -11,16 +11,18 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from imsvd_core.data import sources
-from imsvd_core.data.sources import OnCorrupt, Split
+from imsvd_core.data.batch import Device, groups
+from imsvd_core.data.sources import OnCorrupt, Root, Split
 from imsvd_core.data.streamed import StreamedImages
 
 # The challenge's words for what is trained and tested on.
-LISTS = {"train": "trainval", "test": "test"}
+LISTS: dict[Split, str] = {"train": "trainval", "test": "test"}
 
 PART = 64  # images that a worker hands over at a time
 
@@ -34,7 +36,7 @@ class VOCImages(StreamedImages):
 
     columns: ClassVar = ("stems", "labels")
 
-    stems: tuple[str, ...] = field(repr=False)  # names of the images, without .jpg
+    stems: np.ndarray = field(repr=False)  # (N,) names of the images, without .jpg: strings
     #: int8 (N, classes): 1 present, 0 only as a difficult object, -1 absent
     labels: Tensor = field(repr=False)
     classes: tuple[str, ...] = field(repr=False)
@@ -49,7 +51,7 @@ class VOCImages(StreamedImages):
         *,
         indices: Sequence[int] | None = None,
         workers: int | None = None,
-        device: torch.device | str = "cpu",
+        device: Device = "cpu",
     ) -> Generator[tuple[list[int], Tensor]]:
         """The images in order, whole: the shorter side to `resize`, then to size × size pixels,
         bilinear and antialiased.
@@ -65,9 +67,8 @@ class VOCImages(StreamedImages):
         what is yielded.
         """
         rows = range(len(self)) if indices is None else indices
-        parts = (rows[start : start + PART] for start in range(0, len(rows), PART))
         read = partial(self._read, resize, size)
-        with closing(self.stream(read, parts, workers, device)) as results:
+        with closing(self.stream(read, groups(rows, PART), workers, device)) as results:
             for readable, images in results:
                 if readable:
                     yield readable, images
@@ -88,7 +89,7 @@ class VOCImages(StreamedImages):
 def open_voc(
     name: str,
     split: Split = "train",
-    root: Path | str | None = None,
+    root: Root = None,
     *,
     on_corrupt: OnCorrupt = "error",
 ) -> VOCImages:
@@ -109,9 +110,9 @@ def open_voc(
             "splits (`imsvd data check voc07` tells how)"
         )
     tables = [read_list(file) for file in lists]
-    stems = tuple(tables[0])
+    stems = list(tables[0])
     for file, table in zip(lists, tables, strict=True):
-        if tuple(table) != stems:
+        if list(table) != stems:
             raise ValueError(
                 f"{file} lists other images than {lists[0].name}: unpack VOC 2007 again"
             )
@@ -119,7 +120,14 @@ def open_voc(
     classes = tuple(file.name.removesuffix(suffix) for file in lists)
     home = base / "JPEGImages"
     return VOCImages(
-        name, folder.name, split, home, stems, labels.contiguous(), classes, on_corrupt=on_corrupt
+        name,
+        folder.name,
+        split,
+        home,
+        np.array(stems, object),
+        labels.contiguous(),
+        classes,
+        on_corrupt=on_corrupt,
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from imsvd_core.data.batch import Device, groups
 from imsvd_core.system.progress import bar
 
 S = TypeVar("S")
@@ -29,7 +30,7 @@ def stream(
     read: Callable[[Any], tuple],
     parts: Iterable,
     workers: int | None = None,
-    device: torch.device | str = "cpu",
+    device: Device = "cpu",
 ) -> Generator[list[Any]]:
     """What `read` makes of each part, in order, made by worker processes some parts ahead.
 
@@ -41,7 +42,7 @@ def stream(
 
     Closing the iterator ends the workers. Raises here the ValueError that `read` raises there.
     """
-    device, workers = torch.device(device), share_of_cores() if workers is None else workers
+    workers = share_of_cores() if workers is None else workers
     loader = DataLoader(
         _Reader(read),
         batch_size=None,
@@ -50,7 +51,7 @@ def stream(
         num_workers=workers,
         prefetch_factor=AHEAD if workers else None,
         worker_init_fn=_heed_the_trainer_alone,
-        pin_memory=device.type == "cuda",
+        pin_memory=torch.device(device).type == "cuda",
         # Its own, so that the trainer's global generator is left alone.
         generator=torch.Generator(),
     )
@@ -82,14 +83,14 @@ def in_threads(
         workers: threads; by default this rank's share of the cores.
     """
 
-    def read_group(start: int) -> list[T]:
-        return [read(file) for file in files[start : start + GROUP]]
+    def read_group(group: Sequence[S]) -> list[T]:
+        return [read(file) for file in group]
 
     with (
         ThreadPoolExecutor(workers or share_of_cores()) as pool,
         bar(description, len(files), progress) as advance,
     ):
-        for group in pool.map(read_group, range(0, len(files), GROUP)):
+        for group in pool.map(read_group, groups(files, GROUP)):
             advance(len(group))
             yield from group
 

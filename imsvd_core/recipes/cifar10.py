@@ -103,23 +103,16 @@ def two_views(scale: Scale) -> Recipe:
     the batch has samples."""
     base = replace(cifar10(scale), method=VICReg())
     if scale == "full":
-        return replace(
-            base, network=replace(base.network, dim=256), loop=replace(base.loop, epochs=100)
-        )
-    laptop = replace(
-        base,
-        network=NetworkConfig(cifar_stem=False, hidden=(512,), dim=128),
-        optim=replace(base.optim, warmup_epochs=1),
-        loop=LoopConfig(epochs=6, batch_size=256),
-        samples=4_096,
-        watch=watching(4_000, 1_000),
-    )
+        network, loop = replace(base.network, dim=256), replace(base.loop, epochs=100)
+        return replace(base, network=network, loop=loop)
+    base = replace(base, optim=OptimConfig(warmup_epochs=1))
     if scale == "laptop":
-        return laptop
-    return replace(
-        laptop,
-        network=replace(laptop.network, hidden=(128,), dim=32),
-        loop=LoopConfig(epochs=6, batch_size=64, log_every=1),
-        samples=256,
-        watch=base.watch,
-    )
+        return replace(
+            base,
+            network=NetworkConfig(cifar_stem=False, hidden=(512,), dim=128),
+            loop=LoopConfig(epochs=6, batch_size=256),
+            samples=4_096,
+            watch=watching(4_000, 1_000),
+        )
+    network = NetworkConfig(cifar_stem=False, hidden=(128,), dim=32)
+    return replace(base, network=network, loop=replace(base.loop, epochs=6))

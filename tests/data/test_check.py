@@ -134,7 +134,7 @@ FAULTS = [
     (
         "imagenet",
         flatten_val,
-        {"images outside class folders": "6 in ", "missing class": "val/n01440764"},
+        {"image outside class folders": "val/n01440764_0.JPEG", "missing class": "val/n01440764"},
     ),
     ("imagenet", lambda r: draw(r / "train/cats/0.jpg"), {"folder that is no class": "train/cats"}),
     ("imagenet", lambda r: shutil.rmtree(r / "train"), {"missing folder": "root/train"}),
@@ -163,21 +163,17 @@ FAULTS = [
     (
         "voc07",
         lambda r: (r / BASE / "ImageSets/Main/dog_test.txt").unlink(),
-        {"unusable list": "dog_test.txt"},
+        {"wrong count": "test classes: 1, expected 2"},
     ),
     (
         "voc07",
         lambda r: rewrite(r / BASE / "ImageSets/Main/dog_trainval.txt", lambda b: b[10:]),
-        {"list of other images": "dog_trainval.txt"},
+        {"unusable lists": "dog_trainval.txt lists other images than cat_trainval.txt"},
     ),
     (
         "voc07",
-        lambda r: (r / BASE / "ImageSets/Main/test.txt").unlink(),
-        {
-            "unusable list": "/test.txt",
-            "wrong count": "test images: 0, expected 1",
-            "list of other images": "cat_test.txt",
-        },
+        lambda r: [f.unlink() for f in r.rglob("*_test.txt")],
+        {"unusable lists": "lacks JPEGImages or ImageSets/Main/*_test.txt"},
     ),
     (
         "voc07",
@@ -257,7 +253,7 @@ FAULTS = [
     (
         "voc07",
         lambda r: rewrite(r / BASE / "ImageSets/Main/dog_test.txt", lambda b: b"\xff\xfe" + b),
-        {"list of other images": "dog_test.txt"},
+        {"unusable lists": "dog_test.txt lists other images"},
     ),
     (
         "voc07",
@@ -269,14 +265,14 @@ FAULTS = [
         lambda r: rewrite(
             r / BASE / "ImageSets/Main/cat_trainval.txt", lambda b: b.replace(b"3 -1", b"3 7")
         ),
-        {"unusable list": "cat_trainval.txt says '000003 7': an image, once, and -1, 0 or 1"},
+        {"unusable lists": "cat_trainval.txt says '000003 7': an image, once, and -1, 0 or 1"},
     ),
     (
         "voc07",
         lambda r: rewrite(
             r / BASE / "ImageSets/Main/cat_test.txt", lambda b: b.replace(b" -1", b"")
         ),
-        {"unusable list": "cat_test.txt says '000002'"},
+        {"unusable lists": "cat_test.txt says '000002'"},
     ),
     (
         "voc07",
@@ -483,6 +479,8 @@ def test_without_a_root_the_command_says_how_to_prepare_one(tmp_path, capsys):
     assert "choose imagenet, places205" in capsys.readouterr().err
     assert run() == 2
     assert run("--help") == 0
-    assert "imsvd data check imagenet|places205" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="decode is 'half' and workers None"):
+    assert "Verify a prepared data root" in capsys.readouterr().out
+    assert run("check", "--help") == 0
+    assert "imagenet, places205, voc07 or coco" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="decode is 'half': choose none"):
         prepared.check("coco", tmp_path, decode="half")

@@ -105,7 +105,7 @@ def test_a_crop_depends_on_seed_step_and_image_and_on_nothing_else(tree, monkeyp
 def test_one_views_crops_are_drawn_as_the_first_of_two(tree):
     data, plan = open_folder(f"tree:{tree}"), [(0, torch.arange(16)), (3, torch.tensor([5, 3]))]
     for (alone,), (first, _) in zip(
-        data.crops(VIEWS.first, plan, seed=1, workers=1),
+        data.crops(VIEWS.views[0], plan, seed=1, workers=1),
         crops(data, *((step, indices.tolist()) for step, indices in plan), seed=1),
         strict=True,
     ):

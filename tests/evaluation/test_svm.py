@@ -263,7 +263,7 @@ def voc(home: Path, split: str, seed: int, n: int = 24) -> VOCImages:
     chance = np.random.default_rng(seed)
     labels = np.where(chance.random((n, 3)) < 0.5, 1, -1)
     home.mkdir(parents=True, exist_ok=True)
-    stems = tuple(f"{split}{number}" for number in range(n))
+    stems = np.array([f"{split}{number}" for number in range(n)], object)
     for stem, label in zip(stems, labels, strict=True):
         pixels = np.broadcast_to(np.where(label == 1, 200, 60).astype(np.uint8), (20, 30, 3))
         Image.fromarray(pixels).save(home / f"{stem}.jpg", quality=95)
@@ -364,7 +364,7 @@ def test_visslpool_is_four_means_of_six_by_six(data, tmp_path):
 
 def test_an_image_of_both_splits_and_other_classes_are_refused(data, backbone, tmp_path):
     train, test = data
-    leaking = replace(test, stems=(*test.stems[:-1], train.stems[5]))
+    leaking = replace(test, stems=np.append(test.stems[:-1], train.stems[5]))
     with pytest.raises(ValueError, match="1 images are in both splits, 'train5'"):
         SMALL.run(backbone, (train, leaking), Setup(tmp_path))
     with pytest.raises(ValueError, match=r"the splits differ in classes \['cow', 'sheep'\]"):
