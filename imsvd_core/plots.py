@@ -237,11 +237,11 @@ def draw_joint(
     shape and units do not agree.
     """
     table = _array(joint).astype(float)
-    if table.ndim != 2 or table.shape[0] != table.shape[1]:
+    dim = len(table)
+    if table.shape != (dim, dim):
         raise ValueError(f"joint has shape {table.shape}; a square matrix (D, D) is needed")
-    dim = table.shape[0]
-    sizes = [units] * (dim // units if units else 0) if isinstance(units, int) else list(units)
-    if not sizes or min(sizes) < 1 or sum(sizes) != dim:
+    sizes = [units] * (dim // max(units, 1)) if isinstance(units, int) else list(units)
+    if min(sizes, default=0) < 1 or sum(sizes) != dim:
         raise ValueError(f"units={units} does not divide the {dim} rows of joint into variables")
     if norm is None:
         norm = PowerNorm(0.5, vmin=0.0, vmax=max(float(table.max()), 1e-12))
@@ -298,10 +298,6 @@ def contact_sheet(images: Any, *, columns: int = 8, gap: int = 2, scale: int = 1
         raise ValueError(
             f"images has shape {stack.shape} and type {stack.dtype}: "
             "uint8 of shape (N, 3, H, W), N >= 1, is needed"
-        )
-    if columns < 1 or scale < 1 or gap < 0:
-        raise ValueError(
-            f"columns={columns} and scale={scale} must be at least 1, gap={gap} at least 0"
         )
     pixels = np.insert(stack.transpose(0, 2, 3, 1), 3, 255, axis=3)  # opaque
     pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)

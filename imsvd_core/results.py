@@ -1,7 +1,6 @@
 """Results: figures and where they come from, in one JSON file each."""
 
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -61,7 +60,7 @@ def provenance(
     `config` is a dataclass, or whatever JSON can hold, with dataclasses inside.
     """
     return Provenance(
-        command=command or _command(),
+        command=command or shlex.join([Path(sys.argv[0]).name or "python", *sys.argv[1:]]),
         commit=code_version(),
         config_hash=config_hash(config),
         seed=seed,
@@ -132,10 +131,6 @@ def stored_path(file: str) -> Path:
         files = ", ".join(sorted(other.name for other in STORE.glob(f"*{path.suffix}"))) or "none"
         raise FileNotFoundError(f"no stored result {file!r} in {STORE}; there are: {files}")
     return path
-
-
-def _command() -> str:
-    return shlex.join([os.path.basename(sys.argv[0]) or "python", *sys.argv[1:]])
 
 
 @lru_cache(maxsize=1)

@@ -2,13 +2,10 @@
 share of them."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
-from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
-import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -16,14 +13,12 @@ from torch import Tensor, nn
 from imsvd_core.data import Images
 from imsvd_core.distributed import world
 from imsvd_core.networks import represent
-from imsvd_core.system.files import atomic_write
 from imsvd_core.system.progress import bar
 from imsvd_core.views import EvalView
 
 Data = TypeVar("Data", bound=Any)
 
 BATCH_SIZE = 500  # of images in memory; streamed ones come as they are read
-KEPT_ROWS = 4096  # that a file of `embed` holds
 
 
 def embed(
@@ -34,7 +29,6 @@ def embed(
     device: torch.device | str = "cpu",
     precision: torch.dtype | None = None,
     ranks: bool = False,
-    folder: Path | None = None,
     progress: bool = False,
     title: str = "embedding",
 ) -> Tensor:
@@ -44,44 +38,18 @@ def embed(
     Args:
         ranks: all ranks of the process group call this; each computes its share, and all end with
             the whole table.
-        folder: keeps what is done so far, from which a call after a kill goes on. The caller
-            ensures that it belongs to these images and this backbone, and removes it. It grows as
-            large as the table.
         progress: show a bar, named `title`, on rank 0.
     """
     rows = share(len(data), ranks)
-    compute = partial(batches, backbone, data, view, device=device, precision=precision)
     table, done = torch.empty(0, 0, device=device), rows.start
     with bar(title, len(rows), progress) as advance:
-        for features in _kept(folder, rows, compute) if folder else compute(rows):
+        for features in batches(backbone, data, view, rows, device=device, precision=precision):
             if not len(table):
                 table = table.new_empty(len(data), features.shape[1])
             table[done : done + len(features)] = features
             done += len(features)
             advance(len(features))
     return _gathered(table, len(data)) if ranks else table
-
-
-def _kept(
-    folder: Path, rows: range, compute: Callable[[range], Iterator[Tensor]]
-) -> Iterator[Tensor]:
-    """The representations of `rows`: those that the folder holds, then those that are left to
-    compute, which it receives."""
-    done = rows.start
-    while (path := folder / f"rows-{done}.safetensors").exists():
-        features = safetensors.torch.load_file(path)["rows"]
-        done += len(features)
-        yield features
-    block: list[Tensor] = []
-    for features in compute(range(done, rows.stop)):
-        yield features
-        block.append(features)
-        size = sum(map(len, block))
-        if size >= KEPT_ROWS or done + size == rows.stop:
-            with atomic_write(folder / f"rows-{done}.safetensors") as file:
-                file.write(safetensors.torch.save({"rows": torch.cat(block).cpu()}))
-            done += size
-            block = []
 
 
 def batches(

@@ -67,10 +67,9 @@ class KNNConfig(Evaluation):
     ) -> dict[str, float]:
         """See `evaluate`; every rank has its share of gallery and queries.
 
-        What is done so far is kept in a folder beside `setup.folder` (the queries' features and 12
-        bytes for each of a query's neighbours: for ImageNet 0.5 GB, and 0.1 GB on every further
-        rank), which is removed when the result is complete. Raises ValueError, too, where another
-        process holds it.
+        The queries' features, once there, and the neighbours so far are kept in a folder beside
+        `setup.folder` (for ImageNet 0.5 GB, and 0.1 GB on every further rank), which is removed
+        when the result is complete. Raises ValueError, too, where another process holds it.
         """
         self.check(*data)
         train, test = self.choose(*data)
@@ -128,15 +127,14 @@ def _evaluate(
     ranks: bool,
 ) -> dict[str, float]:
     """`evaluate`; or what the ranks do together, of which `setup.folder` keeps what is done."""
-    queries = embed(
-        backbone,
-        test,
-        **setup.sight,
-        ranks=ranks,
-        folder=setup.folder if ranks else None,
-        progress=setup.progress,
-        title="embedding queries",
-    )
+    path = setup.folder / "queries.safetensors"
+    if ranks and path.exists():
+        queries = safetensors.torch.load_file(path, device=str(setup.device))["features"]
+    else:
+        title, progress = "embedding queries", setup.progress
+        queries = embed(backbone, test, **setup.sight, ranks=ranks, progress=progress, title=title)
+        if ranks:
+            on_rank_0(_write)(path, {"features": queries})
     # An Apple GPU selects few at a time.
     queries = queries.cpu() if queries.device.type == "mps" else queries
     rows = share(len(train), ranks)
@@ -304,10 +302,8 @@ class Neighbors:
     def save(self, file: Path | None) -> None:
         """Keep what the compared rows gave, once a minute at most; rows that wait are left out."""
         if file and time.monotonic() - self._saved_at >= SAVE_SECONDS:
-            tables = {"similarity": self.similarity.cpu(), "index": self.index.cpu()}
-            with atomic_write(file) as content:
-                row = torch.tensor(self.next_row)
-                content.write(safetensors.torch.save(tables | {"seen": row}))
+            row = torch.tensor(self.next_row)
+            _write(file, {"similarity": self.similarity, "index": self.index, "seen": row})
             self._saved_at = time.monotonic()
 
     def resume(self, file: Path | None) -> int:
@@ -351,3 +347,8 @@ def _normalized(name: str, features: Tensor) -> Tensor:
             "precision fp32"
         )
     return features / length.clamp_min_(1e-12)
+
+
+def _write(path: Path, tables: dict[str, Tensor]) -> None:
+    with atomic_write(path) as file:
+        file.write(safetensors.torch.save({name: x.cpu() for name, x in tables.items()}))

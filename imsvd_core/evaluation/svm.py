@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -181,38 +181,30 @@ def embed(
         backbone = copy.deepcopy(backbone)
         backbone.avgpool = _Windows(6, stride=1)
     backbone.to(setup.device)
-    features, rows = [], []
+    blocks = []
     with bar(f"{data.split} images", len(data), setup.progress) as advance:
         for start in range(0, len(data), BLOCK):
             indices = range(len(data))[start : start + BLOCK]
             path = setup.folder / f"{data.split}-{start // BLOCK:05d}.safetensors"
             if path.exists():
-                block = safetensors.torch.load_file(path)
                 advance(len(indices))
             else:
-                block = _embed_block(backbone, data, view, indices, setup, advance)
+                features, rows = [], []
+                for readable, images in data.images(
+                    view.resize, view.size, indices=indices, device=setup.device
+                ):
+                    batch = view.finish(images)
+                    features.append(represent(backbone, [batch], setup.device, setup.precision))
+                    rows += readable
+                    advance(len(readable))
+                block = {"features": torch.cat(features).cpu(), "rows": torch.tensor(rows)}
                 with atomic_write(path) as file:
                     file.write(safetensors.torch.save(block))
-            features.append(block["features"])
-            rows.append(block["rows"])
-    return torch.cat(features), torch.cat(rows)
-
-
-def _embed_block(
-    backbone: nn.Module,
-    data: VOCImages,
-    view: EvalView,
-    indices: range,
-    setup: Setup,
-    advance: Callable[[int], None],
-) -> dict[str, Tensor]:
-    """Features and rows of those of the images that can be read."""
-    device, features, rows = setup.device, [], []
-    for readable, images in data.images(view.resize, view.size, indices=indices, device=device):
-        features.append(represent(backbone, [view.finish(images)], device, setup.precision))
-        rows += readable
-        advance(len(readable))
-    return {"features": torch.cat(features).cpu().contiguous(), "rows": torch.tensor(rows)}
+            blocks.append(safetensors.torch.load_file(path))
+    return (
+        torch.cat([block["features"] for block in blocks]),
+        torch.cat([block["rows"] for block in blocks]),
+    )
 
 
 def fit(
@@ -344,11 +336,6 @@ def voc_average_precision(scores: Array, labels: Array) -> float:
     without a positive or for a score that is no number.
     """
     scores, labels = np.asarray(scores, np.float64), np.asarray(labels)
-    if scores.shape != labels.shape or scores.ndim != 1 or not np.isin(labels, (-1, 0, 1)).all():
-        raise ValueError(
-            f"scores {scores.shape} and labels {labels.shape} must be (N,) both, the labels 1, 0 "
-            "or -1"
-        )
     if np.isnan(scores).any() or not (labels == 1).any():
         raise ValueError(
             f"{np.isnan(scores).sum()} of the scores are no numbers and {(labels == 1).sum()} of "

@@ -281,7 +281,6 @@ class Dying(nn.Module):
 
 def test_a_killed_evaluation_goes_on_where_it_was_and_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(knn, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(features, "KEPT_ROWS", 10)
     monkeypatch.setattr(features, "BATCH_SIZE", 5)
     compared = []
     plain = Neighbors._compare
@@ -293,7 +292,7 @@ def test_a_killed_evaluation_goes_on_where_it_was_and_leaves_nothing_behind(tmp_
     for lives in (
         # in the queries; in the gallery; not at all
         17,
-        60,
+        70,
         10**6,
     ):
         compared.clear()

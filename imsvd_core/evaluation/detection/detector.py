@@ -26,7 +26,6 @@ different:
 """
 
 import copy
-import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -287,7 +286,5 @@ def _width(layer: nn.Sequential) -> int:
 
 
 def _stride(backbone: ResNet) -> int:
-    """Pixels between two of layer3's features: 16, or 4 with a CIFAR stem."""
-    pool = backbone.maxpool.stride if isinstance(backbone.maxpool, nn.MaxPool2d) else 1
-    layers = (backbone.layer1, backbone.layer2, backbone.layer3)
-    return math.prod([backbone.conv1.stride[0], pool, *(layer[0].stride for layer in layers)])
+    """Pixels between two of layer3's features: 16, or 4 with a CIFAR stem, which has no pooling."""
+    return 4 * backbone.conv1.stride[0] * getattr(backbone.maxpool, "stride", 1)

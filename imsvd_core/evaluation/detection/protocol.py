@@ -129,8 +129,8 @@ class DetectionConfig(Evaluation):
         folder = trainer.run.path / f"test-{config_hash(test_settings)}"
         # Every block of detections is kept as it comes.
         with trainer.run.on_rank_0(), signals.interruptible():
-            _make_precise(detector, train, self, trainer, folder, setup.progress)
-            figures = _test(detector, test, self, trainer, folder, setup.progress)
+            _make_precise(detector, train, self, trainer, folder)
+            figures = _test(detector, test, self, trainer, folder)
         return figures | {
             "iterations": trainer.step,
             "train_images": len(train),
@@ -297,14 +297,13 @@ def _make_precise(
     config: DetectionConfig,
     trainer: Trainer,
     folder: Path,
-    progress: bool,
 ) -> None:
     """Give batch-norm precise statistics and keep the detector as detector.safetensors; or read it
     from there."""
     path = folder / "detector.safetensors"
     if not on_rank_0(path.exists)():
         if config.precise_bn:
-            _show_batches(detector, train, config, trainer.device, progress)
+            _show_batches(detector, train, config, trainer)
         weights = {name: value.cpu().contiguous() for name, value in detector.state_dict().items()}
         on_rank_0(trainer.run.write)(path, safetensors.torch.save(weights))
     detector.load_state_dict(safetensors.torch.load_file(path))
@@ -312,16 +311,12 @@ def _make_precise(
 
 
 def _show_batches(
-    detector: nn.Module,
-    train: CocoImages,
-    config: DetectionConfig,
-    device: torch.device,
-    progress: bool,
+    detector: nn.Module, train: CocoImages, config: DetectionConfig, trainer: Trainer
 ) -> None:
     """Precise statistics from training batches: this rank's share of each is as large as those that
     batch-norm saw in training."""
     rank, ranks = world()
-    share = config.loop.batch_size // config.loop.accumulate // ranks
+    device, share = trainer.device, config.loop.batch_size // config.loop.accumulate // ranks
     generator = torch.Generator().manual_seed(stream_seed(config.loop.seed, "precise", 0))
     rounds = math.ceil(config.precise_bn * share * ranks / len(train))
     shuffled = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(rounds)])
@@ -338,7 +333,7 @@ def _show_batches(
 
     precision = PRECISIONS[config.loop.precision]
     with (
-        bar("precise batch-norm", len(plan), progress) as advance,
+        bar("precise batch-norm", len(plan), trainer.progress) as advance,
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         torch.autocast(device.type, precision, enabled=precision is not None),
     ):
@@ -351,7 +346,6 @@ def _test(
     config: DetectionConfig,
     trainer: Trainer,
     folder: Path,
-    progress: bool,
 ) -> dict[str, float]:
     """Look at the test images, each rank at its share, in blocks of which each is written; then
     score."""
@@ -367,7 +361,7 @@ def _test(
     precision = PRECISIONS[config.loop.precision]
     with (
         closing(test.batches(order, masks=False, device=trainer.device)) as batches,
-        bar("testing", len(order), progress) as advance,
+        bar("testing", len(order), trainer.progress) as advance,
     ):
         for path, block in missing:
             content: dict[str, list[Any]] = {"images": [], "detections": []}
@@ -381,7 +375,7 @@ def _test(
                 advance(1)
             trainer.run.write(path, json.dumps(content).encode())
     mean_over_ranks(torch.zeros(1, device=trainer.device))  # wait for all
-    return _score_files(list(blocks), test, progress)
+    return _score_files(list(blocks), test, trainer.progress)
 
 
 @on_rank_0

@@ -27,7 +27,7 @@ def score(
         )
     figures: dict[str, float] = {}
     for kind, name in (("bbox", "box"), ("segm", "mask")):
-        precision = dict.fromkeys(("ap", "ap50", "ap75"), 0.0)
+        precisions = [0.0] * 3
         if detections:
             # pycocotools would take the sizes of masks from their boxes.
             dropped = "bbox" if kind == "segm" else None
@@ -41,6 +41,7 @@ def score(
                 scores.evaluate()
                 scores.accumulate()
                 scores.summarize()
-            precision = dict(zip(precision, scores.stats[:3].tolist(), strict=True))
-        figures |= {f"{name}_{key}": round(100 * value, 2) for key, value in precision.items()}
+            precisions = scores.stats[:3].tolist()
+        for measure, precision in zip(("ap", "ap50", "ap75"), precisions, strict=True):
+            figures[f"{name}_{measure}"] = round(100 * precision, 2)
     return figures
