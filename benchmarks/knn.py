@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from imsvd_core.evaluation import knn
+from imsvd_core.evaluation import knn, neighbors
 from imsvd_core.results import provenance, write_result
 from imsvd_core.system.progress import bar
 
@@ -53,9 +53,9 @@ def features(rows: int, width: int, seed: int) -> Tensor:
 
 
 def ours(queries: Tensor, gallery: Tensor, k: int) -> Tensor:
-    neighbors = knn.Neighbors(queries, k)
-    neighbors.add(gallery)
-    return neighbors.nearest()[1]
+    nearest = neighbors.Neighbors(queries, k)
+    nearest.add(gallery)
+    return nearest.nearest()[1]
 
 
 def faiss(queries: Tensor, gallery: Tensor, k: int) -> Tensor:
@@ -78,27 +78,27 @@ def share() -> None:
     """One of the ranks at full size, from its features to its share's predictions."""
     size, k, rows = FULL["ranks"], FULL["neighbors"], FULL["gallery"]
     gallery = features(rows, FULL["features"], seed=1)
-    neighbors = knn.Neighbors(features(FULL["queries"], FULL["features"], seed=0), k)
-    neighbors.add(gallery)
-    similarity, index = neighbors.nearest()
+    nearest = neighbors.Neighbors(features(FULL["queries"], FULL["features"], seed=0), k)
+    nearest.add(gallery)
+    similarity, index = nearest.nearest()
     with (
-        mock.patch.multiple(knn, world=lambda: (0, size), share=lambda n: range(n // size)),
+        mock.patch.multiple(neighbors, world=lambda: (0, size), share=lambda n: range(n // size)),
         mock.patch(
             "torch.distributed.all_to_all_single",
             lambda received, sent, *lengths: received.copy_(sent),
         ),
     ):
-        similarity, index = knn.merge_over_ranks(similarity, index)
+        similarity, index = neighbors.merge_over_ranks(similarity, index)
     knn.vote(similarity, index % 1000, 1000, neighbors=NEIGHBORS, temperature=0.07)
 
 
 def stream(rows: int) -> None:
     """One rank whose gallery is never held."""
     queries = features(FULL["queries"], FULL["features"], seed=0)
-    neighbors = knn.Neighbors(queries, FULL["neighbors"])
+    nearest = neighbors.Neighbors(queries, FULL["neighbors"])
     for start in range(0, rows, 512):
-        neighbors.add(features(512, FULL["features"], seed=start + 1))
-    similarity, index = neighbors.nearest()
+        nearest.add(features(512, FULL["features"], seed=start + 1))
+    similarity, index = nearest.nearest()
     knn.vote(similarity, index % 1000, 1000, neighbors=NEIGHBORS, temperature=0.07)
 
 

@@ -3,7 +3,7 @@
 import logging
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -56,8 +56,8 @@ def export(
     suffix, and for a backbone that is not what `name` and `cifar_stem` say.
     """
     path = Path(path)
-    if to not in get_args(Format):
-        raise ValueError(f"to={to!r} must be one of {', '.join(get_args(Format))}")
+    if to not in SUFFIXES:
+        raise ValueError(f"to={to!r} must be one of {', '.join(SUFFIXES)}")
     if path.suffix not in SUFFIXES[to]:
         raise ValueError(
             f"path={str(path)!r} must end in {' or '.join(SUFFIXES[to])}, by which readers know "
@@ -166,7 +166,7 @@ def _load(path: Path) -> Any:
 def _find(content: Any, path: Path) -> dict[str, Tensor]:
     """The tensors of the ResNet in a file's content, without its prefix, with whatever has the
     same."""
-    tensors = _flat(content)
+    tensors = dict(_named(content))
     prefixes = [key.removesuffix(FIRST) for key in tensors if key.endswith(FIRST)]
     if len(prefixes) > 1:
         leading = [prefix for prefix in prefixes if not any(word in prefix for word in FOLLOWERS)]
@@ -182,14 +182,13 @@ def _find(content: Any, path: Path) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
 
 
-def _flat(content: Any) -> dict[str, Tensor]:
+def _named(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """All tensors in dicts of dicts, under their keys joined by dots."""
-    tensors: dict[str, Tensor] = {}
-    for key, value in content.items() if isinstance(content, Mapping) else ():
-        if isinstance(value, Tensor):
-            tensors[str(key)] = value
-        tensors |= {f"{key}.{name}": tensor for name, tensor in _flat(value).items()}
-    return tensors
+    if isinstance(content, Tensor):
+        yield name.removeprefix("."), content
+    elif isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _named(value, f"{name}.{key}")
 
 
 def _shapes(name: BackboneName, cifar_stem: bool) -> dict[str, torch.Size]:

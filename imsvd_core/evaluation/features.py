@@ -4,8 +4,10 @@ share of them."""
 import hashlib
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any, TypeVar
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from imsvd_core.data import Images
 from imsvd_core.distributed import world
 from imsvd_core.networks import represent
+from imsvd_core.system.files import atomic_write
 from imsvd_core.system.progress import bar
 from imsvd_core.views import EvalView
 
@@ -125,3 +128,10 @@ def _gathered(table: Tensor, n: int) -> Tensor:
         if rows:
             dist.broadcast(table[rows.start : rows.stop], rank)
     return table
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as safetensors, all or none."""
+    content = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_write(path) as file:
+        file.write(safetensors.torch.save(content))

@@ -82,7 +82,7 @@ class LinearConfig(Evaluation):
         backbone = backbone.to(device).eval().requires_grad_(False)
         blank = torch.zeros(1, 3, setup.view.size, setup.view.size, dtype=torch.uint8)
         width = represent(backbone, [setup.view.finish(blank)], device).shape[1]
-        head = _new_head(width, len(train.classes), self.loop.seed)
+        probe = Probe(width, len(train.classes), self.loop.seed)
         # Subsets are known by their images; the test's do not matter.
         settings = self.identity(backbone) | {
             "data": [train.title, list(train.classes)],
@@ -92,7 +92,7 @@ class LinearConfig(Evaluation):
         del settings["train_images"], settings["test_images"]
         settings = essential(settings)
         trainer = Trainer(
-            Probe(head),
+            probe,
             len(train),
             self.loop,
             self.optim,
@@ -106,7 +106,7 @@ class LinearConfig(Evaluation):
             pass
         trainer.refuse_unfinished()
         with signals.interruptible():
-            correct = _test(head.eval(), scale, backbone, test, setup)
+            correct = _test(probe.head.eval(), scale, backbone, test, setup)
         return {name: round(100 * count / len(test), 2) for name, count in correct.items()} | {
             "epochs": self.loop.epochs,
             "train_images": len(train),
@@ -158,9 +158,12 @@ class Probe(Method):
 
     whole_batch = False
 
-    def __init__(self, head: nn.Linear):
+    def __init__(self, width: int, classes: int, seed: int):
         super().__init__()
-        self.head = head
+        self.head = nn.Linear(width, classes)
+        generator = torch.Generator().manual_seed(seed)
+        nn.init.normal_(self.head.weight, std=0.01, generator=generator)
+        nn.init.zeros_(self.head.bias)
 
     def embed(self, batch: Batch) -> tuple[Tensor, ...]:
         """Logits (n, classes) and labels (n,)."""
@@ -171,13 +174,6 @@ class Probe(Method):
         logits, labels = embeddings
         accuracy = (logits.argmax(1) == labels).float().mean()
         return {"loss": cross_entropy(logits.float(), labels), "accuracy": accuracy}
-
-
-def _new_head(width: int, classes: int, seed: int) -> nn.Linear:
-    head = nn.Linear(width, classes)
-    nn.init.normal_(head.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
-    nn.init.zeros_(head.bias)
-    return head
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,12 +20,11 @@ from imsvd_core.data.voc import VOCImages
 from imsvd_core.data.workers import share_of_cores
 from imsvd_core.distributed import on_rank_0
 from imsvd_core.evaluation.base import Color, Evaluation, Setup
-from imsvd_core.evaluation.features import fingerprint
+from imsvd_core.evaluation.features import fingerprint, write_tensors
 from imsvd_core.networks import represent
 from imsvd_core.results import write_json
 from imsvd_core.system import checks, signals
 from imsvd_core.system.config import config_hash
-from imsvd_core.system.files import atomic_write
 from imsvd_core.system.progress import bar
 from imsvd_core.system.run_folder import RunFolder
 from imsvd_core.views import IMAGENET_MEAN, IMAGENET_STD, EvalView
@@ -144,23 +143,17 @@ class SVMConfig(Evaluation):
 
 
 @dataclass(frozen=True)
-class CostSearch:
-    """How the cost of one class was chosen."""
+class ClassResult:
+    """How one class went."""
 
     cost: float
-    """The chosen one."""
+    """The one that cross-validates best, the first of equal ones."""
     cross_validated: list[float]
     """Average precision at each cost, the mean over folds."""
     not_converged: int
     """Fits of LIBLINEAR that reached `max_iter`."""
-
-
-@dataclass(frozen=True)
-class ClassResult(CostSearch):
-    """How one class went."""
-
-    ap: float
-    """Average precision on the test images, between 0 and 1."""
+    ap: float = 0.0
+    """Average precision on the test images, between 0 and 1; 0 before the test."""
 
 
 def embed(
@@ -197,9 +190,8 @@ def embed(
                     features.append(represent(backbone, [batch], setup.device, setup.precision))
                     rows += readable
                     advance(len(readable))
-                block = {"features": torch.cat(features).cpu(), "rows": torch.tensor(rows)}
-                with atomic_write(path) as file:
-                    file.write(safetensors.torch.save(block))
+                block = {"features": torch.cat(features), "rows": torch.tensor(rows)}
+                write_tensors(path, block)
             blocks.append(safetensors.torch.load_file(path))
     return (
         torch.cat([block["features"] for block in blocks]),
@@ -298,7 +290,7 @@ def _fit_classes(
 
 def train_class(
     features: np.ndarray, labels: np.ndarray, config: SVMConfig
-) -> tuple["LinearSVC", CostSearch]:
+) -> tuple["LinearSVC", ClassResult]:
     """The classifier of one class at the cost that cross-validates best on these images, and how
     that went.
 
@@ -323,7 +315,7 @@ def train_class(
         search.fit(x, y)
     unfinished = sum(issubclass(warning.category, ConvergenceWarning) for warning in caught)
     curve = search.cv_results_["mean_test_score"].tolist()
-    return search.best_estimator_, CostSearch(search.best_params_["C"], curve, unfinished)
+    return search.best_estimator_, ClassResult(search.best_params_["C"], curve, unfinished)
 
 
 def voc_average_precision(scores: Array, labels: Array) -> float:
@@ -368,9 +360,9 @@ def _fit_class(
     if os.getpid() != parent:
         signals.end_with(parent)
     with threadpool_limits(1):  # sums in one order, however many processes there are
-        classifier, search = train_class(x, y, config)
+        classifier, result = train_class(x, y, config)
         scores = classifier.decision_function(test_x)
-    result = ClassResult(**asdict(search), ap=voc_average_precision(scores, test_y))
+    result = replace(result, ap=voc_average_precision(scores, test_y))
     if path:
         write_json(path, result)
     return result

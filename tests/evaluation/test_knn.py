@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from imsvd_core.data.memory import ImageData
-from imsvd_core.evaluation import features, knn
+from imsvd_core.evaluation import features, knn, neighbors
 from imsvd_core.evaluation.base import Setup
-from imsvd_core.evaluation.knn import KNNConfig, Neighbors, vote, weighted_knn
+from imsvd_core.evaluation.knn import KNNConfig, vote, weighted_knn
+from imsvd_core.evaluation.neighbors import Neighbors, nearest_of
 from imsvd_core.views import EvalView
 
 
@@ -161,10 +162,10 @@ def check_nearest(similarity, index, gallery, queries, k):
 def test_tied_neighbours_are_a_valid_choice_however_the_gallery_is_cut(chunk, fed):
     gallery, queries = tying(600, 0), tying(9, 1)
     for k in (1, 20, 200):
-        neighbors = Neighbors(queries, k, chunk)
+        nearest = Neighbors(queries, k, chunk)
         for part in gallery.split(fed):
-            neighbors.add(part)
-        check_nearest(*neighbors.nearest(), gallery, queries, k)
+            nearest.add(part)
+        check_nearest(*nearest.nearest(), gallery, queries, k)
 
 
 @pytest.mark.parametrize("cuts", [(400, 700), (3, 1097), (550, 550)])
@@ -173,10 +174,8 @@ def test_what_two_found_in_their_parts_merges_to_what_one_finds(cuts):
     first, second = (Neighbors(queries, 50, 16, start) for start in (0, cuts[0]))
     first.add(gallery[: cuts[0]])
     second.add(gallery[cuts[0] :])
-    second.merge(first)
-    check_nearest(*second.nearest(), gallery, queries, 50)
-    with pytest.raises(ValueError, match="other has 5 queries, and this 33"):
-        first.merge(Neighbors(queries[:5], 50))
+    tables = (torch.cat(parts, 1) for parts in zip(first.nearest(), second.nearest(), strict=True))
+    check_nearest(*nearest_of(*tables, 50), gallery, queries, 50)
 
 
 def test_the_neighbours_and_their_order_are_those_of_sorting_everything():
@@ -254,9 +253,9 @@ def test_ranks_share_the_work_and_find_what_one_process_does(ranks, tmp_path, ga
 
 def _merged_of_three(rank: int, size: int) -> tuple:
     gallery, queries = tying(100, 0), tying(10, 1)
-    neighbors = Neighbors(queries, 40, 4, features.share(100).start)
-    neighbors.add(gallery[features.share(100)])
-    return *knn.merge_over_ranks(*neighbors.nearest()), queries[features.share(10)]
+    nearest = Neighbors(queries, 40, 4, features.share(100).start)
+    nearest.add(gallery[features.share(100)])
+    return *neighbors.merge_over_ranks(*nearest.nearest()), queries[features.share(10)]
 
 
 @pytest.mark.slow  # three processes start
@@ -280,7 +279,7 @@ class Dying(nn.Module):
 
 
 def test_a_killed_evaluation_goes_on_where_it_was_and_leaves_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(knn, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(neighbors, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(features, "BATCH_SIZE", 5)
     compared = []
     plain = Neighbors._compare

@@ -235,9 +235,8 @@ def mirror(
 
 def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
     """The image (3, H, W) and what stands in it, mirrored left to right."""
-    x1, y1, x2, y2 = target["boxes"].unbind(1)
-    width = image.shape[-1]
-    boxes = torch.stack([width - x2, y1, width - x1, y2], 1)
+    boxes = target["boxes"].clone()
+    boxes[:, [0, 2]] = image.shape[-1] - boxes[:, [2, 0]]
     return image.flip(-1), target | {"boxes": boxes, "masks": target["masks"].flip(-1)}
 
 
