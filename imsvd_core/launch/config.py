@@ -6,7 +6,7 @@ import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from imsvd_core.system.checks import at_least, literals, positive
 from imsvd_core.system.config import from_plain
@@ -64,7 +64,7 @@ class LaunchConfig:
                 f"tasks_per_node={self.tasks_per_node} exceeds gpus_per_node={self.gpus_per_node}: "
                 "each process needs a GPU of its own"
             )
-        if 60 * self.minutes <= self.grace_seconds:
+        if self.useful_minutes <= 0:
             raise ValueError(
                 f"time={self.time!r} must exceed grace_seconds={self.grace_seconds}, or the job is "
                 "told to stop as it starts"
@@ -85,15 +85,19 @@ class LaunchConfig:
     @property
     def minutes(self) -> int:
         """The time limit, rounded up. Raises ValueError for what Slurm would not read."""
-        form = re.fullmatch(
-            r"(?:(\d+)-(\d+)(?::(\d+))?(?::(\d+))?|(?:(\d+):)?(\d+):(\d+)|(\d+))", self.time
-        )
-        if not form or not any(int(part or 0) for part in form.groups()):
+        form = r"(?:(\d+)-(\d+)(?::(\d+))?(?::(\d+))?|(?:(\d+):)?(\d+):(\d+)|(\d+))"
+        match = re.fullmatch(form, self.time)
+        if not match:
             raise ValueError(
                 f"time={self.time!r} is no time limit: write minutes, H:MM:SS or D-HH:MM:SS"
             )
-        days, hours, minutes, seconds, h, m, s, alone = (int(part or 0) for part in form.groups())
+        days, hours, minutes, seconds, h, m, s, alone = map(int, match.groups("0"))
         return math.ceil(1440 * days + 60 * (hours + h) + minutes + m + alone + (seconds + s) / 60)
+
+    @property
+    def useful_minutes(self) -> float:
+        """Of one attempt, before it is told to stop."""
+        return self.minutes - self.grace_seconds / 60
 
 
 def load_profile(name: str | None = None, path: Path | str | None = None) -> LaunchConfig:
@@ -109,20 +113,20 @@ def load_profile(name: str | None = None, path: Path | str | None = None) -> Lau
     what the file has instead.
     """
     file = Path(path or os.environ.get("IMSVD_CLUSTERS") or PROFILES).expanduser()
-    if not file.exists():
-        if name is None:
-            return LaunchConfig()
+    content: dict[str, Any] = {}
+    if file.exists():
+        try:
+            content = tomllib.loads(file.read_text())
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{file} is not TOML: {error}") from None
+    elif name is not None:
         raise FileNotFoundError(
             f"profile={name!r}: there is no {file}; write it, or set IMSVD_CLUSTERS"
         )
-    try:
-        content = tomllib.loads(file.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{file} is not TOML: {error}") from None
-    profiles = {key: value for key, value in content.items() if isinstance(value, dict)}
-    name = content.get("default") if name is None else name
+    name = name or content.get("default")
     if name is None:
         return LaunchConfig()
+    profiles = {key: value for key, value in content.items() if isinstance(value, dict)}
     if name not in profiles:
         raise ValueError(
             f"profile={name!r} is not in {file}; there are: {', '.join(profiles) or 'none'}"

@@ -2,6 +2,7 @@
 
 import graphlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ class Runs:
     text: str
     recipes: tuple[str, ...]
     #: How much of a recipe's epochs: a pretraining for each.
-    parts: tuple[float, ...]
+    parts: tuple[float, ...] = (1.0,)
     evaluation: str | None = None
 
 
@@ -43,11 +44,10 @@ TABLES = {
         (0.5, 1.0),
         "linear",
     ),
-    2: Runs("kNN of the three after all of the training, in miniature", METHODS, (1.0,), "knn"),
+    2: Runs("kNN of the three after all of the training, in miniature", METHODS, evaluation="knn"),
 }
-FIGURES = {
-    3: Runs("IMSVD's joint matrix, which its pretraining keeps in joints/", METHODS[:1], (1.0,))
-}
+FIGURES = {3: Runs("IMSVD's joint matrix, which its pretraining keeps in joints/", METHODS[:1])}
+PLANNED = {"table": TABLES, "figure": FIGURES}
 #: A graph's own file, in its folder.
 GRAPH = "graph.json"
 
@@ -80,32 +80,26 @@ class Graph:
     """
 
     def __init__(self, tasks: Iterable[Task]):
-        self._tasks: dict[str, Task] = {}
-        results: dict[Path, str] = {}
+        tasks = list(tasks)
+        for kind in ("name", "result"):
+            for value, count in Counter(getattr(task, kind) for task in tasks).items():
+                if count > 1:
+                    raise ValueError(
+                        f"{kind}={str(value)!r} is that of {count} tasks: give each its own"
+                    )
+        by_name = {task.name: task for task in tasks}
         for task in tasks:
-            if task.name in self._tasks:
-                raise ValueError(f"name={task.name!r} is that of two tasks: give each its own")
-            if task.result in results:
+            if unknown := sorted(set(task.needs) - by_name.keys()):
                 raise ValueError(
-                    f"result={str(task.result)!r} is that of two tasks, {results[task.result]} and "
-                    f"{task.name}: give each its own"
+                    f"needs={unknown} of {task.name} are no tasks; there are: {', '.join(by_name)}"
                 )
-            self._tasks[task.name] = task
-            results[task.result] = task.name
-        for task in self:
-            if unknown := [need for need in task.needs if need not in self._tasks]:
-                raise ValueError(
-                    f"needs={unknown} of {task.name} are no tasks; "
-                    f"there are: {', '.join(self._tasks)}"
-                )
-        needs = {task.name: task.needs for task in self}
+        sorter = graphlib.TopologicalSorter({task.name: task.needs for task in tasks})
         try:
-            order = tuple(graphlib.TopologicalSorter(needs).static_order())
+            self._tasks = {name: by_name[name] for name in sorter.static_order()}
         except graphlib.CycleError as error:
             raise ValueError(
                 f"needs go in a circle, {' → '.join(error.args[1])}: take one of them out"
             ) from None
-        self._tasks = {name: self._tasks[name] for name in order}
 
     def __iter__(self) -> Iterator[Task]:
         return iter(self._tasks.values())
@@ -118,9 +112,8 @@ class Graph:
 
     def save(self, out: Path) -> None:
         """Write graph.json into `out`; what stands there of other tasks stays."""
-        tasks = {task.name: task for task in self}
-        if (out / GRAPH).exists():
-            tasks = {task.name: task for task in Graph.load(out)} | tasks
+        stored = Graph.load(out) if (out / GRAPH).exists() else ()
+        tasks = {task.name: task for task in (*stored, *self)}
         rows = [
             asdict(task)
             | {name: str(getattr(task, name).relative_to(out)) for name in ("run_dir", "result")}
@@ -156,67 +149,61 @@ def build(
     alike. The data `auto` are resolved here, once for all. Raises ValueError for a table or figure
     that is not planned, naming those that are.
     """
-    parts = [*_planned("table", tables, TABLES), *_planned("figure", figures, FIGURES)]
-    if not parts:
+    planned = [*_planned("table", tables), *_planned("figure", figures)]
+    if not planned:
         raise ValueError(f"neither a table nor a figure is asked for; there are {_catalogue()}")
-    tasks: list[Task] = []
-    data: dict[str, str] = {}
+    tasks: dict[str, Task] = {}
     for name in METHODS:
-        whole = tyro.cli(
-            Recipe, default=recipe(name, scale), args=list(settings), prog="imsvd reproduce"
-        )
-        evaluations: dict[int, list[str]] = {}
-        for part in parts:
-            for share in part.parts if name in part.recipes else ():
-                epochs = max(1, int(share * whole.loop.epochs))
-                kinds = evaluations.setdefault(epochs, [])
-                if part.evaluation and part.evaluation not in kinds:
-                    kinds.append(part.evaluation)
-        if evaluations and whole.data not in data:
-            data[whole.data] = sources.resolve(whole.data) if whole.data == "auto" else whole.data
-        for epochs, kinds in sorted(evaluations.items()):
-            trained = replace(whole, loop=replace(whole.loop, epochs=epochs), data=data[whole.data])
-            options = [*settings, "--loop.epochs", str(epochs)]
-            if whole.data == "auto":
-                options += ["--data", trained.data]
-            tasks += _tasks(name, scale, trained, options, kinds, out)
-    return Graph(tasks)
+        whole, options = recipe(name, scale), list(settings)
+        whole = tyro.cli(Recipe, default=whole, args=options, prog="imsvd reproduce")
+        if whole.data == "auto":
+            whole = replace(whole, data=sources.resolve())
+            options += ["--data", whole.data]
+        for runs in planned:
+            for part in runs.parts if name in runs.recipes else ():
+                epochs = max(1, int(part * whole.loop.epochs))
+                trained = replace(whole, loop=replace(whole.loop, epochs=epochs))
+                command = (
+                    "pretrain",
+                    name,
+                    "--scale",
+                    scale,
+                    *options,
+                    "--loop.epochs",
+                    str(epochs),
+                )
+                for task in _tasks(command, trained, runs.evaluation, out):
+                    tasks.setdefault(task.name, task)
+    return Graph(tasks.values())
 
 
 def _tasks(
-    name: str,
-    scale: Scale,
-    trained: Recipe,
-    options: Sequence[str],
-    evaluations: Iterable[str],
-    out: Path,
+    command: Sequence[str], trained: Recipe, evaluation: str | None, out: Path
 ) -> Iterator[Task]:
-    """A pretraining of the recipe `name`, and evaluations of it."""
-    epochs = trained.loop.epochs
+    """A pretraining, and an evaluation of it."""
+    epochs, settings = trained.loop.epochs, plain(trained)
     method = trained.method.name.replace("_", "-")
     folder = f"{method}-{epochs}-epoch{'s' if epochs > 1 else ''}"
-    run, settings, first = out / folder, plain(trained), f"{folder}/pretrain"
-    command = ("pretrain", name, "--scale", scale, "--run-dir", str(run))
-    argv = (*command, *options, "--no-progress")
+    run, first = out / folder, f"{folder}/pretrain"
+    argv = (*command, "--run-dir", str(run), "--no-progress")
     yield Task(first, argv, run, run / "result.json", settings=settings)
-    for kind in evaluations:
-        argv = ("evaluate", kind, str(run))
-        if kind == "linear":
-            argv += ("--no-progress",)
-        yield Task(f"{folder}/{kind}", argv, run, run / f"{kind}.json", (first,), settings)
+    if evaluation:
+        argv = ("evaluate", evaluation, str(run), "--no-progress")
+        result = run / f"{evaluation}.json"
+        yield Task(f"{folder}/{evaluation}", argv, run, result, (first,), settings)
 
 
-def _planned(kind: str, numbers: Iterable[int], planned: Mapping[int, Runs]) -> list[Runs]:
+def _planned(kind: str, numbers: Iterable[int]) -> list[Runs]:
     for number in numbers:
-        if number not in planned:
+        if number not in PLANNED[kind]:
             raise ValueError(f"{kind}={number} is not held here yet; there are {_catalogue()}")
-    return [planned[number] for number in sorted(set(numbers))]
+    return [PLANNED[kind][number] for number in sorted(set(numbers))]
 
 
 def _catalogue() -> str:
     return "; ".join(
         f"{kind} {number}: {runs.text}"
-        for kind, planned in (("table", TABLES), ("figure", FIGURES))
+        for kind, planned in PLANNED.items()
         for number, runs in planned.items()
     )
 
@@ -227,35 +214,26 @@ def finished(task: Task) -> bool:
     Raises ValueError, naming folder and remedy, if other settings gave the result, or gave what a
     pretraining has left there so far.
     """
-    stored = _config(task)
-    if stored is not None and task.settings:
-        stored = complete(Recipe, stored)
-        other = differences(
-            essential(stored),
-            essential(complete(Recipe, task.settings)),
-            words=("there", "asked for"),
-        )
-        if other and (
-            task.result.exists() or any((task.run_dir / "checkpoints").glob("step-*.pt"))
-        ):
+    stored, finished = stored_config(task), task.result.exists()
+    if stored and task.settings:
+        theirs, ours = (essential(complete(Recipe, config)) for config in (stored, task.settings))
+        other = differences(theirs, ours, words=("there", "asked for"))
+        if other and (finished or any((task.run_dir / "checkpoints").glob("step-*.pt"))):
             raise ValueError(
                 f"run_dir={str(task.run_dir)!r} holds a run with other settings ({other}): "
                 "give the same ones, another --out, or remove that folder"
             )
-    if not task.result.exists():
-        return False
-    if stored is not None and task.argv[0] == "evaluate":
+    if finished and stored and task.argv[0] == "evaluate":
         kind = task.argv[1]
-        config = _config(task) or {}
         # Results from before the schemas are known by all values of the run's config.json.
-        before = full_hash({"evaluation": config[kind], "pretraining": config})
+        before = full_hash({"evaluation": stored[kind], "pretraining": stored})
         stored_hash = read_result(task.result)["provenance"]["config_hash"]
-        if stored_hash not in (evaluation_hash(kind, config), before):
+        if stored_hash not in (evaluation_hash(kind, stored), before):
             raise ValueError(
                 f"result={str(task.result)!r} was given by other settings than the run's own: "
                 f"remove it, or evaluate again: `imsvd evaluate {kind} {task.run_dir} --overwrite`"
             )
-    return True
+    return finished
 
 
 def evaluation_hash(kind: str, config: Mapping[str, Any]) -> str:
@@ -264,12 +242,12 @@ def evaluation_hash(kind: str, config: Mapping[str, Any]) -> str:
     return config_hash({"evaluation": getattr(trained, kind), "pretraining": trained})
 
 
-def _config(task: Task) -> dict[str, Any] | None:
+def stored_config(task: Task) -> dict[str, Any]:
+    """The settings that a task's run has left; {} before it begins."""
+    path = task.run_dir / "config.json"
     try:
-        return json.loads((task.run_dir / "config.json").read_text())
+        return json.loads(path.read_text())
     except FileNotFoundError:
-        return None
+        return {}
     except json.JSONDecodeError:
-        raise ValueError(
-            f"{task.run_dir / 'config.json'} is not readable: remove that folder"
-        ) from None
+        raise ValueError(f"{path} is not readable: remove that folder") from None

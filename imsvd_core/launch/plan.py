@@ -32,6 +32,8 @@ PAPER = NetworkConfig("resnet50", False, (8192,), 8160)  #: of IMSVD's row
 PUBLISHED = {"cifar10": 50_000, "cifar100": 50_000, "fashion-mnist": 60_000}  #: training images
 OPTIMIZER_STATES = {"adamw": 2, "sgd": 1, "lars": 1}  #: numbers kept beside each weight
 
+UNKNOWN = "no measurement is stored, and the paper has none"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -57,54 +59,41 @@ class Plan:
     @property
     def attempts(self) -> int | None:
         """How often the job has to be queued, by its time limit alone."""
-        useful = self.config.minutes / 60 - self.config.grace_seconds / 3600
-        return None if self.hours is None else max(1, math.ceil(self.hours / useful))
+        hours = self.hours
+        return None if hours is None else max(1, math.ceil(60 * hours / self.config.useful_minutes))
 
     def __str__(self) -> str:
-        lines = [self._devices(), self._steps(), self._time(), *self._price(), self._memory()]
-        lines += [self._cores(), self._disk()]
-        lines += [f"  refused: {reason}" for reason in self.refused]
-        return "\n".join(lines)
-
-    def _devices(self) -> str:
         config = self.config
         devices = f"{config.gpus} GPUs" if config.gpus else f"{config.ranks} processes without GPU"
-        return (
-            f"{self.name}: {devices} ({config.nodes} × {config.ranks_per_node}), "
-            f"{self.batch_per_rank} images on each"
+        over = f" over {self.samples:,} images" if self.samples else ""
+        remark = ", which decode its images: set cpus_per_task" if self.starved else ""
+        rows = {
+            "steps": f"{_number(self.steps)}{over}",
+            "time": f"{_number(self.hours, ' hours')} ({self.hours_source})",
+            "attempts": f"{_number(self.attempts)} of at most {config.time}",
+            "GPU hours": self._price(),
+            "memory": f"{_number(self.memory_gb, ' GB on each GPU')} ({self.memory_source})",
+            "cores": f"{config.cpus_per_task or 1} for each process{remark}",
+            "disk": f"{self.disk_gb:,.1f} GB for the run, {self.disk_free_gb:,.1f} GB free",
+        }
+        return "\n".join(
+            [
+                f"{self.name}: {devices} ({config.nodes} × {config.ranks_per_node}), "
+                f"{self.batch_per_rank} images on each",
+                *(f"  {label:9} {text}" for label, text in rows.items() if text),
+                *(f"  refused: {reason}" for reason in self.refused),
+            ]
         )
 
-    def _steps(self) -> str:
-        over = f" over {self.samples:,} images" if self.samples else ""
-        return f"  steps     {_number(self.steps)}{over}"
-
-    def _time(self) -> str:
-        hours = _number(self.hours, " hours")
-        attempts = f"{self.attempts or ''} attempt{'s' if self.attempts != 1 else ''}".strip()
-        limit = self.config.time
-        return f"  time      {hours} ({self.hours_source}), in {attempts} of at most {limit}"
-
-    def _price(self) -> list[str]:
+    def _price(self) -> str:
+        """What the GPUs cost; "" without GPUs or hours."""
         config = self.config
         if not config.gpus or self.hours is None:
-            return []
+            return ""
         hours, price = self.hours * config.gpus, config.gpu_hour_price
-        cost = "cost unknown: set gpu_hour_price in the profile"
-        if price:
-            cost = f"{hours * price:,.0f} {config.currency} at {price:g} an hour"
-        return [f"  GPU hours {hours:,.0f}; {cost}"]
-
-    def _memory(self) -> str:
-        memory = _number(self.memory_gb, " GB on each GPU")
-        return f"  memory    {memory} ({self.memory_source})"
-
-    def _cores(self) -> str:
-        remark = ", which decode its images: set cpus_per_task" if self.starved else ""
-        return f"  cores     {self.config.cpus_per_task or 1} for each process{remark}"
-
-    def _disk(self) -> str:
-        needed, free = _number(self.disk_gb), _number(self.disk_free_gb)
-        return f"  disk      {needed} GB for the run, {free} GB free"
+        if not price:
+            return f"{hours:,.0f}; cost unknown: set gpu_hour_price in the profile"
+        return f"{hours:,.0f}; {hours * price:,.0f} {config.currency} at {price:g} an hour"
 
 
 def plan(name: str, recipe: Recipe, config: LaunchConfig, run_dir: Path | str) -> Plan:
@@ -118,6 +107,36 @@ def plan(name: str, recipe: Recipe, config: LaunchConfig, run_dir: Path | str) -
     run_dir = Path(run_dir).absolute()
     loop = recipe.loop
     samples, refused = _data(recipe)
+    refused += _refused_settings(recipe, config, samples)
+    states = OPTIMIZER_STATES[recipe.optim.name]
+    # a new checkpoint stands beside those kept
+    disk = _size(recipe.network) * 4 * (1 + states) * (loop.keep + 1) / 1e9
+    folder = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+    free = shutil.disk_usage(folder).free / 1e9
+    if disk > free:
+        refused.append(
+            f"run_dir={str(run_dir)!r} needs {disk:.1f} GB, and {free:.1f} are free: make room, or "
+            f"keep fewer checkpoints than --loop.keep {loop.keep}"
+        )
+    asks_for_cores = config.cpus_per_task is not None or config.executor != "slurm"
+    return Plan(
+        name,
+        config,
+        samples,
+        loop.batch_size // config.ranks,
+        loop.epochs * (samples // loop.batch_size) if samples else None,
+        *_hours(name, recipe, config, run_dir, samples),
+        *_memory(recipe, config),
+        config.gpus > 0 and recipe.data.startswith("tree:") and not asks_for_cores,
+        disk,
+        free,
+        tuple(refused),
+    )
+
+
+def _refused_settings(recipe: Recipe, config: LaunchConfig, samples: int | None) -> list[str]:
+    """What is wrong with batch and time limit."""
+    loop, refused = recipe.loop, []
     per_step = config.ranks * loop.accumulate
     if loop.batch_size % per_step:
         refused.append(
@@ -130,114 +149,63 @@ def plan(name: str, recipe: Recipe, config: LaunchConfig, run_dir: Path | str) -
             f"batch_size={loop.batch_size} exceeds the {samples} samples: "
             "take a smaller batch or more data"
         )
-    useful = config.minutes - config.grace_seconds / 60
+    useful = config.useful_minutes
     if not 0 < loop.save_minutes <= useful:
         refused.append(
             f"time={config.time!r} leaves {useful:.1f} minutes before the notice, and a checkpoint "
             f"is due every save_minutes={loop.save_minutes:g}: a node that dies would cost a whole "
             "attempt; ask for more time, or set --loop.save-minutes"
         )
-    network = _size(recipe.network)
-    states = OPTIMIZER_STATES[recipe.optim.name]
-    disk = (
-        network * 4 * (1 + states) * (loop.keep + 1) / 1e9
-    )  # a new checkpoint stands beside those kept
-    free = (
-        shutil.disk_usage(
-            next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
-        ).free
-        / 1e9
-    )
-    if disk > free:
-        refused.append(
-            f"run_dir={str(run_dir)!r} needs {disk:.1f} GB, and {free:.1f} are free: make room, or "
-            f"keep fewer checkpoints than --loop.keep {loop.keep}"
-        )
-    steps = loop.epochs * (samples // loop.batch_size) if samples else None
-    hours, hours_source = _hours(name, recipe, config, run_dir, samples)
-    memory, memory_source = _memory(recipe, config)
-    starved = (
-        config.gpus > 0
-        and config.executor == "slurm"
-        and config.cpus_per_task is None
-        and recipe.data.startswith("tree:")
-    )
-    return Plan(
-        name,
-        config,
-        samples,
-        loop.batch_size // config.ranks,
-        steps,
-        hours,
-        hours_source,
-        memory,
-        memory_source,
-        starved,
-        disk,
-        free,
-        tuple(refused),
-    )
+    return refused
 
 
 def _data(recipe: Recipe) -> tuple[int | None, list[str]]:
     """How many images there are to train on, without reading them, and what is wrong."""
     kind, _, path = recipe.data.partition(":")
-    try:
-        samples = _count(recipe.data)
-    except (ValueError, OSError) as error:
-        samples, refused = None, [f"data={recipe.data!r}: {error}"]
-    else:
-        refused = []
     root, name = data_root() / path, Path(path).name
-    if (
-        kind == "tree" and name in prepared.SPECS
-    ):  # checked or not, its publishers say how many it has
-        report = prepared.checked(name, root)
-        if not refused and (report is None or not report.ok):
+    samples, problem = None, ""
+    if kind == "tree" and name in prepared.SPECS:
+        # checked or not, its publishers say how many it has
+        samples, report = prepared.SPECS[name].counts["train"], prepared.checked(name, root)
+        if report is None or not report.ok:
             fault = "has not been checked" if report is None else "was found wanting"
-            refused = [f"data={recipe.data!r}: {root} {fault}: run imsvd data check {name} {root}"]
-        samples = prepared.SPECS[name].counts["train"]
-    return recipe.samples or samples, refused
+            problem = f"{root} {fault}: run imsvd data check {name} {root}"
+    else:
+        try:
+            samples = _count(recipe.data)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    return recipe.samples or samples, [f"data={recipe.data!r}: {problem}"] if problem else []
 
 
 def _count(data: str) -> int:
     if data.partition(":")[0] in ("tree", "folder"):
         home, classes = sources.find_split(sources.find_folder(data, data_root()), "train")
         return sum(len(sources.find_images(home, label)) for label in classes)
-    name = sources.resolve(data)  # downloads it, rather now than on a node without network
+    name = sources.resolve(data)
     return datasets.ATTRIBUTES_SIZES["train"] if name == "attributes" else PUBLISHED[name]
 
 
 def _hours(
     name: str, recipe: Recipe, config: LaunchConfig, run_dir: Path, samples: int | None
 ) -> tuple[float | None, str]:
-    loop = recipe.loop
-    images = loop.epochs * samples if samples else None
-    if images and (speed := _own_speed(run_dir, config.ranks)):
-        return images / speed / 3600, "measured: this run so far"
-    for file in sorted(STORE.glob("benchmark-training-cuda*.json")):
-        stored = read_result(file)
-        setting, figures = stored["figures"].get("setting", {}), stored["figures"]
-        if (
-            images
-            and config.gpus
-            and setting.get("recipe") == name
-            and "two_view_images_per_second" in figures
-        ):
-            scaled = f", divided by {config.ranks}" if config.ranks > 1 else ""
-            return (
-                images / figures["two_view_images_per_second"] / config.ranks / 3600,
-                f"measured: one {stored['provenance']['device']}{scaled}",
-            )
-    if (
-        recipe.network.backbone != "resnet50"
-        or recipe.method.name not in TABLE_IV
-        or not config.gpus
-    ):
-        return None, "no measurement is stored, and the paper has none"
-    per_hundred = TABLE_IV[recipe.method.name][0]
+    epochs, method = recipe.loop.epochs, recipe.method.name
+    if samples:
+        images = epochs * samples
+        if speed := _own_speed(run_dir, config.ranks):
+            return images / speed / 3600, "measured: this run so far"
+        for file in sorted(STORE.glob("benchmark-training-cuda*.json")) if config.gpus else ():
+            stored = read_result(file)
+            if stored["figures"]["setting"]["recipe"] == name:
+                speed = stored["figures"]["two_view_images_per_second"] * config.ranks
+                scaled = f", divided by {config.ranks}" if config.ranks > 1 else ""
+                source = f"measured: one {stored['provenance']['device']}{scaled}"
+                return images / speed / 3600, source
+    if recipe.network.backbone != "resnet50" or method not in TABLE_IV or not config.gpus:
+        return None, UNKNOWN
+    per_hundred = TABLE_IV[method][0]
     return (
-        per_hundred * loop.epochs / 100 * TABLE_IV_GPUS / config.ranks,
+        per_hundred * epochs / 100 * TABLE_IV_GPUS / config.ranks,
         f"quoted: Table IV, {per_hundred:g} hours for 100 epochs on {TABLE_IV_GPUS} V100, scaled",
     )
 
@@ -257,7 +225,7 @@ def _memory(recipe: Recipe, config: LaunchConfig) -> tuple[float | None, str]:
     """A GPU's peak: the paper's, with this recipe's weights, gradients and momentum in place of the
     paper's, and the rest scaled with the images."""
     if recipe.network.backbone != "resnet50" or recipe.method.name != IMSVD.name or not config.gpus:
-        return None, "no measurement is stored, and the paper has none"
+        return None, UNKNOWN
     quoted = TABLE_IV[IMSVD.name][1]
     fixed, ours = (
         4 * (2 + states) * _size(network) / 1e9

@@ -1,9 +1,10 @@
 """What Slurm says of jobs: one squeue and, for those that have left the queue, one sacct for all of
 them. And of a job on this machine, whether it lives."""
 
+import contextlib
 import os
 import subprocess
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,9 @@ LIVE = frozenset(
     ]
 )
 SLURM_TIMEOUT = 60  # seconds
-_FIELDS = ("JobID", "State", "Reason", "StartTime", "TimeUsed", "RestartCnt", "exit_code", "Name")
+#: The same facts under squeue's names and sacct's; the accounts lack the last two.
+_SQUEUE = ("JobID", "Name", "State", "StartTime", "TimeUsed", "exit_code", "Reason", "RestartCnt")
+_SACCT = ("JobIDRaw", "JobName", "State", "Start", "Elapsed", "ExitCode")
 
 
 @dataclass(frozen=True)
@@ -40,15 +43,15 @@ class Entry:
     name: str
     #: Slurm's own word, such as RUNNING.
     state: str
-    #: Why it is pending, in Slurm's own word.
-    reason: str = ""
-    #: When it started or is expected to, as Slurm prints it; "" if unknown.
+    #: When it started or is expected to; "" if unknown.
     start: str = ""
     #: Of the current attempt, as Slurm prints it.
     elapsed: str = ""
+    #: Minus the number of the signal that ended it, if one did.
+    exit_code: int = 0
+    #: Why it is pending, in Slurm's own word.
+    reason: str = ""
     restarts: int = 0
-    #: Such as 2, or "signal 9"; "" for 0 and for jobs that have not ended.
-    exit_code: str = ""
     #: Whether squeue says so, not the accounting, which lags behind.
     in_queue: bool = True
 
@@ -68,149 +71,83 @@ def ask(jobs: Mapping[str, str], names: Collection[str] = ()) -> dict[str, Entry
     A job that neither squeue nor sacct knows is left out. Raises NoAnswer if squeue cannot be
     asked; sacct may be missing.
     """
-    every_name = {*names, *jobs.values()}
+    every_name = sorted({*names, *jobs.values()})
     if not every_name:
         return {}
-    form = ",".join(f"{field}:|" for field in _FIELDS)
-    listed = read_squeue(
-        _run(
-            "squeue",
-            "--noheader",
-            "--states=all",
-            f"--Format={form}",
-            f"--name={','.join(sorted(every_name))}",
-        )
-    )
-    entries = {
-        entry.job_id: entry
-        for entry in listed
-        if entry.name in names or jobs.get(entry.job_id) == entry.name
-    }
-    if gone := sorted(jobs.keys() - entries.keys()):
-        try:
-            accounts = _run(
-                "sacct",
-                "--allocations",
-                "--parsable2",
-                "--noheader",
-                f"--jobs={','.join(gone)}",
-                "--format=JobIDRaw,State,ExitCode,Start,Elapsed,JobName",
-            )
-        except NoAnswer:
-            # many clusters keep no accounts
-            return entries
-        # of several records of one job the last one counts; one that never began is an allocation
-        for entry in read_sacct(accounts):
-            if entry.job_id in gone and entry.name in (jobs[entry.job_id], "allocation"):
-                entries[entry.job_id] = entry
+    form = ",".join(f"{field}:|" for field in _SQUEUE)
+    names_only = f"--name={','.join(every_name)}"
+    listed = _run("squeue", "--noheader", "--states=all", names_only, f"--Format={form}")
+    entries = {entry.job_id: entry for entry in read(listed, in_queue=True)}
+    gone = sorted(jobs.keys() - entries.keys())
+    accounts = ""
+    if gone:
+        form, jobs_only = ",".join(_SACCT), f"--jobs={','.join(gone)}"
+        with contextlib.suppress(NoAnswer):  # many clusters keep no accounts
+            accounts = _run("sacct", "-n", "--allocations", jobs_only, "-P", f"--format={form}")
+    # of several records of one job the last one counts; one that never began is an allocation
+    for entry in read(accounts, in_queue=False):
+        if entry.name in (jobs[entry.job_id], "allocation"):
+            entries[entry.job_id] = entry
     return entries
 
 
-def read_squeue(text: str) -> list[Entry]:
-    """The jobs that squeue printed, in `_FIELDS`."""
+def read(text: str, *, in_queue: bool) -> list[Entry]:
+    """The jobs that squeue (`in_queue`) or else sacct printed, with the fields that `ask` wants."""
+    fields = _SQUEUE if in_queue else _SACCT
     entries = []
     for line in text.splitlines():
-        values = line.strip().rstrip("|").split("|")
-        if len(values) != len(_FIELDS):
-            continue
-        job, state, reason, start, elapsed, restarts, status, name = values
-        entries.append(
-            Entry(
-                job,
-                name,
-                state,
-                "" if reason in ("None", "N/A") else reason,
-                _known(start),
-                elapsed,
-                _number(restarts),
-                _of_wait(_number(status)),
-            )
-        )
+        values = [_known(value) for value in line.strip().removesuffix("|").split("|")]
+        if len(values) == len(fields):
+            job, name, state, start, elapsed, status, *waiting = values
+            reason, restarts = waiting or ("", "0")
+            start, state = start.replace("T", " "), state.partition(" ")[0]
+            facts = (start, elapsed, _exit_code(status), reason, int(restarts))
+            entries.append(Entry(job, name, state, *facts, in_queue))
     return entries
 
 
-def read_sacct(text: str) -> list[Entry]:
-    """The jobs that sacct printed, oldest first: the six columns that `ask` asks for."""
-    entries = []
-    for line in text.splitlines():
-        values = line.split("|")
-        if len(values) != 6:
-            continue
-        job, state, code, start, elapsed, name = values
-        status, _, signal = code.partition(":")
-        code = "" if status == "0" else status
-        if signal not in ("", "0"):
-            code = f"signal {signal}"
-        entries.append(
-            Entry(
-                job,
-                name,
-                (state.split() or [""])[0],
-                "",
-                _known(start),
-                elapsed,
-                0,
-                code,
-                in_queue=False,
-            )
-        )
-    return entries
-
-
-def cancel(job_ids: Iterable[str]) -> None:
-    """scancel them."""
-    _run("scancel", *job_ids)
+def cancel(job_id: str) -> None:
+    """Take a job out of the queue."""
+    _run("scancel", job_id)
 
 
 def alive(submission: Submission) -> bool:
     """Whether a job that was started on this machine still runs."""
-    number = int(submission.job_id) if submission.job_id.isdigit() else 0
-    try:
-        # a child of this process that has ended
-        if number <= 0 or os.waitpid(number, os.WNOHANG)[0] == number:
+    if not submission.job_id.isdigit():
+        return False
+    number = int(submission.job_id)
+    with contextlib.suppress(ChildProcessError):  # another's child
+        if os.waitpid(number, os.WNOHANG)[0]:
             return False
-    except (ChildProcessError, AttributeError):
-        # another's child; Windows
-        pass
+    process = Path("/proc", submission.job_id)
     try:
-        os.kill(number, 0)
-        command = Path(f"/proc/{number}/cmdline").read_bytes().decode(errors="replace")
-        if not command:
-            # it is dead and not waited for yet, or just being started
-            state = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
-            return state not in "ZX"
-    except PermissionError:
-        return True
-    except FileNotFoundError:  # no such view of processes here
-        return not Path("/proc/self").exists()
+        if not process.parent.exists():  # no such view of processes here
+            os.kill(number, 0)
+            return True
+        command = (process / "cmdline").read_bytes().decode(errors="replace")
+        state = (process / "stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return False
-    # else the number has gone to another process
-    return submission.folder in command
+    # one that is being started has no command yet; else the number has gone to another process
+    return state not in "ZX" and (not command or submission.folder in command)
 
 
-def _of_wait(status: int) -> str:
-    if status & 127:
-        return f"signal {status & 127}"
-    return str(status >> 8) if status >> 8 else ""
+def _known(value: str) -> str:
+    return "" if value in ("N/A", "Unknown", "None") else value
 
 
-def _number(text: str) -> int:
-    return int(text) if text.isdigit() else 0
-
-
-def _known(time: str) -> str:
-    return "" if time in ("N/A", "Unknown", "None", "") else time
+def _exit_code(status: str) -> int:
+    """Of a status as wait gives it, 512, or as the accounts print it, 2:0."""
+    code, signal = map(int, status.split(":")) if ":" in status else divmod(int(status), 256)
+    return -(signal & 127) or code
 
 
 def _run(*command: str) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_TIMEOUT)
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=SLURM_TIMEOUT, check=True
+        ).stdout
+    except subprocess.CalledProcessError as error:
+        raise NoAnswer(f"{command[0]} failed: {error.stderr.strip() or error}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NoAnswer(f"{command[0]} cannot be asked: {error}") from error
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        raise NoAnswer(
-            f"{command[0]} failed: {lines[-1] if lines else f'exit code {done.returncode}'}"
-        )
-    return done.stdout

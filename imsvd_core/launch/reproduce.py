@@ -10,19 +10,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
+from rich.live import Live
 
 from imsvd_core.launch import queue
 from imsvd_core.launch.config import LaunchConfig
 from imsvd_core.launch.graph import Graph, Task
 from imsvd_core.launch.plan import plan
-from imsvd_core.launch.status import (
-    Standing,
-    live_table,
-    read_submission,
-    standings_of,
-    summary,
-    table,
-)
+from imsvd_core.launch.status import Standing, overview, standings_of, summary, table
 from imsvd_core.launch.submit import Submission, snapshot, submit
 from imsvd_core.recipes import Recipe
 from imsvd_core.system.config import from_plain
@@ -48,36 +42,30 @@ def reproduce(
     holds a run with other settings, if another call is at work in `out`, if a task is on its way
     with other settings or elsewhere, or if Slurm does not answer.
     """
-    if dry_run:
-        return _reproduce(graph, out, config, console, dry_run=True)
-    with RunFolder(out):  # one call at a time
-        return _reproduce(graph, out, config, console, dry_run=False)
+    # one call at a time
+    with contextlib.nullcontext() if dry_run else RunFolder(out):
+        return _reproduce(graph, out, config, console, dry_run=dry_run)
 
 
 def _reproduce(
     graph: Graph, out: Path, config: LaunchConfig, console: Console, *, dry_run: bool
 ) -> bool:
     standings = list(standings_of(graph).values())
+    missing = [one.task for one in standings if one.state != "done" and not one.live]
     if all(standing.state == "done" for standing in standings):
-        console.print(
-            table(standings), f"{summary(standings)}: there is nothing left to do", sep="\n"
-        )
+        end = f"{summary(standings)}: there is nothing left to do"
+        console.print(table(standings), end, sep="\n")
         return True
     _refuse_strangers(standings, config)
-    missing = [one.task for one in standings if one.state != "done" and not one.live]
     plans = [
         plan(task.argv[1], from_plain(Recipe, task.settings), config, task.run_dir)
         for task in missing
         if task.argv[0] == "pretrain"
     ]
     if dry_run:
-        console.print(
-            table(standings),
-            *plans,
-            f"would submit {len(missing)}: {', '.join(task.name for task in missing)}",
-            sep="\n",
-            highlight=False,
-        )
+        names = ", ".join(task.name for task in missing)
+        would = f"would submit {len(missing)}: {names}"
+        console.print(overview(standings), *plans, would, sep="\n", highlight=False)
         return True
     if refused := sorted({reason for one in plans for reason in one.refused}):
         raise ValueError("nothing was submitted:\n  " + "\n  ".join(refused))
@@ -99,7 +87,7 @@ def job_name(task: Task, out: Path) -> str:
 def _refuse_strangers(standings: Sequence[Standing], config: LaunchConfig) -> None:
     """Raise ValueError for a job on its way that has other settings or runs elsewhere."""
     for standing in standings:
-        submission = read_submission(standing.task.folder) if standing.live else None
+        submission = Submission.read(standing.task.folder) if standing.live else None
         if submission and (submission.executor == "slurm") != (config.executor == "slurm"):
             raise ValueError(
                 f"executor={config.executor!r}: {standing.task.name} is on its way by "
@@ -123,37 +111,42 @@ def _submit_all(
         raise ValueError(f"executor='slurm': {error}; nothing was submitted") from None
     # looked at after the queue: a job that has left it in between has its result
     standings = standings_of(graph)
-    useless = [
-        entry.job_id for entry in queued if not _has_a_future(names[entry.name], entry, standings)
-    ]
-    if useless:
-        queue.cancel(useless)
-    live = {names[entry.name].name: entry.job_id for entry in queued if entry.job_id not in useless}
-    jobs, sent = dict(live), 0
+    live: dict[str, str] = {}
+    for entry in queued:
+        task = names[entry.name]
+        # we may have been cut off before it got its work
+        has_work = (task.folder / f"{entry.job_id}_submitted.pkl").exists()
+        if has_work and standings[task.name].state != "not run":
+            live[task.name] = entry.job_id
+            _adopt(task, entry, config)
+        else:
+            queue.cancel(entry.job_id)
+    jobs = dict(live)
     for task in graph:
-        if standings[task.name].state == "done":
-            continue
-        if task.name in live:
-            _adopt(task, live[task.name], config, out)
-            continue
-        after = [jobs[need] for need in task.needs if standings[need].state != "done"]
-        submission = submit(
-            task.argv,
-            name=job_name(task, out),
-            folder=task.folder,
-            config=fitting(task, config),
-            code=code,
-            after=after,
-        )
-        jobs[task.name], sent = submission.job_id, sent + 1
-        needs = f", after {', '.join(after)}" if after else ""
-        console.print(f"submitted {task.name} as job {submission.job_id}{needs}", highlight=False)
+        if task.name not in live and standings[task.name].state != "done":
+            after = [jobs[need] for need in task.needs if standings[need].state != "done"]
+            jobs[task.name] = _submit(task, out, config, code, after).job_id
+            needs = f", after {', '.join(after)}" if after else ""
+            console.print(f"submitted {task.name} as job {jobs[task.name]}{needs}", highlight=False)
     done = sum(standing.state == "done" for standing in standings.values())
     console.print(
-        f"{sent} submitted, {len(live)} on their way already, {done} done. "
+        f"{len(jobs) - len(live)} submitted, {len(live)} on their way already, {done} done. "
         f"`imsvd status {out}` shows how they get on",
         highlight=False,
         soft_wrap=True,
+    )
+
+
+def _submit(
+    task: Task, out: Path, config: LaunchConfig, code: Path, after: Sequence[str] = ()
+) -> Submission:
+    return submit(
+        task.argv,
+        name=job_name(task, out),
+        folder=task.folder,
+        config=fitting(task, config),
+        code=code,
+        after=after,
     )
 
 
@@ -169,28 +162,13 @@ def _wait_for_endings(graph: Graph, console: Console) -> None:
         time.sleep(2)
 
 
-def _has_a_future(task: Task, entry: queue.Entry, standings: dict[str, Standing]) -> bool:
-    """False if the job waits for a failed one, or if we were cut off before it got its work."""
-    return (
-        standings[task.name].state != "not run"
-        and (task.folder / f"{entry.job_id}_submitted.pkl").exists()
-    )
-
-
-def _adopt(task: Task, job: str, config: LaunchConfig, out: Path) -> None:
+def _adopt(task: Task, entry: queue.Entry, config: LaunchConfig) -> None:
     """Record a job of ours that is in the queue, and that we were cut off from recording."""
-    recorded = read_submission(task.folder)
-    if recorded is None or recorded.job_id != job:
-        submission = Submission(
-            job_name(task, out),
-            task.argv,
-            job,
-            "slurm",
-            str(task.folder.absolute()),
-            fitting(task, config).ranks,
-            datetime.now(UTC).isoformat(),
-        )
-        submission.write()
+    recorded = Submission.read(task.folder)
+    if recorded is None or recorded.job_id != entry.job_id:
+        folder, ranks = str(task.folder.absolute()), fitting(task, config).ranks
+        sent = datetime.now(UTC).isoformat()
+        Submission(entry.name, task.argv, entry.job_id, "slurm", folder, ranks, sent).write()
 
 
 def fitting(task: Task, config: LaunchConfig) -> LaunchConfig:
@@ -201,30 +179,22 @@ def fitting(task: Task, config: LaunchConfig) -> LaunchConfig:
 
 
 def _run_all(graph: Graph, out: Path, config: LaunchConfig, code: Path, console: Console) -> bool:
-    with live_table(console) as update:
+    with Live(console=console, auto_refresh=False) as live:
         for task in graph:
             standings = standings_of(graph)
-            if standings[task.name].state == "done" or any(
-                standings[need].state != "done" for need in task.needs
-            ):
+            lacks = any(standings[need].state != "done" for need in task.needs)
+            if lacks or standings[task.name].state == "done":
                 continue
-            submission = read_submission(task.folder)
+            submission = Submission.read(task.folder)
             # a call that was cut off may have left a job that runs
             if not (submission and queue.alive(submission)):
-                submission = submit(
-                    task.argv,
-                    name=job_name(task, out),
-                    folder=task.folder,
-                    config=fitting(task, config),
-                    code=code,
-                )
+                submission = _submit(task, out, config, code)
             if submission.job and config.executor == "debug":
                 with contextlib.suppress(Exception, SystemExit):  # what it left tells
                     submission.job.results()
             while queue.alive(submission):
-                update(standings_of(graph).values())
+                live.update(overview(standings_of(graph).values()), refresh=True)
                 time.sleep(PAUSE_SECONDS)
-            update(standings_of(graph).values())
-    ends = list(standings_of(graph).values())
-    console.print(table(ends), summary(ends), sep="\n")
+        ends = standings_of(graph).values()
+        live.update(overview(ends))
     return all(standing.state == "done" for standing in ends)

@@ -48,11 +48,13 @@ class Submission:
     @classmethod
     def read(cls, folder: Path | str) -> "Submission | None":
         """The last one of `folder`; None if there is none."""
+        path = Path(folder) / "submission.json"
         try:
-            fields = json.loads((Path(folder) / "submission.json").read_text())
+            return from_plain(cls, json.loads(path.read_text()))
         except FileNotFoundError:
             return None
-        return from_plain(cls, fields)
+        except ValueError as error:
+            raise ValueError(f"{path} is not a submission: remove it") from error
 
     def write(self) -> None:
         """Keep it in its folder, in place of an earlier one."""

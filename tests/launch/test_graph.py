@@ -93,10 +93,10 @@ def test_what_is_not_held_is_refused(tables, figures, message):
     [
         ([task("a/x", "b/x"), task("b/x", "a/x")], "needs go in a circle"),
         ([task("a/x", "c/x")], r"needs=\['c/x'\] of a/x are no tasks; there are: a/x"),
-        ([task("a/x"), task("a/x", result="other")], "name='a/x' is that of two tasks"),
+        ([task("a/x"), task("a/x", result="other")], "name='a/x' is that of 2 tasks"),
         (
             [task("a/x", result="r"), task("b/x", result="r")],
-            "result='out/r' is that of two tasks, a/x and b/x",
+            "result='out/r' is that of 2 tasks",
         ),
     ],
 )
@@ -243,7 +243,7 @@ def slurm(monkeypatch):
     monkeypatch.setattr(reproducing, "submit", slurm.submit)
     monkeypatch.setattr(reproducing, "standings_of", lambda graph: standings_of(graph, slurm.ask))
     monkeypatch.setattr(queue, "ask", slurm.ask)
-    monkeypatch.setattr(queue, "cancel", slurm.cancelled.extend)
+    monkeypatch.setattr(queue, "cancel", slurm.cancelled.append)
     return slurm
 
 

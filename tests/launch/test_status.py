@@ -27,29 +27,29 @@ from imsvd_core.results import write_json
 
 # Slurm 22.05.8: of `ask`'s own calls
 SQUEUE = """\
-3|CANCELLED|DependencyNeverSatisfied|2026-11-23T03:17:33|0:00|0|0|a/child|
-2|FAILED|NonZeroExitCode|2026-11-23T03:17:32|0:01|0|512|a/bad|
-5|PENDING|Dependency|N/A|0:00|0|0|a/knn|
-6|PENDING|Resources|2026-11-23T04:17:32|0:00|0|0|a/big|
-7|PENDING|BeginTime|2026-11-23T03:27:30|0:00|0|0|a/later|
-10|PENDING|BeginTime|2026-11-23T03:18:36|0:00|1|0|a/again|
-1|RUNNING|None|2026-11-23T03:17:32|0:02|2|0|a/pretrain|
-12|FAILED|RaisedSignal:9(Killed)|2026-11-23T03:17:32|0:02|0|9|a/killed|
-13|COMPLETING|NonZeroExitCode|2026-11-23T03:17:32|0:04|0|256|a/ending|
-14|PENDING|DependencyNeverSatisfied|N/A|0:00|0|0|a/doomed|
-15|PENDING|JobHeldUser|N/A|0:00|0|0|a/held|
-16|PENDING|QOSMaxJobsPerUserLimit|N/A|0:00|0|0|a/limit|
+3|a/child|CANCELLED|2026-11-23T03:17:33|0:00|0|DependencyNeverSatisfied|0|
+2|a/bad|FAILED|2026-11-23T03:17:32|0:01|512|NonZeroExitCode|0|
+5|a/knn|PENDING|N/A|0:00|0|Dependency|0|
+6|a/big|PENDING|2026-11-23T04:17:32|0:00|0|Resources|0|
+7|a/later|PENDING|2026-11-23T03:27:30|0:00|0|BeginTime|0|
+10|a/again|PENDING|2026-11-23T03:18:36|0:00|0|BeginTime|1|
+1|a/pretrain|RUNNING|2026-11-23T03:17:32|0:02|0|None|2|
+12|a/killed|FAILED|2026-11-23T03:17:32|0:02|9|RaisedSignal:9(Killed)|0|
+13|a/ending|COMPLETING|2026-11-23T03:17:32|0:04|256|NonZeroExitCode|0|
+14|a/doomed|PENDING|N/A|0:00|0|DependencyNeverSatisfied|0|
+15|a/held|PENDING|N/A|0:00|0|JobHeldUser|0|
+16|a/limit|PENDING|N/A|0:00|0|QOSMaxJobsPerUserLimit|0|
 """
 SACCT = """\
-10|REQUEUED|0:0|2026-11-23T03:18:27|00:00:03|a/again
-10|PENDING|0:0|Unknown|00:00:00|a/again
-20|COMPLETED|0:0|2026-11-23T03:17:32|00:00:08|a/nothing
-21|NODE_FAIL|1:0|2026-11-23T03:17:32|00:01:08|a/node
-21|TIMEOUT|0:0|2026-11-23T03:19:32|00:10:08|a/node
-22|CANCELLED by 0|0:0|2026-11-23T03:17:57|00:00:00|allocation
-23|RUNNING|0:0|2026-11-23T03:17:57|00:00:09|a/purged
-24|FAILED|0:9|2026-11-23T03:17:57|00:00:09|a/signal
-25|FAILED|2:0|2026-11-23T03:17:57|00:00:09|another
+10|a/again|REQUEUED|2026-11-23T03:18:27|00:00:03|0:0
+10|a/again|PENDING|Unknown|00:00:00|0:0
+20|a/nothing|COMPLETED|2026-11-23T03:17:32|00:00:08|0:0
+21|a/node|NODE_FAIL|2026-11-23T03:17:32|00:01:08|1:0
+21|a/node|TIMEOUT|2026-11-23T03:19:32|00:10:08|0:0
+22|allocation|CANCELLED by 0|2026-11-23T03:17:57|00:00:00|0:0
+23|a/purged|RUNNING|2026-11-23T03:17:57|00:00:09|0:0
+24|a/signal|FAILED|2026-11-23T03:17:57|00:00:09|0:9
+25|another|FAILED|2026-11-23T03:17:57|00:00:09|2:0
 """
 NAMES = {
     "20": "a/nothing",
@@ -88,9 +88,13 @@ def slurm(monkeypatch):
 
     def run(*command):
         calls.append(command)
-        if isinstance(answers[command[0]], Exception):
-            raise answers[command[0]]
-        return answers[command[0]]
+        answer = answers[command[0]]
+        if isinstance(answer, Exception):
+            raise answer
+        option, column = ("--name=", 1) if command[0] == "squeue" else ("--jobs=", 0)
+        (words,) = (word.removeprefix(option) for word in command if word.startswith(option))
+        lines = answer.splitlines(keepends=True)
+        return "".join(line for line in lines if line.split("|")[column] in words.split(","))
 
     monkeypatch.setattr(queue, "_run", run)
     return calls, answers
@@ -98,7 +102,7 @@ def slurm(monkeypatch):
 
 def test_slurm_is_asked_once_for_all_and_the_accounts_for_those_that_have_left(slurm):
     calls, _ = slurm
-    jobs = {entry.job_id: entry.name for entry in queue.read_squeue(SQUEUE)} | NAMES
+    jobs = {entry.job_id: entry.name for entry in queue.read(SQUEUE, in_queue=True)} | NAMES
     entries = queue.ask(jobs)
     assert [command[0] for command in calls] == ["squeue", "sacct"]
     assert f"--jobs={','.join(sorted(NAMES))}" in calls[1]
@@ -143,8 +147,12 @@ def test_commands_that_fail_are_named(monkeypatch, tmp_path):
         ("3", "cancelled", "job 3, after 0:00"),
         ("5", "pending", "waits for a/pretrain"),
         ("6", "pending", "waits for free resources, expected at 2026-11-23 04:17:32"),
-        ("7", "pending", "begins at 2026-11-23 03:27:30"),
-        ("10", "pending", "begins at 2026-11-23 03:18:36, requeued, attempt 2"),
+        ("7", "pending", "begins later, expected at 2026-11-23 03:27:30"),
+        (
+            "10",
+            "pending",
+            "begins later, expected at 2026-11-23 03:18:36, requeued, attempt 2",
+        ),
         ("12", "failed", "signal 9, job 12, after 0:02"),
         ("13", "running", "starting, completing"),
         ("14", "not run", "an earlier job that it waits for has failed"),
@@ -160,7 +168,8 @@ def test_commands_that_fail_are_named(monkeypatch, tmp_path):
 )
 def test_the_state_of_an_unfinished_task(job, state, words):
     entries = {
-        entry.job_id: entry for entry in [*queue.read_sacct(SACCT), *queue.read_squeue(SQUEUE)]
+        entry.job_id: entry
+        for entry in [*queue.read(SACCT, in_queue=False), *queue.read(SQUEUE, in_queue=True)]
     }
     running = Standing(task("a/pretrain"), "running")
     standing = stand(task("a/x"), [running], sent(job), entries.get(job))
@@ -170,16 +179,15 @@ def test_the_state_of_an_unfinished_task(job, state, words):
 
 @pytest.mark.parametrize("job", ["3", "5", "22", "14"])
 def test_what_a_failed_task_should_have_given_is_not_run_and_says_so(job):
-    entry = next(
-        one for one in [*queue.read_sacct(SACCT), *queue.read_squeue(SQUEUE)] if one.job_id == job
-    )
+    entries = [*queue.read(SACCT, in_queue=False), *queue.read(SQUEUE, in_queue=True)]
+    entry = next(entry for entry in entries if entry.job_id == job)
     failed = Standing(task("a/pretrain"), "failed", "exit code 2")
     first = stand(task("a/linear", "a/pretrain"), [failed], sent(job), entry)
     assert (first.state, first.words) == ("not run", "a/pretrain failed")
     second = stand(task("a/more", "a/linear"), [first, failed], sent(job), entry)
     assert (second.state, second.words) == ("not run", "a/pretrain failed")  # the root of it, once
     third = stand(task("a/linear"), [Standing(task("a/pretrain"), "cancelled")], None, None)
-    assert (third.state, third.words) == ("not run", "a/pretrain was cancelled")
+    assert (third.state, third.words) == ("not run", "a/pretrain cancelled")
 
 
 def test_a_result_is_what_counts_and_not_what_slurm_says_of_its_job(tmp_path, slurm):
@@ -199,8 +207,8 @@ def test_a_result_is_what_counts_and_not_what_slurm_says_of_its_job(tmp_path, sl
         {"name": "", "figures": {"knn_20": 30.5}, "provenance": {"seconds": 75}},
     )
     assert [(one.state, one.words) for one in standings_of(graph).values()] == [
-        ("done", "kNN-20 30.5 %, 1 min 15 s"),
-        ("done", "kNN-20 31 %, 4.4 s"),
+        ("done", "kNN-20 30.5 %, 0:01:15"),
+        ("done", "kNN-20 31 %, 0:00:04"),
     ]
 
 
@@ -225,7 +233,7 @@ def test_progress_is_the_last_step_and_what_remains_at_its_speed(tmp_path):
     assert progress(one) == ""
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (one.run_dir / "metrics.jsonl").write_text(text + '{"step": 13, "epo')
-    assert progress(one) == "step 12 of 40, loss 3.142, kNN-20 25.5 %, 28 images/s, 1 min 04 s left"
+    assert progress(one) == "step 12 of 40, loss 3.142, kNN-20 25.5 %, 28 images/s, 0:01:04 left"
     (one.run_dir / "metrics.jsonl").write_text(
         '{"step": 1, "epoch": 0.1, "loss": 7}\n' * 20_000 + text
     )  # more than is read
@@ -309,15 +317,14 @@ def test_what_is_shown(tmp_path, monkeypatch):
     console = Console(record=True, width=100, file=io.StringIO())
     watch(lambda: standings, console)
     lines = [line.rstrip() for line in console.export_text().splitlines()]
-    assert [line.split()[0] for line in lines[1:]] == [
+    assert lines[0] == "3 tasks: 1 done, 1 running, 1 failed"
+    assert [line.split()[0] for line in lines[2:]] == [
         "a/pretrain",
         "a/knn",
         "why",
         "b/pretrain",
-        "3",
     ]  # a run's tasks together
-    assert lines[3].endswith("  why [red]")
-    assert lines[-1] == "3 tasks: 1 done, 1 running, 1 failed"
+    assert lines[4].endswith("  why [red]")
     assert summary([done]) == "1 task: 1 done"
 
 

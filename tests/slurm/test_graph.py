@@ -15,7 +15,8 @@ from runs import few_pictures
 
 import imsvd_core
 from imsvd_core.launch.graph import Graph
-from imsvd_core.launch.status import Standing, read_submission, standings_of
+from imsvd_core.launch.status import Standing, standings_of
+from imsvd_core.launch.submit import Submission
 
 pytestmark = [
     pytest.mark.slurm,
@@ -165,7 +166,7 @@ def _counts(standings: dict[str, Standing]) -> dict[str, int]:
 
 def _mark(standings: dict[str, Standing]) -> str:
     """How the names of all jobs of this graph end."""
-    submission = read_submission(next(iter(standings.values())).task.folder)
+    submission = Submission.read(next(iter(standings.values())).task.folder)
     return "@" + submission.name.split("@")[1]
 
 
