@@ -9,9 +9,8 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,9 +65,9 @@ def submit(
     argv: Sequence[str],
     *,
     name: str,
-    folder: Path | str,
+    folder: Path,
     config: LaunchConfig,
-    code: Path | str,
+    code: Path,
     after: Sequence[str] = (),
 ) -> Submission:
     """Send `imsvd argv` as the job `name`.
@@ -81,61 +80,48 @@ def submit(
 
     Raises ValueError with what sbatch says, where it refuses.
     """
-    folder = Path(folder).absolute()
+    folder = folder.absolute()
     # squeue takes a comma for two names
     name = re.sub(r"[^\w.@/+-]", "_", name)
-    job = Job(argv, config.max_requeues)
+    job, local = Job(argv, config.max_requeues), config.executor == "local"
     try:
         with (
             _outside_any_job(),
-            submitit.helpers.environment_variables(**_environment(config, Path(code))),
-            _in_background(folder) if config.executor == "local" else nullcontext(),
+            submitit.helpers.environment_variables(**_environment(config, code) if local else {}),
+            _in_background(folder) if local else nullcontext(),
         ):
-            sent = _executor(config, name, folder, Path(code), after).submit(job)
+            sent = _executor(config, name, folder, code, after).submit(job)
     except submitit.core.utils.FailedJobError as error:
         raise ValueError(f"sbatch refused {name}: {str(error).strip()}") from None
-    submission = Submission(
-        name,
-        tuple(argv),
-        sent.job_id,
-        config.executor,
-        str(folder),
-        config.ranks,
-        job.submitted,
-        sent,
-    )
+    facts = (name, tuple(argv), sent.job_id, config.executor, str(folder), config.ranks)
+    submission = Submission(*facts, job.submitted, sent)
     submission.write()
     return submission
 
 
 def batch_script(
-    name: str, folder: Path | str, config: LaunchConfig, code: Path | str, after: Sequence[str] = ()
+    name: str, folder: Path, config: LaunchConfig, code: Path, after: Sequence[str] = ()
 ) -> str:
     """What `submit` would hand to sbatch; needs no Slurm."""
     from submitit.slurm.slurm import _make_sbatch_string
 
-    folder = Path(folder).absolute()
-    command = f"{_python(Path(code))} -u -m submitit.core._submit {shlex.quote(str(folder))}"
-    return _make_sbatch_string(
-        command, folder, **_slurm_parameters(config, name, Path(code), after)
-    )
+    folder = folder.absolute()
+    command = f"{_python(code)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    return _make_sbatch_string(command, folder, **_slurm_parameters(config, name, code, after))
 
 
-def snapshot(folder: Path | str) -> Path:
+def snapshot(folder: Path) -> Path:
     """Copy the package, as it is now, below `folder`; returns what is to stand in PYTHONPATH.
 
     A job that starts, or starts again, next week then runs what was submitted. The same code is
     copied once.
     """
     package = Path(imsvd_core.__file__).parent
-    files = sorted(
-        path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts
-    )
     digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
-    folder = Path(folder).absolute()
-    home = folder / digest.hexdigest()[:12]
+    for path in sorted(package.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
+    home = folder.absolute() / digest.hexdigest()[:12]
     if not home.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".") as part:
@@ -171,24 +157,17 @@ def _in_background(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    ours = [os.dup(number) for number in range(3)]
-    deaf = (
-        [signal.SIGINT, signal.SIGHUP]
-        if threading.current_thread() is threading.main_thread()
-        else []
-    )
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in deaf}
-    with open(os.devnull) as nothing, open(folder / "controller.log", "a") as log:
+    with ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGHUP):
+            stack.callback(signal.signal, number, signal.signal(number, signal.SIG_IGN))
+        nothing = stack.enter_context(open(os.devnull))
+        log = stack.enter_context(open(folder / "controller.log", "a"))
         for number, stream in enumerate((nothing, log, log)):
+            own = os.dup(number)
+            stack.callback(os.close, own)
+            stack.callback(os.dup2, own, number)
             os.dup2(stream.fileno(), number)
-    try:
         yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number, own in enumerate(ours):
-            os.dup2(own, number)
-            os.close(own)
 
 
 def _executor(
@@ -196,37 +175,30 @@ def _executor(
 ) -> submitit.Executor:
     if config.executor == "debug":
         return submitit.DebugExecutor(folder)
-    if config.executor == "slurm":
-        if shutil.which("sbatch") is None:
-            raise ValueError(
-                "executor='slurm' needs sbatch, which is not here: run this on a login node of the "
-                "cluster, or choose executor='local'"
-            )
-        executor = submitit.SlurmExecutor(
-            folder, max_num_timeout=config.max_requeues, python=_python(code)
+    if config.executor == "slurm" and shutil.which("sbatch") is None:
+        raise ValueError(
+            "executor='slurm' needs sbatch, which is not here: run this on a login node of the "
+            "cluster, or choose executor='local'"
         )
+    kind = submitit.SlurmExecutor if config.executor == "slurm" else submitit.LocalExecutor
+    executor = kind(folder, max_num_timeout=config.max_requeues, python=_python(code))
+    if config.executor == "slurm":
         executor.update_parameters(**_slurm_parameters(config, name, code, after))
         return executor
-    local = submitit.LocalExecutor(
-        folder, max_num_timeout=config.max_requeues, python=_python(code)
-    )
-    # submitit waits for the shell that runs the set-up, and bash would replace itself by the last
-    # command
-    setup = ["trap : EXIT", *config.setup] if config.setup else []
-    local.update_parameters(
+    executor.update_parameters(
         tasks_per_node=config.ranks_per_node,
         gpus_per_node=config.gpus_per_node,
         timeout_min=config.minutes,
         signal_delay_s=config.grace_seconds,
-        setup=setup,
+        # submitit waits for the shell that runs the set-up, and bash would replace itself by the
+        # last command
+        setup=["trap : EXIT", *config.setup] if config.setup else [],
     )
-    return local
+    return executor
 
 
 def _environment(config: LaunchConfig, code: Path) -> dict[str, str]:
     """What a local job inherits; a cluster's has it from its script."""
-    if config.executor != "local":
-        return {}
     path = os.environ.get("PYTHONPATH")
     return {
         "PYTHONPATH": f"{code}{os.pathsep}{path}" if path else str(code),
@@ -238,49 +210,37 @@ def _environment(config: LaunchConfig, code: Path) -> dict[str, str]:
 def _slurm_parameters(
     config: LaunchConfig, name: str, code: Path, after: Sequence[str]
 ) -> dict[str, Any]:
-    resources = {
-        "mem": config.mem_gb and f"{round(1024 * config.mem_gb)}MB",
-        "cpus_per_task": config.cpus_per_task,
-        "gpus_per_node": config.gpus_per_node or None,
-    }
-    resources |= {
-        key: getattr(config, key)
-        for key in ("partition", "account", "qos", "constraint", "exclude")
-    }
+    """What submitit writes into the batch script; it leaves out what is None."""
+    kept = [f"export {name}={shlex.quote(os.environ[name])}" for name in KEPT if name in os.environ]
     # queued again also where the cluster's default is not to
     options: dict[str, Any] = {"requeue": True, **config.options}
     if after:
         options |= {"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"}
+    same = ("nodes", "cpus_per_task", "partition", "account", "qos", "constraint", "exclude")
     return {
         "job_name": name,
-        "nodes": config.nodes,
+        **{key: getattr(config, key) for key in same},
         "ntasks_per_node": config.ranks_per_node,
+        "gpus_per_node": config.gpus_per_node or None,
+        "mem": config.mem_gb and f"{round(1024 * config.mem_gb)}MB",
         "time": config.minutes,
         "signal_delay_s": config.grace_seconds,
         "additional_parameters": options,
         "wckey": None,  # submitit's own may be unknown
         "srun_args": ["--kill-on-bad-exit=1"],  # no rank outlives one that failed
         "setup": [
-            *_setup(config, code),
+            *config.setup,
+            f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+            "export PYTHONSAFEPATH=1",  # the folder that we are in may hold another version
+            *kept,
+            "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}",
+            # srun does not inherit it
             '[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK',
-        ],  # srun does not inherit it
-        **{key: value for key, value in resources.items() if value is not None},
+        ],
     }
-
-
-def _setup(config: LaunchConfig, code: Path) -> list[str]:
-    kept = [f"export {name}={shlex.quote(os.environ[name])}" for name in KEPT if name in os.environ]
-    return [
-        *config.setup,
-        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        "export PYTHONSAFEPATH=1",  # the folder that we are in may hold another version
-        *kept,
-        "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}",
-    ]
 
 
 def _python(code: Path) -> str:
     """This Python behind the shield: a signal to stop that comes while it still imports waits."""
-    return shlex.join(
-        [sys.executable, "-IS", str(code / "imsvd_core" / "launch" / "shield.py"), sys.executable]
-    )
+    shield = code / "imsvd_core" / "launch" / "shield.py"
+    return shlex.join([sys.executable, "-IS", str(shield), sys.executable])
