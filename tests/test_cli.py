@@ -9,7 +9,7 @@ import pytest
 
 import imsvd_core
 from imsvd_core.cli import main
-from imsvd_core.commands.jobs import LaunchPretrain
+from imsvd_core.commands.jobs import launch_of_pretraining
 from imsvd_core.commands.training import parse_pretraining
 from imsvd_core.data import memory as datasets
 from imsvd_core.loss import CrossJointEntropyLoss
@@ -159,10 +159,10 @@ def test_one_recipe_alone_is_built_to_read_its_settings(monkeypatch, capsys):
 
 
 def test_a_launched_job_is_the_command_with_its_place(tmp_path):
-    job = LaunchPretrain("cifar10", ["--scale", "smoke", "--loop.epochs", "3"])
+    job = launch_of_pretraining("cifar10", ["--scale", "smoke", "--loop.epochs", "3"])
     run_dir = tmp_path / "runs" / "cifar10-smoke-seed0"
     place = ["--scale", "smoke", "--run-dir", str(run_dir), "--no-progress"]
-    assert job.words() == ["pretrain", "cifar10", *place, "--loop.epochs", "3"]
+    assert job.words == ["pretrain", "cifar10", *place, "--loop.epochs", "3"]
     assert (job.folder, job.name) == (run_dir / "jobs", "cifar10-smoke-seed0")
 
 

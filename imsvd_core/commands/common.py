@@ -46,12 +46,11 @@ def show_result(path: Path) -> Path:
     """Print the figures of a result, on rank 0; whole curves stay in the file."""
     if world()[0]:
         return path
-    curves = {
-        name
+    figures = {
+        name: value
         for name, value in read_result(path)["figures"].items()
-        if isinstance(value, list) and value and isinstance(value[0], dict)
+        if not (isinstance(value, list) and value and isinstance(value[0], dict))
     }
-    figures = read_result(path)["figures"]
-    Console().print({name: value for name, value in figures.items() if name not in curves})
+    Console().print(figures)
     Console().print(f"written to {path}", highlight=False)
     return path

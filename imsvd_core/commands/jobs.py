@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -14,29 +14,32 @@ from imsvd_core.commands.common import peek, wide_console
 from imsvd_core.commands.training import parse_evaluation, parse_pretraining
 from imsvd_core.launch import graph as graphs
 from imsvd_core.launch.reproduce import reproduce as bring_about
-from imsvd_core.launch.status import graphs_under, standings_of, watch
-from imsvd_core.recipes import RECIPES, Scale, current_scale, recipe
-from imsvd_core.runs.backbones import TrainedBackbone
+from imsvd_core.launch.status import Standing, graphs_under, standings_of, watch
+from imsvd_core.recipes import RECIPES, Recipe, Scale, current_scale
 from imsvd_core.runs.evaluate import result_path
 
 
 @dataclass(frozen=True)
-class LaunchCommand:
-    """Send a recipe's training as a job: stopped, it saves, is queued again, and goes on.
-
-    All other settings are those of `imsvd pretrain RECIPE --help`."""
-
+class _ClusterCommand:
     config: Annotated[launcher.LaunchConfig, tyro.conf.arg(name="")]
     profile: str | None = None
     """Which cluster of ~/.config/imsvd/clusters.toml (or of the file IMSVD_CLUSTERS) the options
     start from; by default the one that it names as default."""
+
+
+@dataclass(frozen=True)
+class LaunchCommand(_ClusterCommand):
+    """Send a recipe's training as a job: stopped, it saves, is queued again, and goes on.
+
+    All other settings are those of `imsvd pretrain RECIPE --help`."""
+
     dry_run: bool = False
     """Print the batch script and the plan (hours, cost, memory, disk, what would be refused), and
     send nothing."""
 
 
 @dataclass(frozen=True)
-class ReproduceCommand:
+class ReproduceCommand(_ClusterCommand):
     """Tables and figures of the paper as a graph of jobs: pretrainings, then their evaluations.
 
     A run that several need is made once. Call it again to go on: what is finished or on its way
@@ -44,7 +47,6 @@ class ReproduceCommand:
 
     All other settings are those of `imsvd pretrain RECIPE --help`, for all pretrainings alike."""
 
-    config: Annotated[launcher.LaunchConfig, tyro.conf.arg(name="")]
     table: tuple[int, ...] = ()
     """Such as 1 2."""
     figure: tuple[int, ...] = ()
@@ -54,9 +56,6 @@ class ReproduceCommand:
     """Which version of the recipes; IMSVD_SCALE by default."""
     out: Path | None = None
     """Folder of the runs; runs/reproduce-SCALE by default."""
-    profile: str | None = None
-    """Which cluster of ~/.config/imsvd/clusters.toml (or of the file IMSVD_CLUSTERS) the options
-    start from; by default the one that it names as default."""
     dry_run: bool = False
     """Show what would be done, and do nothing."""
 
@@ -72,48 +71,39 @@ class StatusCommand:
     """Show it once, on a terminal too."""
 
 
-class LaunchPretrain:
+@dataclass(frozen=True)
+class Launch:
+    """What is to be a job."""
+
+    words: list[str]
+    """The job's `imsvd` command."""
+    run_dir: Path
+    folder: Path
+    """Of its logs."""
+    name: str
+    recipe: Recipe | None = None
+    """Of a pretraining; how long evaluations take is not known."""
+
+
+def launch_of_pretraining(recipe_name: str, argv: Sequence[str]) -> Launch:
     """A pretraining that is to be a job."""
-
-    def __init__(self, recipe_name: str, argv: Sequence[str]):
-        self.command = parse_pretraining([recipe_name, *argv], "imsvd launch")
-        self.recipe_name = recipe_name
-        self.options = _without(argv, "--scale", "--run-dir")
-        self.run_dir: Path = self.command.run_dir.absolute()
-        self.folder, self.name = self.run_dir / "jobs", self.run_dir.name
-
-    def words(self) -> list[str]:
-        """The job's `imsvd` command."""
-        place = ["--scale", self.command.scale, "--run-dir", str(self.run_dir), "--no-progress"]
-        return ["pretrain", self.recipe_name, *place, *self.options]
-
-    def plan(self, config: launcher.LaunchConfig) -> launcher.Plan:
-        """What the job will take."""
-        return launcher.plan(self.recipe_name, self.command.recipe, config, self.run_dir)
+    command = parse_pretraining([recipe_name, *argv], "imsvd launch")
+    run_dir: Path = command.run_dir.absolute()
+    place = ["--scale", command.scale, "--run-dir", str(run_dir), "--no-progress"]
+    words = ["pretrain", recipe_name, *place, *_without(argv, "--scale", "--run-dir")]
+    return Launch(words, run_dir, run_dir / "jobs", run_dir.name, command.recipe)
 
 
-class LaunchEvaluate:
+def launch_of_evaluation(argv: Sequence[str]) -> Launch:
     """An evaluation that is to be a job."""
-
-    def __init__(self, argv: Sequence[str]):
-        trained: TrainedBackbone
-        self.command, trained, default = parse_evaluation(argv, "imsvd launch evaluate")
-        self.run_dir = trained.folder.absolute()
-        result = result_path(argv[0], trained, self.command.data, default.data).stem
-        self.folder, self.name = self.run_dir / "jobs" / result, f"{self.run_dir.name}-{result}"
-        run = self.command.run
-        self.options = [
-            str(run.absolute()) if word == str(run) else word
-            for word in _without(argv, "--scale", "--out")
-        ]
-
-    def words(self) -> list[str]:
-        """The job's `imsvd` command."""
-        place = ["--scale", self.command.scale, "--out", str(self.run_dir), "--no-progress"]
-        return ["evaluate", *self.options, *place]
-
-    def plan(self, config: launcher.LaunchConfig) -> None:
-        """No plan: how long evaluations take is not known."""
+    command, trained, default = parse_evaluation(argv, "imsvd launch evaluate")
+    run_dir, run = trained.folder.absolute(), str(command.run)
+    result = result_path(argv[0], trained, command.data, default.data).stem
+    options = _without(argv, "--scale", "--out")
+    options = [str(command.run.absolute()) if word == run else word for word in options]
+    place = ["--scale", command.scale, "--out", str(run_dir), "--no-progress"]
+    words = ["evaluate", *options, *place]
+    return Launch(words, run_dir, run_dir / "jobs" / result, f"{run_dir.name}-{result}")
 
 
 def _without(argv: Sequence[str], *options: str) -> list[str]:
@@ -138,54 +128,51 @@ def launch(argv: Sequence[str]) -> None:
     command, rest = tyro.cli(
         LaunchCommand, prog=prog, args=argv[1:], default=default, return_unknown_args=True
     )
-    job = LaunchEvaluate(rest) if argv[0] == "evaluate" else LaunchPretrain(argv[0], rest)
-    _refuse_second(job.run_dir, job.folder)
-    plan, words, code = job.plan(command.config), job.words(), job.run_dir / "code"
-    if command.dry_run and command.config.executor == "slurm":
-        print(launcher.batch_script(job.name, job.folder, command.config, code))
-    if plan and plan.refused and not command.dry_run:
-        raise ValueError("not sent:\n  " + "\n  ".join(plan.refused))
-    if plan:
+    evaluates, config = argv[0] == "evaluate", command.config
+    job = launch_of_evaluation(rest) if evaluates else launch_of_pretraining(argv[0], rest)
+    _refuse_second(job)
+    code = job.run_dir / "code"
+    if command.dry_run and config.executor == "slurm":
+        print(launcher.batch_script(job.name, job.folder, config, code))
+    if job.recipe:
+        plan = launcher.plan(argv[0], job.recipe, config, job.run_dir)
+        if plan.refused and not command.dry_run:
+            raise ValueError("not sent:\n  " + "\n  ".join(plan.refused))
         print(plan)
     if command.dry_run:
-        print(f"would send: imsvd {shlex.join(words)}")
+        print(f"would send: imsvd {shlex.join(job.words)}")
         return
     submission = launcher.submit(
-        words,
-        name=job.name,
-        folder=job.folder,
-        config=command.config,
-        code=launcher.snapshot(code),
+        job.words, name=job.name, folder=job.folder, config=config, code=launcher.snapshot(code)
     )
     print(
         f"job {submission.job_id} sent; its logs are in {job.folder}; "
         f"imsvd status {job.run_dir} tells how it stands"
     )
-    if command.config.executor == "debug" and submission.job:
+    if config.executor == "debug" and submission.job:
         submission.job.result()
 
 
-def _refuse_second(run_dir: Path, folder: Path) -> None:
+def _refuse_second(job: Launch) -> None:
     """Raise ValueError if a job of this folder is on its way, or may be."""
-    known = graphs_under(run_dir) if (folder / "submission.json").exists() else []
-    for standing in _standings(known):
+    launched = (job.folder / "submission.json").exists()
+    for standing in _standings(graphs_under(job.run_dir)) if launched else ():
         unfinished = standing.live or standing.state == "unknown"
-        if standing.task.folder == folder and unfinished:
+        if standing.task.folder == job.folder and unfinished:
             raise ValueError(
-                f"run_dir={str(run_dir)!r} has a job on its way, {standing.job} "
+                f"run_dir={str(job.run_dir)!r} has a job on its way, {standing.job} "
                 f"({standing.words or standing.state}): "
                 "wait for its end, stop it, or give another folder"
             )
 
 
-def _standings(known: Sequence[graphs.Graph]) -> list[Any]:
+def _standings(known: Sequence[graphs.Graph]) -> list[Standing]:
     return [standing for graph in known for standing in standings_of(graph).values()]
 
 
 def reproduce(argv: Sequence[str]) -> None:
     """Bring tables and figures of the paper about."""
-    scale = peek(argv, "--scale") or current_scale()
-    recipe("cifar10", scale)  # refuses a scale that is none
+    scale = current_scale(peek(argv, "--scale"))
     default = ReproduceCommand(launcher.load_profile(peek(argv, "--profile")), scale=scale)
     command, options = tyro.cli(
         ReproduceCommand,

@@ -132,7 +132,7 @@ def _parse_recipe(argv: Sequence[str], kind: type, prog: str) -> Any:
             f"`{prog} RECIPE --help` lists its settings.",
             argv,
         )
-    scale = peek(argv, "--scale") or current_scale()
+    scale = current_scale(peek(argv, "--scale"))
     return tyro.cli(
         kind,
         prog=f"{prog} {argv[0]}",
@@ -171,7 +171,7 @@ def parse_evaluation(
 ) -> tuple[Any, TrainedBackbone, EvaluationRecipe]:
     """The settings, the backbone that they are to judge, and the settings by default."""
     name, rest = (argv[0] if argv else ""), argv[1:]
-    scale = peek(rest, "--scale") or current_scale()
+    scale = current_scale(peek(rest, "--scale"))
     default = evaluation(name, scale)
     kind: Any = EvaluateCommand[type(default.config)]  # type: ignore[misc]  # known when it runs
     parse = partial(tyro.cli, kind, prog=f"{prog} {name}", args=rest)

@@ -13,6 +13,7 @@ from imsvd_core.data import check as prepared
 from imsvd_core.data import memory as datasets
 from imsvd_core.data import sources
 from imsvd_core.data.sources import data_root
+from imsvd_core.engine.order import Order
 from imsvd_core.launch.config import LaunchConfig
 from imsvd_core.launch.submit import Submission
 from imsvd_core.methods import IMSVD, BarlowTwins, VICReg
@@ -137,18 +138,11 @@ def plan(name: str, recipe: Recipe, config: LaunchConfig, run_dir: Path | str) -
 def _refused_settings(recipe: Recipe, config: LaunchConfig, samples: int | None) -> list[str]:
     """What is wrong with batch and time limit."""
     loop, refused = recipe.loop, []
-    per_step = config.ranks * loop.accumulate
-    if loop.batch_size % per_step:
-        refused.append(
-            f"batch_size={loop.batch_size} cannot be cut into equal pieces, "
-            f"accumulate={loop.accumulate} on each of {config.ranks} ranks: "
-            f"take a multiple of {per_step}"
-        )
-    if samples and loop.batch_size > samples:
-        refused.append(
-            f"batch_size={loop.batch_size} exceeds the {samples} samples: "
-            "take a smaller batch or more data"
-        )
+    try:
+        pieces = {"pieces": loop.accumulate, "ranks": config.ranks, "rank": 0}
+        Order(samples or loop.batch_size, loop.batch_size, loop.epochs, **pieces)
+    except ValueError as error:
+        refused.append(str(error))
     useful = config.useful_minutes
     if not 0 < loop.save_minutes <= useful:
         refused.append(

@@ -6,7 +6,6 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
@@ -22,8 +21,6 @@ from imsvd_core.recipes import Recipe
 from imsvd_core.system.config import from_plain
 from imsvd_core.system.run_folder import RunFolder
 
-#: How long to wait for jobs that are ending to have ended.
-ENDING_SECONDS = 60.0
 #: How often a job that runs here is looked at.
 PAUSE_SECONDS = 1.0
 
@@ -105,7 +102,6 @@ def _submit_all(
 ) -> None:
     names = {job_name(task, out): task for task in graph}
     try:
-        _wait_for_endings(graph, console)
         queued = [entry for entry in queue.ask({}, names).values() if entry.live]
     except queue.NoAnswer as error:
         raise ValueError(f"executor='slurm': {error}; nothing was submitted") from None
@@ -114,12 +110,11 @@ def _submit_all(
     live: dict[str, str] = {}
     for entry in queued:
         task = names[entry.name]
-        # we may have been cut off before it got its work
-        has_work = (task.folder / f"{entry.job_id}_submitted.pkl").exists()
-        if has_work and standings[task.name].state != "not run":
+        recorded = Submission.read(task.folder)
+        if recorded and recorded.job_id == entry.job_id and standings[task.name].state != "not run":
             live[task.name] = entry.job_id
-            _adopt(task, entry, config)
         else:
+            # it waits for a failed one, or we were cut off from recording it
             queue.cancel(entry.job_id)
     jobs = dict(live)
     for task in graph:
@@ -148,27 +143,6 @@ def _submit(
         code=code,
         after=after,
     )
-
-
-def _wait_for_endings(graph: Graph, console: Console) -> None:
-    """Let Slurm clear up after jobs that have just ended: until then it does not say how."""
-    until = time.monotonic() + ENDING_SECONDS
-    while endings := [one.task.name for one in standings_of(graph).values() if one.ending]:
-        if time.monotonic() > until:
-            raise queue.NoAnswer(
-                f"Slurm is still clearing up after {', '.join(endings)}: try again in a minute"
-            )
-        console.print(f"waiting for Slurm to clear up after {', '.join(endings)}", highlight=False)
-        time.sleep(2)
-
-
-def _adopt(task: Task, entry: queue.Entry, config: LaunchConfig) -> None:
-    """Record a job of ours that is in the queue, and that we were cut off from recording."""
-    recorded = Submission.read(task.folder)
-    if recorded is None or recorded.job_id != entry.job_id:
-        folder, ranks = str(task.folder.absolute()), fitting(task, config).ranks
-        sent = datetime.now(UTC).isoformat()
-        Submission(entry.name, task.argv, entry.job_id, "slurm", folder, ranks, sent).write()
 
 
 def fitting(task: Task, config: LaunchConfig) -> LaunchConfig:

@@ -60,8 +60,6 @@ class Standing:
     words: str = ""
     #: The id of its last job.
     job: str | None = None
-    #: Whether its job has come to its end, and Slurm is clearing up.
-    ending: bool = False
     #: The last lines of a failed job's log.
     log: tuple[str, ...] = ()
 
@@ -120,7 +118,7 @@ def stand(
     if entry and entry.live and entry.state != "PENDING":
         word = "" if entry.state == "RUNNING" else entry.state.lower()
         words = _joined(progress(task) or "starting", attempt, word)
-        return Standing(task, "running", words, job, ending=entry.state == "COMPLETING")
+        return Standing(task, "running", words, job)
     lost = [
         need.words if need.state == "not run" else f"{need.task.name} {need.state}"
         for need in needs
@@ -195,8 +193,9 @@ def progress(task: Task) -> str:
     loop = config["loop"]
     total = round(last["step"] / last["epoch"]) * loop["epochs"]
     loss = "not finite" if last["loss"] is None else f"{last['loss']:.3f}"
-    watched = next((line for line in reversed(lines) if "gallery" in line), {})
-    parts = [f"step {last['step']} of {total}", f"loss {loss}", *_accuracies(watched)]
+    watched = [line for line in lines if "gallery" in line]
+    accuracies = _accuracies(watched[-1]) if watched else []
+    parts = [f"step {last['step']} of {total}", f"loss {loss}", *accuracies]
     if speed := last.get("samples_per_second"):
         left = timedelta(seconds=round((total - last["step"]) * loop["batch_size"] / speed))
         parts += [f"{speed:.0f} images/s", f"{left} left"]

@@ -8,7 +8,6 @@ import shlex
 import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -122,18 +121,11 @@ def snapshot(folder: Path) -> Path:
         if path.is_file() and "__pycache__" not in path.parts:
             digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
     home = folder.absolute() / digest.hexdigest()[:12]
-    if not home.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as part:
-            copy = Path(part) / home.name / package.name
-            shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
-            (copy / "COMMIT").write_text(code_version())
-            try:
-                copy.parent.rename(home)
-            except OSError:
-                # another process may have been faster
-                if not home.exists():
-                    raise
+    mark = home / package.name / "COMMIT"
+    if not mark.exists():
+        unneeded = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(package, mark.parent, ignore=unneeded, dirs_exist_ok=True)
+        mark.write_text(code_version())  # the last: now the copy is whole
     return home
 
 
@@ -162,11 +154,11 @@ def _in_background(folder: Path) -> Iterator[None]:
             stack.callback(signal.signal, number, signal.signal(number, signal.SIG_IGN))
         nothing = stack.enter_context(open(os.devnull))
         log = stack.enter_context(open(folder / "controller.log", "a"))
-        for number, stream in enumerate((nothing, log, log)):
-            own = os.dup(number)
+        for stream, target in enumerate((nothing, log, log)):
+            own = os.dup(stream)
             stack.callback(os.close, own)
-            stack.callback(os.dup2, own, number)
-            os.dup2(stream.fileno(), number)
+            stack.callback(os.dup2, own, stream)
+            os.dup2(target.fileno(), stream)
         yield
 
 

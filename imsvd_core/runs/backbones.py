@@ -74,20 +74,22 @@ def load_run(run_dir: Path | str) -> tuple[Recipe, ResNet]:
 def save_backbone(
     path: Path | str, backbone: ResNet, config: NetworkConfig, dtype: torch.dtype | None = None
 ) -> None:
-    """Write the weights and what is needed to build the network again; floating-point ones in
-    `dtype`, if given."""
+    """Write `backbone_bytes` to a file."""
+    with atomic_write(path) as file:
+        file.write(backbone_bytes(backbone, config, dtype))
+
+
+def backbone_bytes(
+    backbone: ResNet, config: NetworkConfig, dtype: torch.dtype | None = None
+) -> bytes:
+    """The weights as safetensors, and what is needed to build the network again; floating-point
+    ones in `dtype`, if given."""
     weights = {
-        name: value.to(dtype if dtype and value.is_floating_point() else value.dtype)
-        .contiguous()
-        .cpu()
+        name: value.to(dtype if value.is_floating_point() else None).contiguous().cpu()
         for name, value in backbone.state_dict().items()
     }
-    with atomic_write(path) as file:
-        file.write(
-            safetensors.torch.save(
-                weights, {"backbone": config.backbone, "cifar_stem": str(config.cifar_stem)}
-            )
-        )
+    metadata = {"backbone": config.backbone, "cifar_stem": str(config.cifar_stem)}
+    return safetensors.torch.save(weights, metadata)
 
 
 def load_backbone(path: Path | str) -> ResNet:

@@ -1,7 +1,6 @@
 """What a pretraining costs on the device at hand: real steps of the loop, timed (the columns of
 Table IV)."""
 
-import math
 import statistics
 import sys
 import tempfile
@@ -24,9 +23,7 @@ from imsvd_core.system.signals import Stopped
 try:
     import resource
 except ImportError:  # Windows
-    resource = None
-
-GB = 1e9
+    resource = None  # type: ignore[assignment]  # nothing tells the memory there
 
 
 def bench_step(
@@ -34,7 +31,6 @@ def bench_step(
     *,
     steps: int = 20,
     warmup: int = 5,
-    device: str | None = None,
     data: tuple[Images, Images] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -48,7 +44,6 @@ def bench_step(
     ranks, memory is of the rank that needs most.
 
     Args:
-        device: instead of the recipe's.
         data: (train, test), to spare loading them; by default the recipe's.
 
     Returns step_seconds, the median, with its quartiles and the mean; images_per_second, of all
@@ -59,70 +54,54 @@ def bench_step(
     """
     if steps < 2 or warmup < 1:
         raise ValueError(f"steps={steps} must be at least 2, and warmup={warmup} at least 1")
-    loop = replace(
-        recipe.loop,
-        device=device or recipe.loop.device,
-        log_every=10**9,
-        save_every=0,
-        save_minutes=0,
-        tensorboard=False,
-    )
+    loop, length = replace(recipe.loop, log_every=10**9, save_every=0), warmup + steps
+    quiet = replace(recipe, loop=loop)
     with tempfile.TemporaryDirectory() as folder:
-        run = Pretraining(
-            replace(recipe, loop=loop),
-            folder,
-            data=data,
-            progress=False,
-            steps=warmup + steps,
-            saves=False,
-        )
-        if run.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(run.device)
-        mark, between = _clock(run.device)
-        marks = []
-        with bar("steps", warmup + steps, progress) as advance:
-            for progressed in run:
-                if progressed.step >= warmup:
-                    marks.append(mark())
-                advance(1)
-        if len(marks) <= steps:
-            raise Stopped(
-                f"stopped after {max(0, len(marks) - 1)} of {steps} steps: nothing was measured"
-            )
-        seconds = [between(before, after) for before, after in pairwise(marks)]
-        memory = _memory(run.device)
-        mine = torch.tensor(
-            [
-                *statistics.quantiles(seconds, n=4, method="inclusive"),
-                statistics.fmean(seconds),
-                *memory.values(),
-            ],
-            device=run.device,
-            dtype=torch.float32,
-        )
-        everyones = Exchange(mine[None]).gather(mine[None])
-        low, median, high, mean = everyones.mean(0)[:4].tolist()
-        most = dict(zip(memory, everyones.max(0).values[4:].tolist(), strict=True))
+        run = Pretraining(quiet, folder, data=data, progress=False, steps=length, saves=False)
+        seconds = _time_steps(run, steps, warmup, progress)
+    times = [*statistics.quantiles(seconds, n=4, method="inclusive"), statistics.fmean(seconds)]
+    memory = _memory(run.device)
+    row = torch.tensor([[*times, *memory.values()]], device=run.device)
+    rows, order = Exchange(row).gather(row), run.trainer.order
+    low, median, high, mean = rows.mean(0)[:4].tolist()
+    peaks = rows.max(0).values[4:].tolist()
     return {
         "step_seconds": _digits(median),
         "step_seconds_quartiles": [_digits(low), _digits(high)],
         "step_seconds_mean": _digits(mean),
-        "images_per_second": _digits(recipe.loop.batch_size / mean),
-        "hours_per_100_epochs": _digits(100 * run.trainer.order.steps_per_epoch * mean / 3600),
-        **{name: round(value, 2) for name, value in most.items()},
+        "images_per_second": _digits(loop.batch_size / mean),
+        "hours_per_100_epochs": _digits(100 * order.steps_per_epoch * mean / 3600),
+        **{name: round(peak, 2) for name, peak in zip(memory, peaks, strict=True)},
         "device": device_name(run.device),
-        "ranks": run.trainer.order.ranks,
+        "ranks": order.ranks,
         "steps": steps,
         "warmup": warmup,
         "method": recipe.method.name,
         "backbone": recipe.network.backbone,
-        "batch_size": recipe.loop.batch_size,
-        "precision": recipe.loop.precision,
+        "batch_size": loop.batch_size,
+        "precision": loop.precision,
         "data": run.train.title,
         "train_images": len(run.train),
-        "steps_per_epoch": run.trainer.order.steps_per_epoch,
+        "steps_per_epoch": order.steps_per_epoch,
         "streamed": isinstance(run.train, FolderImages),
     }
+
+
+def _time_steps(run: Pretraining, steps: int, warmup: int, progress: bool) -> list[float]:
+    """The seconds of each step after the warm-up."""
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.device)
+    mark, between = _clock(run.device)
+    marks = []
+    with bar("steps", warmup + steps, progress) as advance:
+        for progressed in run:
+            if progressed.step >= warmup:
+                marks.append(mark())
+            advance(1)
+    if len(marks) <= steps:
+        timed = max(0, len(marks) - 1)
+        raise Stopped(f"stopped after {timed} of {steps} steps: nothing was measured")
+    return [between(before, after) for before, after in pairwise(marks)]
 
 
 def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
@@ -147,15 +126,15 @@ def _memory(device: torch.device) -> dict[str, float]:
     """The most memory that was taken so far, in GB of 1e9 bytes."""
     if device.type == "cuda":
         return {
-            "peak_allocated_GB": torch.cuda.max_memory_allocated(device) / GB,
-            "peak_reserved_GB": torch.cuda.max_memory_reserved(device) / GB,
+            "peak_allocated_GB": torch.cuda.max_memory_allocated(device) / 1e9,
+            "peak_reserved_GB": torch.cuda.max_memory_reserved(device) / 1e9,
         }
     if resource is None:
         return {}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes of Linux, bytes of macOS
-    return {"peak_resident_GB": peak * (1 if sys.platform == "darwin" else 1024) / GB}
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes of macOS, kilobytes of Linux
+    return {"peak_resident_GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
 
 
 def _digits(value: float) -> float:
     """Four significant digits."""
-    return round(value, 3 - math.floor(math.log10(value))) if value > 0 else 0.0
+    return float(f"{value:.4g}")

@@ -1,6 +1,6 @@
 """Pretraining: a recipe's method, views and data, and the trainer that takes their steps."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,11 +16,13 @@ from imsvd_core.engine.order import stream_seed
 from imsvd_core.engine.trainer import Progressed, Trainer
 from imsvd_core.evaluation import knn
 from imsvd_core.evaluation.features import embed
-from imsvd_core.methods import IMSVD, Method
+from imsvd_core.evaluation.knn import KNNConfig
+from imsvd_core.methods import IMSVD
+from imsvd_core.methods.base import TwinMethod
 from imsvd_core.networks import NetworkConfig, TwinNetwork
 from imsvd_core.recipes import Recipe
-from imsvd_core.results import provenance, write_result
-from imsvd_core.runs.backbones import save_backbone
+from imsvd_core.results import provenance
+from imsvd_core.runs.backbones import backbone_bytes
 from imsvd_core.system import signals
 from imsvd_core.system.config import plain
 from imsvd_core.system.devices import PRECISIONS
@@ -107,12 +109,12 @@ class Pretraining:
     def precision(self) -> torch.dtype | None:
         return PRECISIONS[self.recipe.loop.precision]
 
-    def knn(self) -> dict[str, float]:
-        """Weighted kNN accuracy of the backbone as it is now (`recipe.knn`)."""
+    def knn(self, config: KNNConfig | None = None) -> dict[str, float]:
+        """Weighted kNN accuracy of the backbone as it is now, by default by `recipe.knn`."""
         return knn.evaluate(
             self.method.backbone,
             (self.gallery, self.test),
-            self.recipe.knn,
+            config or self.recipe.knn,
             view=self.eval_view,
             device=self.device,
             precision=self.precision,
@@ -129,14 +131,7 @@ class Pretraining:
         if done and done[-1]["step"] == self.trainer.step:
             return done[-1]
         with signals.interruptible():  # the checkpoint of this step is there
-            figures = knn.evaluate(
-                self.method.backbone,
-                (self.gallery, self.test),
-                self.recipe.watch,
-                view=self.eval_view,
-                device=self.device,
-                precision=self.precision,
-            )
+            figures = self.knn(self.recipe.watch)
         if isinstance(self.recipe.method, IMSVD):
             p1, p2 = self.test_codes()
             figures |= asdict(hardness(p1, self.recipe.method.units))
@@ -158,24 +153,21 @@ class Pretraining:
         generator = torch.Generator(self.device).manual_seed(seed)
         images = self.test.subset(min(samples or self.recipe.look, len(self.test)))
         first, second = self.views.views[:2]
+        draws: list[Callable[[Tensor, torch.Generator], Tensor]]
         if isinstance(images, FolderImages):
-            plan = [(0, torch.arange(len(images)))]
-            crops = next(
-                images.crops(self.views, plan, seed=self.recipe.loop.seed, device=self.device)
-            )
-            draws = zip((first.finish, second.finish), crops, strict=True)
+            draws, plan = [first.finish, second.finish], [(0, torch.arange(len(images)))]
+            cropped = images.crops(self.views, plan, seed=self.recipe.loop.seed, device=self.device)
+            pictures = next(cropped)
         else:
-            pixels = images.images.to(self.device)
-            draws = zip((first, second), (pixels, pixels), strict=True)
+            draws, pictures = [first, second], (images.images.to(self.device),) * 2
         network, method = self.network, self.recipe.method
         was_training = network.training
         network.eval()
         codes = []
         part = max(64, 500 * 32**2 // self.recipe.views.first.size**2)
-        for view, pictures in draws:
-            logits = torch.cat(
-                [network.embed(view(block, generator)) for block in pictures.split(part)]
-            )
+        for draw, pixels in zip(draws, pictures, strict=True):
+            blocks = pixels.split(part)
+            logits = torch.cat([network.embed(draw(block, generator)) for block in blocks])
             codes.append(soft_discretize(logits.float(), method.units, method.temperature).cpu())
         network.train(was_training)
         return codes[0], codes[1]
@@ -187,8 +179,8 @@ class Pretraining:
 
         Rank 0 does, while the others wait.
         """
-        path = self.folder.path
-        save_backbone(path / "backbone.safetensors", self.method.backbone, self.recipe.network)
+        weights = backbone_bytes(self.method.backbone, self.recipe.network)
+        self.folder.write("backbone.safetensors", weights)
         with signals.interruptible():
             accuracy = self.knn()
         figures = {
@@ -204,8 +196,9 @@ class Pretraining:
             seconds=self.trainer.seconds,
             world_size=self.trainer.order.ranks,
         )
-        self.folder.check()
-        return write_result(path / "result.json", "pretrain", figures, origin, overwrite=True)
+        result = {"name": "pretrain", "figures": figures, "provenance": origin}
+        self.folder.write("result.json", result)
+        return self.folder.path / "result.json"
 
 
 def pretrain(recipe: Recipe, run_dir: Path | str, *, progress: bool = True) -> Path:
@@ -227,15 +220,19 @@ def pretrain(recipe: Recipe, run_dir: Path | str, *, progress: bool = True) -> P
 
 
 def load_data(recipe: Recipe, *, progress: bool = False) -> tuple[Images, Images]:
-    """The recipe's data set, (train, test). `progress`: a bar while files are decoded."""
+    """The recipe's data set, (train, test). `progress`: a bar while files are decoded.
+
+    Raises ValueError for images without one label each."""
     train, test = (
         open_data(recipe.data, split, on_corrupt=recipe.on_corrupt, progress=progress)
         for split in ("train", "test")
     )
-    return train, test
+    if isinstance(train, Images) and isinstance(test, Images):
+        return train, test
+    raise ValueError(f"data={recipe.data!r} has no classes: give folder:PATH or a data set's name")
 
 
-def build_method(recipe: Recipe) -> Method:
+def build_method(recipe: Recipe) -> TwinMethod:
     """A recipe's method, freshly initialised: fixed by its seed, whatever was drawn before."""
     with _seeded_weights(recipe.loop.seed):
         return recipe.method.build(recipe.network)

@@ -2,7 +2,6 @@
 on its way goes on."""
 
 import io
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -312,20 +311,10 @@ def test_a_task_waits_for_the_job_that_is_on_its_way_already(graph, slurm, again
     assert again() == {"a/knn": ()}
 
 
-def test_a_job_that_we_were_cut_off_from_recording_is_adopted(graph, slurm, again):
-    again()
-    record = graph["a/pretrain"].folder / "submission.json"
-    record.unlink()
-    assert again() == {}
-    assert json.loads(record.read_text())["job_id"] == slurm.number("a/pretrain")
-    assert not slurm.cancelled
-
-
-def test_a_job_that_we_were_cut_off_from_giving_its_work_is_replaced(graph, slurm, again):
+def test_a_job_that_we_were_cut_off_from_recording_is_replaced(graph, slurm, again):
     again()
     (graph["b/knn"].folder / "submission.json").unlink()
     number = slurm.number("b/knn")
-    (graph["b/knn"].folder / f"{number}_submitted.pkl").unlink()
     assert again() == {"b/knn": ("b/pretrain",)}
     assert slurm.cancelled == [number]
 
