@@ -15,7 +15,7 @@ from imsvd_core.commands.training import parse_evaluation, parse_pretraining
 from imsvd_core.launch import graph as graphs
 from imsvd_core.launch.reproduce import reproduce as bring_about
 from imsvd_core.launch.status import Standing, graphs_under, standings_of, watch
-from imsvd_core.recipes import RECIPES, Recipe, Scale, current_scale
+from imsvd_core.recipes import Recipe, Scale, current_scale
 from imsvd_core.runs.evaluate import result_path
 
 
@@ -120,11 +120,6 @@ def launch(argv: Sequence[str]) -> None:
     prog = "imsvd launch RECIPE"
     if not argv or argv[0] in ("-h", "--help"):
         tyro.cli(LaunchCommand, prog=prog, args=["--help"], default=default)
-    if argv[0] not in (*RECIPES, "evaluate"):
-        raise ValueError(
-            f"recipe={argv[0]!r} is unknown; the recipe comes first, one of: {', '.join(RECIPES)}; "
-            "or evaluate NAME RUN"
-        )
     command, rest = tyro.cli(
         LaunchCommand, prog=prog, args=argv[1:], default=default, return_unknown_args=True
     )

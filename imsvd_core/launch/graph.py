@@ -1,8 +1,6 @@
 """Graphs of runs: what a table or a figure of the paper needs, each piece once."""
 
-import graphlib
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -74,32 +72,24 @@ class Task:
 
 
 class Graph:
-    """Tasks in an order in which each comes after those that it needs; `graph[name]` is one.
+    """Tasks, each after those that it needs; `graph[name]` is one.
 
-    Raises ValueError for two tasks of one name or one result, a need that is no task, and a circle.
+    Raises ValueError for two tasks of one name or one result, and a need that is no task before.
     """
 
     def __init__(self, tasks: Iterable[Task]):
-        tasks = list(tasks)
-        for kind in ("name", "result"):
-            for value, count in Counter(getattr(task, kind) for task in tasks).items():
-                if count > 1:
-                    raise ValueError(
-                        f"{kind}={str(value)!r} is that of {count} tasks: give each its own"
-                    )
-        by_name = {task.name: task for task in tasks}
+        self._tasks: dict[str, Task] = {}
         for task in tasks:
-            if unknown := sorted(set(task.needs) - by_name.keys()):
+            for kind in ("name", "result"):
+                value = getattr(task, kind)
+                if value in [getattr(other, kind) for other in self]:
+                    raise ValueError(f"{kind}={str(value)!r} is that of two tasks: give another")
+            if unknown := sorted(set(task.needs) - self._tasks.keys()):
                 raise ValueError(
-                    f"needs={unknown} of {task.name} are no tasks; there are: {', '.join(by_name)}"
+                    f"needs={unknown} of {task.name} are no tasks before it; "
+                    f"there are: {', '.join(self._tasks)}"
                 )
-        sorter = graphlib.TopologicalSorter({task.name: task.needs for task in tasks})
-        try:
-            self._tasks = {name: by_name[name] for name in sorter.static_order()}
-        except graphlib.CycleError as error:
-            raise ValueError(
-                f"needs go in a circle, {' → '.join(error.args[1])}: take one of them out"
-            ) from None
+            self._tasks[task.name] = task
 
     def __iter__(self) -> Iterator[Task]:
         return iter(self._tasks.values())

@@ -2,6 +2,7 @@
 weights."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -72,24 +73,21 @@ def load_run(run_dir: Path | str) -> tuple[Recipe, ResNet]:
 
 
 def save_backbone(
-    path: Path | str, backbone: ResNet, config: NetworkConfig, dtype: torch.dtype | None = None
+    path: Path | str,
+    backbone: ResNet,
+    config: NetworkConfig,
+    dtype: torch.dtype | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write `backbone_bytes` to a file."""
-    with atomic_write(path) as file:
-        file.write(backbone_bytes(backbone, config, dtype))
-
-
-def backbone_bytes(
-    backbone: ResNet, config: NetworkConfig, dtype: torch.dtype | None = None
-) -> bytes:
-    """The weights as safetensors, and what is needed to build the network again; floating-point
-    ones in `dtype`, if given."""
+    """Write the weights and what is needed to build the network again; floating-point ones in
+    `dtype`, if given. The file takes its place unless `check` raises."""
     weights = {
         name: value.to(dtype if value.is_floating_point() else None).contiguous().cpu()
         for name, value in backbone.state_dict().items()
     }
     metadata = {"backbone": config.backbone, "cifar_stem": str(config.cifar_stem)}
-    return safetensors.torch.save(weights, metadata)
+    with atomic_write(path, check) as file:
+        file.write(safetensors.torch.save(weights, metadata))
 
 
 def load_backbone(path: Path | str) -> ResNet:

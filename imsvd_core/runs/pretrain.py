@@ -22,7 +22,7 @@ from imsvd_core.methods.base import TwinMethod
 from imsvd_core.networks import NetworkConfig, TwinNetwork
 from imsvd_core.recipes import Recipe
 from imsvd_core.results import provenance
-from imsvd_core.runs.backbones import backbone_bytes
+from imsvd_core.runs.backbones import save_backbone
 from imsvd_core.system import signals
 from imsvd_core.system.config import plain
 from imsvd_core.system.devices import PRECISIONS
@@ -179,8 +179,9 @@ class Pretraining:
 
         Rank 0 does, while the others wait.
         """
-        weights = backbone_bytes(self.method.backbone, self.recipe.network)
-        self.folder.write("backbone.safetensors", weights)
+        path, backbone = self.folder.path, self.method.backbone
+        file, check = path / "backbone.safetensors", self.folder.check
+        save_backbone(file, backbone, self.recipe.network, check=check)
         with signals.interruptible():
             accuracy = self.knn()
         figures = {
@@ -198,7 +199,7 @@ class Pretraining:
         )
         result = {"name": "pretrain", "figures": figures, "provenance": origin}
         self.folder.write("result.json", result)
-        return self.folder.path / "result.json"
+        return path / "result.json"
 
 
 def pretrain(recipe: Recipe, run_dir: Path | str, *, progress: bool = True) -> Path:
