@@ -159,10 +159,14 @@ def test_one_recipe_alone_is_built_to_read_its_settings(monkeypatch, capsys):
 
 
 def test_a_launched_job_is_the_command_with_its_place(tmp_path):
-    job = launch_of_pretraining("cifar10", ["--scale", "smoke", "--loop.epochs", "3"])
+    given = ["--run-dir", "runs/cifar10-smoke-seed0", "--loop.epochs", "3"]
+    job = launch_of_pretraining("cifar10", given)
+    command = parse_pretraining(job.words[1:], "imsvd pretrain")
+    assert command.run_dir == job.run_dir
+    assert command.recipe == job.recipe
     run_dir = tmp_path / "runs" / "cifar10-smoke-seed0"
     place = ["--scale", "smoke", "--run-dir", str(run_dir), "--no-progress"]
-    assert job.words == ["pretrain", "cifar10", *place, "--loop.epochs", "3"]
+    assert job.words == ["pretrain", "cifar10", *given, *place]
     assert (job.folder, job.name) == (run_dir / "jobs", "cifar10-smoke-seed0")
 
 

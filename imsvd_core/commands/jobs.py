@@ -1,6 +1,5 @@
 """`imsvd launch`, `reproduce` and `status`: jobs, graphs of them, and where they stand."""
 
-import argparse
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,29 +88,19 @@ def launch_of_pretraining(recipe_name: str, argv: Sequence[str]) -> Launch:
     """A pretraining that is to be a job."""
     command = parse_pretraining([recipe_name, *argv], "imsvd launch")
     run_dir: Path = command.run_dir.absolute()
+    # of an option that is given twice the last one counts
     place = ["--scale", command.scale, "--run-dir", str(run_dir), "--no-progress"]
-    words = ["pretrain", recipe_name, *place, *_without(argv, "--scale", "--run-dir")]
+    words = ["pretrain", recipe_name, *argv, *place]
     return Launch(words, run_dir, run_dir / "jobs", run_dir.name, command.recipe)
 
 
 def launch_of_evaluation(argv: Sequence[str]) -> Launch:
     """An evaluation that is to be a job."""
     command, trained, default = parse_evaluation(argv, "imsvd launch evaluate")
-    run_dir, run = trained.folder.absolute(), str(command.run)
+    run_dir = trained.folder.absolute()
     result = result_path(argv[0], trained, command.data, default.data).stem
-    options = _without(argv, "--scale", "--out")
-    options = [str(command.run.absolute()) if word == run else word for word in options]
-    place = ["--scale", command.scale, "--out", str(run_dir), "--no-progress"]
-    words = ["evaluate", *options, *place]
+    words = ["evaluate", *argv, "--scale", command.scale, "--out", str(run_dir), "--no-progress"]
     return Launch(words, run_dir, run_dir / "jobs" / result, f"{run_dir.name}-{result}")
-
-
-def _without(argv: Sequence[str], *options: str) -> list[str]:
-    """The words without these options and their values."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for option in options:
-        parser.add_argument(option)
-    return parser.parse_known_args(argv)[1]
 
 
 def launch(argv: Sequence[str]) -> None:

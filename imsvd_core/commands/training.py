@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -172,16 +171,17 @@ def parse_evaluation(
     """The settings, the backbone that they are to judge, and the settings by default."""
     name, rest = (argv[0] if argv else ""), argv[1:]
     scale = current_scale(peek(rest, "--scale"))
-    default = evaluation(name, scale)
-    kind: Any = EvaluateCommand[type(default.config)]  # type: ignore[misc]  # known when it runs
-    parse = partial(tyro.cli, kind, prog=f"{prog} {name}", args=rest)
-    first = EvaluateCommand(tyro.MISSING, default.config, default.eval_view, default.data, scale)
-    run = parse(default=first).run
+
+    def parse(run: Any, default: EvaluationRecipe) -> Any:
+        kind: Any = EvaluateCommand[type(default.config)]  # type: ignore[misc]  # known when it runs
+        start = EvaluateCommand(run, default.config, default.eval_view, default.data, scale)
+        return tyro.cli(kind, prog=f"{prog} {name}", args=rest, default=start)
+
+    run = parse(tyro.MISSING, evaluation(name, scale)).run
     # The backbone decides from what the other settings start.
     trained = open_backbone(run, scale)
     default = evaluation(name, scale, trained.recipe)
-    start = EvaluateCommand(run, default.config, default.eval_view, default.data, scale)
-    command = parse(default=start)
+    command = parse(run, default)
     return command, replace(trained, folder=command.out or trained.folder), default
 
 

@@ -2,12 +2,10 @@
 (`plan`), a whole table's graph of them (`graph`), and where they stand (`status`)."""
 
 from imsvd_core.launch.config import LaunchConfig, load_profile
-from imsvd_core.launch.job import Job
 from imsvd_core.launch.plan import Plan, plan
 from imsvd_core.launch.submit import Submission, batch_script, snapshot, submit
 
 __all__ = [
-    "Job",
     "LaunchConfig",
     "Plan",
     "Submission",

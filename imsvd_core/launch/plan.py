@@ -19,7 +19,6 @@ from imsvd_core.launch.submit import Submission
 from imsvd_core.methods import IMSVD, BarlowTwins, VICReg
 from imsvd_core.networks import NetworkConfig, TwinNetwork
 from imsvd_core.recipes import Recipe
-from imsvd_core.results import STORE, read_result
 
 #: Table IV: what 100 epochs of ImageNet took on 32 Tesla V100 at batch size 2,048 (hours), and a
 #: GPU's peak memory (GB); by the `name` of the method's config.
@@ -33,7 +32,7 @@ PAPER = NetworkConfig("resnet50", False, (8192,), 8160)  #: of IMSVD's row
 PUBLISHED = {"cifar10": 50_000, "cifar100": 50_000, "fashion-mnist": 60_000}  #: training images
 OPTIMIZER_STATES = {"adamw": 2, "sgd": 1, "lars": 1}  #: numbers kept beside each weight
 
-UNKNOWN = "no measurement is stored, and the paper has none"
+UNKNOWN = "not measured, and the paper has none"
 
 
 @dataclass(frozen=True)
@@ -100,10 +99,8 @@ class Plan:
 def plan(name: str, recipe: Recipe, config: LaunchConfig, run_dir: Path | str) -> Plan:
     """What `recipe` will take under `config`, in `run_dir`.
 
-    Time is what the run's own records say if it has begun, else what was measured on one GPU and
-    stored for this recipe (benchmarks/training.py), else the paper's Table IV, where it applies,
-    labelled as quoted. The latter two are scaled to epochs and GPUs as if nothing were lost between
-    them.
+    Time is what the run's own records say if it has begun, else the paper's Table IV, where it
+    applies, labelled as quoted, and scaled to epochs and GPUs as if nothing were lost between them.
     """
     run_dir = Path(run_dir).absolute()
     loop = recipe.loop
@@ -126,7 +123,7 @@ def plan(name: str, recipe: Recipe, config: LaunchConfig, run_dir: Path | str) -
         samples,
         loop.batch_size // config.ranks,
         loop.epochs * (samples // loop.batch_size) if samples else None,
-        *_hours(name, recipe, config, run_dir, samples),
+        *_hours(recipe, config, run_dir, samples),
         *_memory(recipe, config),
         config.gpus > 0 and recipe.data.startswith("tree:") and not asks_for_cores,
         disk,
@@ -181,20 +178,12 @@ def _count(data: str) -> int:
 
 
 def _hours(
-    name: str, recipe: Recipe, config: LaunchConfig, run_dir: Path, samples: int | None
+    recipe: Recipe, config: LaunchConfig, run_dir: Path, samples: int | None
 ) -> tuple[float | None, str]:
     epochs, method = recipe.loop.epochs, recipe.method.name
-    if samples:
-        images = epochs * samples
-        if speed := _own_speed(run_dir, config.ranks):
-            return images / speed / 3600, "measured: this run so far"
-        for file in sorted(STORE.glob("benchmark-training-cuda*.json")) if config.gpus else ():
-            stored = read_result(file)
-            if stored["figures"]["setting"]["recipe"] == name:
-                speed = stored["figures"]["two_view_images_per_second"] * config.ranks
-                scaled = f", divided by {config.ranks}" if config.ranks > 1 else ""
-                source = f"measured: one {stored['provenance']['device']}{scaled}"
-                return images / speed / 3600, source
+    speed = _own_speed(run_dir, config.ranks)
+    if samples and speed:
+        return epochs * samples / speed / 3600, "measured: this run so far"
     if recipe.network.backbone != "resnet50" or method not in TABLE_IV or not config.gpus:
         return None, UNKNOWN
     per_hundred = TABLE_IV[method][0]

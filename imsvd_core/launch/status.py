@@ -68,9 +68,7 @@ class Standing:
         return self.state in ("running", "pending")
 
 
-def standings_of(
-    graph: Graph, ask: Callable[..., dict[str, queue.Entry]] = queue.ask
-) -> dict[str, Standing]:
+def standings_of(graph: Graph) -> dict[str, Standing]:
     """How every task stands, by name.
 
     Raises ValueError where a folder holds a run with other settings than the graph's.
@@ -84,7 +82,7 @@ def standings_of(
         if submission and submission.executor == "slurm" and not complete:
             jobs[submission.job_id] = submission.name
     try:
-        entries, trouble = ask(jobs), ""
+        entries, trouble = queue.ask(jobs), ""
     except queue.NoAnswer as error:
         entries, trouble = {}, str(error)
     # after the queue: a job that has left it by itself has its result
@@ -124,21 +122,20 @@ def stand(
         for need in needs
         if need.state in ("failed", "cancelled", "not run")
     ]
+    if entry and entry.live and entry.reason == "DependencyNeverSatisfied":
+        lost = lost or ["an earlier job that it waits for has failed"]
     if lost:
         # it may be in the queue still: Slurm takes it out
         return Standing(task, "not run", " and ".join(dict.fromkeys(lost)), job)
     if submission is None:
         return Standing(task, "not submitted")
     if entry and entry.live:
-        if entry.reason == "DependencyNeverSatisfied":
-            return Standing(task, "not run", "an earlier job that it waits for has failed", job)
         words = _joined(_why(entry, needs), attempt and f"requeued, {attempt}")
         return Standing(task, "pending", words, job)
-    cancelled = entry is not None and entry.state == "CANCELLED"
-    words = "" if cancelled else _failure(submission, entry)
+    state = "cancelled" if entry and entry.state == "CANCELLED" else "failed"
+    words = _failure(submission, entry) if state == "failed" else ""
     if entry:
         words = _joined(words, f"job {job}", f"after {entry.elapsed}")
-    state = "cancelled" if cancelled else "failed"
     return Standing(task, state, words, job, log=last_words(submission))
 
 

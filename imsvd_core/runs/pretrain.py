@@ -68,6 +68,8 @@ class Pretraining:
         self.views = Views(recipe.views.configs)
         self.eval_view = EvalView(**asdict(recipe.eval_view))
         self.method = build_method(recipe)
+        self.network = self.method.network
+        self.precision = PRECISIONS[recipe.loop.precision]
         self.trainer = Trainer(
             self.method,
             len(self.train),
@@ -99,15 +101,6 @@ class Pretraining:
             precision=self.precision,
             ranks=True,
         )
-
-    @property
-    def network(self) -> TwinNetwork:
-        """The backbone and the projector that are trained."""
-        return self.method.network
-
-    @property
-    def precision(self) -> torch.dtype | None:
-        return PRECISIONS[self.recipe.loop.precision]
 
     def knn(self, config: KNNConfig | None = None) -> dict[str, float]:
         """Weighted kNN accuracy of the backbone as it is now, by default by `recipe.knn`."""

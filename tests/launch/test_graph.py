@@ -236,7 +236,6 @@ class Slurm:
 def slurm(monkeypatch):
     slurm = Slurm()
     monkeypatch.setattr(reproducing, "submit", slurm.submit)
-    monkeypatch.setattr(reproducing, "standings_of", lambda graph: standings_of(graph, slurm.ask))
     monkeypatch.setattr(queue, "ask", slurm.ask)
     monkeypatch.setattr(queue, "cancel", slurm.cancelled.append)
     return slurm

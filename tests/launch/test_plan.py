@@ -1,6 +1,5 @@
 """What a launch will take, and what would be refused, before anything is sent."""
 
-import importlib
 import json
 from dataclasses import replace
 
@@ -88,23 +87,6 @@ def test_a_run_that_has_begun_on_as_many_ranks_tells_its_own_time(imagenet, tmp_
         assert one.hours_source == "measured: this run so far"
     else:
         assert "quoted" in one.hours_source
-
-
-def test_a_stored_measurement_goes_before_the_papers(imagenet, tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("imsvd_core.launch.plan"), "STORE", tmp_path)
-    stored = {
-        "name": "benchmark",
-        "provenance": {"device": "NVIDIA H100"},
-        "figures": {"setting": {"recipe": "imagenet-100"}, "two_view_images_per_second": 2500.0},
-    }
-    (tmp_path / "benchmark-training-cuda.json").write_text(json.dumps(stored))
-    one = plan("imagenet-100", recipe("imagenet-100", "full"), FULL, tmp_path)
-    assert one.hours == pytest.approx(100 * 1_281_167 / 2500 / 32 / 3600)
-    assert one.hours_source == "measured: one NVIDIA H100, divided by 32"
-    assert (
-        "quoted"
-        in plan("imagenet-200", recipe("imagenet-200", "full"), FULL, tmp_path).hours_source
-    )
 
 
 def test_idle_gpus_save_no_time_and_cost_all_the_same(imagenet, tmp_path):
