@@ -106,11 +106,12 @@ def launch_of_evaluation(argv: Sequence[str]) -> Launch:
 def launch(argv: Sequence[str]) -> None:
     """Send a training or an evaluation as a job."""
     default = LaunchCommand(launcher.load_profile(peek(argv, "--profile")))
-    prog = "imsvd launch RECIPE"
-    if not argv or argv[0] in ("-h", "--help"):
-        tyro.cli(LaunchCommand, prog=prog, args=["--help"], default=default)
     command, rest = tyro.cli(
-        LaunchCommand, prog=prog, args=argv[1:], default=default, return_unknown_args=True
+        LaunchCommand,
+        prog="imsvd launch RECIPE",
+        args=["--help"] if not argv or argv[0] in ("-h", "--help") else argv[1:],
+        default=default,
+        return_unknown_args=True,
     )
     evaluates, config = argv[0] == "evaluate", command.config
     job = launch_of_evaluation(rest) if evaluates else launch_of_pretraining(argv[0], rest)

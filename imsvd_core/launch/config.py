@@ -6,7 +6,7 @@ import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from imsvd_core.system.checks import at_least, literals, positive
 from imsvd_core.system.config import from_plain
@@ -109,20 +109,14 @@ def load_profile(name: str | None = None, path: Path | str | None = None) -> Lau
         gpus_per_node = 8
 
     `path` is ~/.config/imsvd/clusters.toml unless IMSVD_CLUSTERS or the caller names another.
-    Without a file and a name, plain `LaunchConfig()`. Raises FileNotFoundError or ValueError saying
-    what the file has instead.
+    Without a file and a name, plain `LaunchConfig()`. Raises ValueError saying what the file has
+    instead.
     """
     file = Path(path or os.environ.get("IMSVD_CLUSTERS") or PROFILES).expanduser()
-    content: dict[str, Any] = {}
-    if file.exists():
-        try:
-            content = tomllib.loads(file.read_text())
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{file} is not TOML: {error}") from None
-    elif name is not None:
-        raise FileNotFoundError(
-            f"profile={name!r}: there is no {file}; write it, or set IMSVD_CLUSTERS"
-        )
+    try:
+        content = tomllib.loads(file.read_text()) if file.exists() else {}
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{file} is not TOML: {error}") from None
     name = name or content.get("default")
     if name is None:
         return LaunchConfig()

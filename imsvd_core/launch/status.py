@@ -280,10 +280,9 @@ def table(standings: Iterable[Standing], title: str | None = None) -> Table:
     """The standings as a table: those of one run together."""
     shown = Table("task", "state", "", title=title, title_justify="left", box=None, pad_edge=False)
     for standing in sorted(standings, key=lambda standing: standing.task.run_dir):
-        words = Text(standing.words)
-        for line in standing.log:
-            words.append(f"\n  {line}", style="dim")
-        shown.add_row(standing.task.name, Text(standing.state, style=STYLES[standing.state]), words)
+        state = Text(standing.state, style=STYLES[standing.state])
+        words = Text("\n  ".join((standing.words, *standing.log)))
+        shown.add_row(standing.task.name, state, words)
     return shown
 
 

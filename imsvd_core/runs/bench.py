@@ -1,6 +1,7 @@
 """What a pretraining costs on the device at hand: real steps of the loop, timed (the columns of
 Table IV)."""
 
+import resource
 import statistics
 import sys
 import tempfile
@@ -19,11 +20,6 @@ from imsvd_core.runs.pretrain import Images, Pretraining
 from imsvd_core.system.devices import device_name
 from imsvd_core.system.progress import bar
 from imsvd_core.system.signals import Stopped
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]  # nothing tells the memory there
 
 
 def bench_step(
@@ -129,8 +125,6 @@ def _memory(device: torch.device) -> dict[str, float]:
             "peak_allocated_GB": torch.cuda.max_memory_allocated(device) / 1e9,
             "peak_reserved_GB": torch.cuda.max_memory_reserved(device) / 1e9,
         }
-    if resource is None:
-        return {}
     unit = 1 if sys.platform == "darwin" else 1024  # bytes of macOS, kilobytes of Linux
     return {"peak_resident_GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
 

@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +49,7 @@ def evaluate(
     path = result_path(name, trained, recipe.data, default_data)
     origin = _settings(trained, recipe, on_corrupt)
 
-    refuse_to_replace = partial(_refuse_to_replace, path, origin, overwrite)
-    refuse_to_replace()
+    _refuse_to_replace(path, origin, overwrite)
     start, config = time.perf_counter(), recipe.config
     if device and config.loop:
         config = replace(config, loop=replace(config.loop, device=device))
@@ -63,10 +61,9 @@ def evaluate(
         folder=trained.folder / name,
         progress=progress,
     )
-    shows = progress and world()[0] == 0
     data = rank_0_first(
         lambda: tuple(
-            open_data(recipe.data, split, on_corrupt=on_corrupt, progress=shows)
+            open_data(recipe.data, split, on_corrupt=on_corrupt, progress=progress)
             for split in ("train", "test")
         )
     )
@@ -82,7 +79,8 @@ def evaluate(
         seconds=seconds,
         world_size=world()[1],
     )
-    refuse_to_replace()  # another call may have written a result meanwhile
+    # another call may have written a result meanwhile
+    _refuse_to_replace(path, origin, overwrite)
     return on_rank_0(write_result)(path, name, figures, about, overwrite=True)
 
 

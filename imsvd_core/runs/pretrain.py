@@ -11,7 +11,7 @@ from torch import Tensor
 
 from imsvd_core.data import FolderImages, Images, open_data
 from imsvd_core.discretization import hardness, joint, soft_discretize
-from imsvd_core.distributed import on_rank_0, rank_0_first, world
+from imsvd_core.distributed import on_rank_0, rank_0_first
 from imsvd_core.engine.order import stream_seed
 from imsvd_core.engine.trainer import Progressed, Trainer
 from imsvd_core.evaluation import knn
@@ -57,9 +57,7 @@ class Pretraining:
         saves: bool = True,
     ):
         self.recipe = recipe
-        self.folder = run_dir if isinstance(run_dir, RunFolder) else RunFolder(run_dir)
-        shows = progress and world()[0] == 0
-        self.gallery, self.test = data or rank_0_first(lambda: load_data(recipe, progress=shows))
+        self.gallery, self.test = data or rank_0_first(lambda: load_data(recipe, progress=progress))
         recipe.knn.check(self.gallery, self.test, "knn")
         recipe.watch.check(self.gallery, self.test, "watch")
         self.train = self.gallery
@@ -75,7 +73,7 @@ class Pretraining:
             len(self.train),
             recipe.loop,
             recipe.optim,
-            self.folder,
+            run_dir,
             settings=recipe.training_settings() | {"data": self.train.name},
             kind=Recipe,
             progress=progress,
@@ -83,7 +81,7 @@ class Pretraining:
             embed_all=self._embed_all,
             saves=saves,
         )
-        self.device = self.trainer.device
+        self.folder, self.device = self.trainer.run, self.trainer.device
         config = {**plain(recipe), "data": self.train.name}
         on_rank_0(self.folder.write)("config.json", config)
 
