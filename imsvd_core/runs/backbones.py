@@ -21,10 +21,10 @@ from imsvd_core.system.files import atomic_write
 class TrainedBackbone:
     """A backbone to evaluate, and what is known of its training."""
 
-    backbone: ResNet
     recipe: Recipe
     """The recipe of its training; for a file of weights, the recipe from which its evaluations take
     their settings."""
+    backbone: ResNet
     folder: Path
     """The folder that receives its results."""
     is_ours: bool
@@ -46,17 +46,22 @@ def open_backbone(path: Path | str, scale: Scale | None = None) -> TrainedBackbo
             "file of weights (.pth, .pt, .safetensors)"
         )
     if path.is_dir():
-        trained_by, backbone = load_run(path)
-        _refuse_non_finite(path, backbone)
-        return TrainedBackbone(backbone, trained_by, path, is_ours=True)
-    name, cifar_stem, state = read_state_dict(path)
-    backbone = build_backbone(name, cifar_stem)
-    backbone.load_state_dict(state)
-    _refuse_non_finite(path, backbone)
-    template = recipe("cifar10" if cifar_stem else "imagenet-100", scale)
-    network = replace(template.network, backbone=name, cifar_stem=cifar_stem)
-    template = replace(template, network=network)
-    return TrainedBackbone(backbone, template, Path("runs") / path.stem, is_ours=False)
+        trained = TrainedBackbone(*load_run(path), path, is_ours=True)
+    else:
+        name, cifar_stem, state = read_state_dict(path)
+        backbone = build_backbone(name, cifar_stem)
+        backbone.load_state_dict(state)
+        template = recipe("cifar10" if cifar_stem else "imagenet-100", scale)
+        network = replace(template.network, backbone=name, cifar_stem=cifar_stem)
+        template = replace(template, network=network)
+        trained = TrainedBackbone(template, backbone, Path("runs") / path.stem, is_ours=False)
+    state = trained.backbone.state_dict()
+    if names := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise ValueError(
+            f"run={str(path)!r} contains {len(names)} tensors with NaN or infinite values, the "
+            f"first is {names[0]}: give another checkpoint; these weights cannot be evaluated"
+        )
+    return trained
 
 
 def load_run(run_dir: Path | str) -> tuple[Recipe, ResNet]:
@@ -102,12 +107,3 @@ def load_backbone(path: Path | str) -> ResNet:
     backbone = build_backbone(metadata["backbone"], metadata["cifar_stem"] == "True")
     backbone.load_state_dict(safetensors.torch.load_file(path))
     return backbone
-
-
-def _refuse_non_finite(path: Path, backbone: ResNet) -> None:
-    names = [name for name, value in backbone.state_dict().items() if not value.isfinite().all()]
-    if names:
-        raise ValueError(
-            f"run={str(path)!r} contains {len(names)} tensors with NaN or infinite values, the "
-            f"first is {names[0]}: give another checkpoint; these weights cannot be evaluated"
-        )

@@ -99,5 +99,5 @@ def test_a_profile_s_values_must_be_of_their_kind(tmp_path, line, words):
 
 def test_without_a_file_the_defaults_hold_and_a_name_is_refused(tmp_path):
     assert load_profile(path=tmp_path / "none.toml") == LaunchConfig()
-    with pytest.raises(ValueError, match="profile='ours' is not in .*none.toml; there are: none"):
+    with pytest.raises(ValueError, match=r"profile='ours' is not in .*; there are: none"):
         load_profile("ours", tmp_path / "none.toml")
