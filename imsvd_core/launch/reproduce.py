@@ -41,39 +41,33 @@ def reproduce(
     """
     # one call at a time
     with contextlib.nullcontext() if dry_run else RunFolder(out):
-        return _reproduce(graph, out, config, console, dry_run=dry_run)
-
-
-def _reproduce(
-    graph: Graph, out: Path, config: LaunchConfig, console: Console, *, dry_run: bool
-) -> bool:
-    standings = list(standings_of(graph).values())
-    missing = [one.task for one in standings if one.state != "done" and not one.live]
-    if all(standing.state == "done" for standing in standings):
-        end = f"{summary(standings)}: there is nothing left to do"
-        console.print(table(standings), end, sep="\n")
-        return True
-    _refuse_strangers(standings, config)
-    plans = [
-        plan(task.argv[1], from_plain(Recipe, task.settings), config, task.run_dir)
-        for task in missing
-        if task.argv[0] == "pretrain"
-    ]
-    if dry_run:
-        names = ", ".join(task.name for task in missing)
-        would = f"would submit {len(missing)}: {names}"
-        console.print(overview(standings), *plans, would, sep="\n", highlight=False)
-        return True
-    if refused := sorted({reason for one in plans for reason in one.refused}):
-        raise ValueError("nothing was submitted:\n  " + "\n  ".join(refused))
-    graph.save(out)
-    code = snapshot(out / "code")
-    if failed := [one for one in standings if one.state in ("failed", "cancelled")]:
-        console.print(table(failed, "to be done again:"))
-    if config.executor == "slurm":
-        _submit_all(graph, out, config, code, console)
-        return True
-    return _run_all(graph, out, config, code, console)
+        standings = list(standings_of(graph).values())
+        missing = [one.task for one in standings if one.state != "done" and not one.live]
+        if all(standing.state == "done" for standing in standings):
+            end = f"{summary(standings)}: there is nothing left to do"
+            console.print(table(standings), end, sep="\n")
+            return True
+        _refuse_strangers(standings, config)
+        plans = [
+            plan(task.argv[1], from_plain(Recipe, task.settings), config, task.run_dir)
+            for task in missing
+            if task.argv[0] == "pretrain"
+        ]
+        if dry_run:
+            names = ", ".join(task.name for task in missing)
+            would = f"would submit {len(missing)}: {names}"
+            console.print(overview(standings), *plans, would, sep="\n", highlight=False)
+            return True
+        if refused := sorted({reason for one in plans for reason in one.refused}):
+            raise ValueError("nothing was submitted:\n  " + "\n  ".join(refused))
+        graph.save(out)
+        code = snapshot(out / "code")
+        if failed := [one for one in standings if one.state in ("failed", "cancelled")]:
+            console.print(table(failed, "to be done again:"))
+        if config.executor == "slurm":
+            _submit_all(graph, out, config, code, console)
+            return True
+        return _run_all(graph, out, config, code, console)
 
 
 def job_name(task: Task, out: Path) -> str:
