@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from imsvd_core.data import check as prepared
-from imsvd_core.data import memory as datasets
+from imsvd_core.data import tree
 from imsvd_core.launch import LaunchConfig, plan
 from imsvd_core.methods import IMSVD, BarlowTwins, VICReg
 from imsvd_core.recipes import recipe
@@ -166,7 +166,7 @@ def test_data_that_were_not_checked_or_found_wanting_are_refused(imagenet, tmp_p
 
 def test_a_folders_images_are_counted_without_being_read(tmp_path, monkeypatch):
     monkeypatch.setenv("IMSVD_DATA", str(tmp_path))
-    monkeypatch.setattr(datasets, "decode", None)
+    monkeypatch.setattr(tree, "decode", None)
     for label in "ab":
         (tmp_path / "mine" / "train" / label).mkdir(parents=True)
         for number in range(70):
