@@ -166,7 +166,7 @@ def test_data_that_were_not_checked_or_found_wanting_are_refused(imagenet, tmp_p
 
 def test_a_folders_images_are_counted_without_being_read(tmp_path, monkeypatch):
     monkeypatch.setenv("IMSVD_DATA", str(tmp_path))
-    monkeypatch.setattr(tree, "decode", None)
+    monkeypatch.setattr(tree.FolderImages, "decode", None)
     for label in "ab":
         (tmp_path / "mine" / "train" / label).mkdir(parents=True)
         for number in range(70):
