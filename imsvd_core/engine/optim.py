@@ -1,7 +1,6 @@
 """Optimizers and the learning-rate schedule."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,16 +61,16 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int, steps_per_ep
     return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
 
-def build_optimizer(config: OptimConfig, modules: Iterable[nn.Module]) -> torch.optim.Optimizer:
+def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
     """One optimizer over every trainable parameter; one-dimensional ones (biases, norms) are exempt
     from decay.
 
     LARS is timm's, by the rule of You et al. (2017): g ← η·‖w‖ / (‖g‖ + λ‖w‖) · (g + λw), η =
     0.001, then momentum; what is exempt from decay is exempt from this adaptation too.
     """
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    parameters = [p for p in module.parameters() if p.requires_grad]
     if not parameters:
-        raise ValueError("modules hold no trainable parameter: nothing to optimize")
+        raise ValueError("module holds no trainable parameter: nothing to optimize")
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},

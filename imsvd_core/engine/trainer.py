@@ -105,10 +105,10 @@ class Trainer:
         self.settings, self.kind = plain(fixed), kind
         self.device = pick_device(config.device)
         layout = torch.channels_last if config.channels_last else torch.preserve_format
-        method.to(self.device).to(memory_format=layout)
+        method.to(self.device, memory_format=layout)
         if config.compile:
             method.compile()
-        self.optimizer = build_optimizer(optim, [method])
+        self.optimizer = build_optimizer(optim, method)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         precision = PRECISIONS[config.precision]
         self.gradients = Gradients(method, self.device, self.scaler, precision, config.accumulate)

@@ -43,17 +43,9 @@ class IMSVD:
         return IMSVDMethod(network, self._criterion())
 
     def _criterion(self) -> CrossJointEntropyLoss:
-        return CrossJointEntropyLoss(
-            self.units,
-            diagonal_weight=self.diagonal_weight,
-            off_diagonal_weight=self.off_diagonal_weight,
-            invariance_weight=self.invariance_weight,
-            invariance=self.invariance,
-            temperature=self.temperature,
-            products=self.products,
-            sampled_variables=self.sampled_variables,
-            gather_distributed=True,
-        )
+        settings = dict(vars(self))
+        del settings["name"]
+        return CrossJointEntropyLoss(**settings, gather_distributed=True)
 
 
 class IMSVDMethod(TwinMethod):

@@ -70,10 +70,8 @@ def _find_ranks_of_job() -> None:
     if "SLURM_JOB_ID" in os.environ and "SUBMITIT_LOCAL_JOB_ID" not in os.environ:
         os.environ.setdefault("SUBMITIT_EXECUTOR", "slurm")  # plain srun does not say so
     environment = TorchDistributedEnvironment()
-    parts = (os.environ.get(name, "0") for name in ("SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
-    attempt = "/".join(
-        [os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID", "0"), *parts]
-    )
+    jobs = "SLURM_JOB_ID", "SUBMITIT_LOCAL_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"
+    attempt = "/".join(os.environ.get(name, "0") for name in jobs)
     environment.master_port = int(
         os.environ.get("MASTER_PORT", 15_000 + zlib.crc32(attempt.encode()) % 15_000)
     )

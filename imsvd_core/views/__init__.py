@@ -19,7 +19,6 @@ from imsvd_core.views.config import (
     cifar_multicrop_views,
     cifar_views,
     imagenet_views,
-    multicrop_views,
 )
 from imsvd_core.views.kernels import (
     BRIGHTNESS,
@@ -52,5 +51,4 @@ __all__ = [
     "cifar_multicrop_views",
     "cifar_views",
     "imagenet_views",
-    "multicrop_views",
 ]

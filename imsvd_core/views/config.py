@@ -87,16 +87,15 @@ class TwoViewConfig:
         return self.first, self.second, *small
 
 
-def _distorted(size: int, scale: tuple[float, float], strength: float) -> ViewConfig:
-    """Crops under SimCLR's distortion of colours (Chen et al., 2020) at this strength."""
-    color = 0.8 * strength
+def _distorted(size: int, scale: tuple[float, float]) -> ViewConfig:
+    """Crops under SimCLR's distortion of colours (Chen et al., 2020) at half its strength."""
     return ViewConfig(
         size=size,
         scale=scale,
-        brightness=color,
-        contrast=color,
-        saturation=color,
-        hue=0.2 * strength,
+        brightness=0.4,
+        contrast=0.4,
+        saturation=0.4,
+        hue=0.1,
         jitter_probability=0.8,
         gray_probability=0.2,
     )
@@ -104,7 +103,7 @@ def _distorted(size: int, scale: tuple[float, float], strength: float) -> ViewCo
 
 def imagenet_views(size: int = 224) -> TwoViewConfig:
     """The paper's views for ImageNet, VICReg's: one always blurred, one at times solarised."""
-    colored = replace(_distorted(size, (0.08, 1.0), 0.5), interpolation="bicubic", saturation=0.2)
+    colored = replace(_distorted(size, (0.08, 1.0)), interpolation="bicubic", saturation=0.2)
     return TwoViewConfig(
         replace(colored, blur_probability=1.0),
         replace(colored, blur_probability=0.1, solarize_probability=0.2),
@@ -113,19 +112,8 @@ def imagenet_views(size: int = 224) -> TwoViewConfig:
 
 def cifar_views(size: int = 32) -> TwoViewConfig:
     """The authors' views for CIFAR-10, both alike: no blur and no solarisation."""
-    view = replace(_distorted(size, (0.2, 1.0), 0.5), mean=CIFAR_MEAN, std=CIFAR_STD)
+    view = replace(_distorted(size, (0.2, 1.0)), mean=CIFAR_MEAN, std=CIFAR_STD)
     return TwoViewConfig(first=view, second=view)
-
-
-def multicrop_views(size: int = 224, small_size: int = 96, small_count: int = 6) -> TwoViewConfig:
-    """SwAV's views for ImageNet: two of 14 % of the area or more, and small ones of 5 to 14 %.
-
-    Caron et al., 2020 (https://arxiv.org/abs/2006.09882), as in their released code, but for the
-    standard deviation of red: theirs is 0.228.
-    """
-    large = replace(_distorted(size, (0.14, 1.0), 1.0), blur_probability=0.5)
-    small = replace(large, size=small_size, scale=(0.05, 0.14))
-    return TwoViewConfig(large, large, small, small_count)
 
 
 def cifar_multicrop_views(

@@ -38,9 +38,8 @@ def test_milestones_drop_tenfold():
 
 
 def test_biases_and_norms_are_not_decayed():
-    optimizer = build_optimizer(
-        OptimConfig(weight_decay=0.1), [nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))]
-    )
+    network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    optimizer = build_optimizer(OptimConfig(weight_decay=0.1), network)
     assert {
         p.ndim: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
     } == {2: 0.1, 1: 0.0}
@@ -64,7 +63,7 @@ def lars_by_hand(weights, gradients, lr, decay=1e-6, momentum=0.9, trust=0.001, 
 def test_lars_follows_its_rule_and_leaves_biases_and_norms_to_sgd():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
-    optimizer = build_optimizer(OptimConfig(name="lars", lr=2.0, weight_decay=1e-6), [model])
+    optimizer = build_optimizer(OptimConfig(name="lars", lr=2.0, weight_decay=1e-6), model)
     start = [p.detach().clone() for p in model.parameters()]
     gradients = [[torch.randn_like(p) for p in start] for _ in range(4)]
     for step in gradients[:2]:
@@ -72,7 +71,7 @@ def test_lars_follows_its_rule_and_leaves_biases_and_norms_to_sgd():
     memory = io.BytesIO()
     torch.save(optimizer.state_dict(), memory)
     memory.seek(0)
-    optimizer = build_optimizer(OptimConfig(name="lars", lr=2.0, weight_decay=1e-6), [model])
+    optimizer = build_optimizer(OptimConfig(name="lars", lr=2.0, weight_decay=1e-6), model)
     optimizer.load_state_dict(torch.load(memory, weights_only=True))
     for step in gradients[2:]:
         apply(optimizer, model, step)
@@ -101,7 +100,7 @@ def test_lars_without_decay_is_refused():
 
 def test_nothing_to_train_and_impossible_settings_are_refused():
     with pytest.raises(ValueError, match="no trainable parameter"):
-        build_optimizer(OptimConfig(), [nn.Linear(2, 2).requires_grad_(False)])
+        build_optimizer(OptimConfig(), nn.Linear(2, 2).requires_grad_(False))
     with pytest.raises(ValueError, match=r"momentum=1.0 must be below 1"):
         OptimConfig(momentum=1.0)
     with pytest.raises(ValueError, match="name='lion'"):

@@ -36,7 +36,6 @@ from imsvd_core.views import (
     cifar_multicrop_views,
     cifar_views,
     imagenet_views,
-    multicrop_views,
 )
 
 TOLERANCE = 2 / 255
@@ -617,14 +616,10 @@ def test_any_number_of_views_are_drawn_one_after_the_other_from_the_one_generato
     assert all(torch.equal(a, b) for a, b in zip(two, drawn[:2], strict=True))
 
 
-def test_multicrop_is_swavs_and_its_counts_are_checked() -> None:
-    large, again, *small = multicrop_views().configs
+def test_multicrop_adds_small_views_and_its_counts_are_checked() -> None:
+    large, again, *small = cifar_multicrop_views().configs
     assert large == again
-    assert small == [replace(large, size=96, scale=(0.05, 0.14))] * 6
-    assert (large.size, large.scale, large.interpolation) == (224, (0.14, 1.0), "bilinear")
-    assert (large.brightness, large.contrast, large.saturation, large.hue) == (0.8, 0.8, 0.8, 0.2)
-    assert (large.jitter_probability, large.gray_probability) == (0.8, 0.2)
-    assert (large.blur_probability, large.solarize_probability) == (0.5, 0.0)
+    assert small == [replace(large, size=16, scale=(0.05, 0.2))] * 4
     assert cifar_multicrop_views(small_count=2).configs[:2] == cifar_views().configs
     with pytest.raises(ValueError, match="small_count=0: give 0 without `small`, else 1 or more"):
         TwoViewConfig(large, large, small[0])
