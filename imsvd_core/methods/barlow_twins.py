@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from imsvd_core.methods.base import Config
 from imsvd_core.methods.vicreg import PeerMethod
 from imsvd_core.networks import NetworkConfig
 from imsvd_core.system import checks
 
 
 @dataclass(frozen=True)
-class BarlowTwins:
+class BarlowTwins(Config):
     """Cross-correlation towards the identity (Zbontar et al., 2021); loss from lightly."""
 
     redundancy_weight: float = 5e-3
@@ -17,9 +18,6 @@ class BarlowTwins:
 
     def __post_init__(self) -> None:
         checks.finite(self, "redundancy_weight")
-
-    def check(self, network: NetworkConfig) -> None:
-        """Every network will do."""
 
     def build(self, network: NetworkConfig) -> PeerMethod:
         from lightly.loss import BarlowTwinsLoss  # slow to import

@@ -11,6 +11,13 @@ from imsvd_core.distributed import world
 from imsvd_core.networks import NetworkConfig, TwinNetwork
 
 
+class Config:
+    """The settings of a method, a frozen dataclass; `build(network)` makes the method."""
+
+    def check(self, network: NetworkConfig) -> None:
+        """Raise ValueError if the network does not fit. By default every network will do."""
+
+
 class Method(nn.Module):
     """All that a training trains and remembers, and its loss. The engine moves, averages, optimises
     and saves it whole.

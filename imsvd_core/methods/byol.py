@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from imsvd_core.data.batch import Batch
-from imsvd_core.methods.base import TwinMethod
+from imsvd_core.methods.base import Config, TwinMethod
 from imsvd_core.networks import NetworkConfig, build_projector
 from imsvd_core.system import checks
 
 
 @dataclass(frozen=True)
-class BYOL:
+class BYOL(Config):
     """Bootstrap your own latent (Grill et al., 2020)."""
 
     momentum: float = 0.996
@@ -33,9 +33,6 @@ class BYOL:
     def __post_init__(self) -> None:
         checks.between(self, 0, 1, "momentum")
         checks.at_least(self, predictor_hidden=1)
-
-    def check(self, network: NetworkConfig) -> None:
-        """Every network will do."""
 
     def build(self, network: NetworkConfig) -> "BYOLMethod":
         return BYOLMethod(network, self)

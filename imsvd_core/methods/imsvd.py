@@ -7,13 +7,13 @@ from torch import Tensor
 
 from imsvd_core.discretization import unit_counts
 from imsvd_core.loss import CrossJointEntropyLoss
-from imsvd_core.methods.base import TwinMethod
+from imsvd_core.methods.base import Config, TwinMethod
 from imsvd_core.networks import NetworkConfig
 from imsvd_core.streaming import Invariance, Products
 
 
 @dataclass(frozen=True)
-class IMSVD:
+class IMSVD(Config):
     """Cross-joint entropy loss (Eq. 11)."""
 
     units: int | tuple[int, ...] = 32

@@ -14,13 +14,13 @@ from torch.nn.functional import normalize
 
 from imsvd_core.data.batch import Batch
 from imsvd_core.distributed import world
-from imsvd_core.methods.base import TwinMethod
+from imsvd_core.methods.base import Config, TwinMethod
 from imsvd_core.networks import NetworkConfig
 from imsvd_core.system import checks
 
 
 @dataclass(frozen=True)
-class SwAV:
+class SwAV(Config):
     """Swapped assignments between views (Caron et al., 2020); loss from lightly."""
 
     prototypes: int = 3000
@@ -33,9 +33,6 @@ class SwAV:
     def __post_init__(self) -> None:
         checks.at_least(self, prototypes=1, sinkhorn_iterations=1)
         checks.positive(self, "temperature", "epsilon")
-
-    def check(self, network: NetworkConfig) -> None:
-        """Every network will do."""
 
     def build(self, network: NetworkConfig) -> "SwAVMethod":
         return SwAVMethod(network, self)

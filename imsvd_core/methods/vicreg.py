@@ -6,13 +6,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from imsvd_core.methods.base import TwinMethod, of_all_ranks
+from imsvd_core.methods.base import Config, TwinMethod, of_all_ranks
 from imsvd_core.networks import NetworkConfig
 from imsvd_core.system import checks
 
 
 @dataclass(frozen=True)
-class VICReg:
+class VICReg(Config):
     """Variance, invariance, covariance (Bardes et al., 2022); loss from lightly."""
 
     invariance_weight: float = 25.0
@@ -22,9 +22,6 @@ class VICReg:
 
     def __post_init__(self) -> None:
         checks.finite(self, "invariance_weight", "variance_weight", "covariance_weight")
-
-    def check(self, network: NetworkConfig) -> None:
-        """Every network will do."""
 
     def build(self, network: NetworkConfig) -> "PeerMethod":
         from lightly.loss import VICRegLoss  # slow to import

@@ -81,8 +81,7 @@ def draw_crop(
     ratio = between(math.log(c.ratio[0]), math.log(c.ratio[1]), log_ratio).exp()
     widths, heights = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
     fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
-    priority = torch.arange(CROP_TRIES, 0, -1, device=fits.device)
-    first = (fits * priority).argmax(dim=1, keepdim=True)
+    first = fits.int().argmax(dim=1, keepdim=True)
 
     # The fallback: the whole image, less what makes it too wide or too tall for the ratios.
     down, across = place.split(1, dim=1)
@@ -94,8 +93,8 @@ def draw_crop(
     crop_width = torch.where(succeeded, widths.gather(1, first), fallback_width)
     crop_height = torch.where(succeeded, heights.gather(1, first), fallback_height)
     rows, columns = height - crop_height, width - crop_width
-    top = torch.where(succeeded, (down * (rows + 1)).floor(), (rows / 2).floor())
-    left = torch.where(succeeded, (across * (columns + 1)).floor(), (columns / 2).floor())
+    top = torch.where(succeeded, down * (rows + 1), rows / 2).floor()
+    left = torch.where(succeeded, across * (columns + 1), columns / 2).floor()
     return tuple(side.squeeze(1).long() for side in (top, left, crop_height, crop_width))
 
 
