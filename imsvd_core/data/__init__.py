@@ -1,14 +1,12 @@
 """Images: in memory or streamed from disk, and the checks of what is there."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 
 import numpy as np
 from PIL import Image
 
-from imsvd_core.data.memory import ImageData, load, manifest
-from imsvd_core.data.sources import OnCorrupt, Root, Split, data_root, resolve, title
+from imsvd_core.data.memory import ImageData, load
+from imsvd_core.data.sources import OnCorrupt, Root, Split, resolve
 from imsvd_core.data.streamed import StreamedImages
 from imsvd_core.data.tree import FolderImages, open_folder
 from imsvd_core.data.voc import open_voc
@@ -17,11 +15,8 @@ __all__ = [
     "FolderImages",
     "ImageData",
     "Images",
-    "data_root",
-    "manifest",
     "open_data",
     "resolve",
-    "title",
 ]
 
 Images = ImageData | FolderImages

@@ -13,8 +13,6 @@ and the random numbers come from a CPU generator: the same seed gives the same b
 of threads.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
@@ -309,12 +307,12 @@ def _clouds(x: Tensor, y: Tensor, shift: Tensor) -> Tensor:
     left, top = torch.floor(u), torch.floor(v)
     u, v = u - left, v - top
     u, v = u * u * (3 - 2 * u), v * v * (3 - 2 * v)
-    i, j = left.long(), top.long()
+    i, j = left.long() % 16, top.long() % 16
 
-    def row(j: Tensor) -> Tensor:
-        return heights[j % 16, i % 16] * (1 - u) + heights[j % 16, (i + 1) % 16] * u
+    def across(table: Tensor) -> Tensor:
+        return table[j, i] * (1 - u) + table.roll(-1, 1)[j, i] * u
 
-    return 0.72 + 0.56 * (row(j) * (1 - v) + row(j + 1) * v)
+    return 0.72 + 0.56 * (across(heights) * (1 - v) + across(heights.roll(-1, 0)) * v)
 
 
 def _weave(x: Tensor, y: Tensor, shift: Tensor) -> Tensor:

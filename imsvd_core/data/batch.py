@@ -1,7 +1,5 @@
 """What data give to a training: batches of views, with the labels and places of the images."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 

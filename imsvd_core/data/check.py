@@ -7,8 +7,6 @@ Russakovsky et al. (2015), Places205's of Zhou et al. (2014), VOC's of its devel
 COCO's of its release of 2017.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -140,7 +138,7 @@ class Spec:
     counts: Mapping[str, int]  # images of each split
     classes: int
     help: str
-    inspect: Callable[[Path, Spec, Report], list[str]]
+    inspect: Callable[[Path, "Spec", Report], list[str]]
     class_name: str = r".+"  # regular expression
 
 
@@ -148,38 +146,35 @@ def _inspect_tree(root: Path, spec: Spec, report: Report) -> list[str]:
     """ROOT/<split>/<class>/<image>, the same classes in every split, in val of equal size."""
     trees: dict[str, dict[str, list[str]]] = {}
     for split, expected in spec.counts.items():
-        home = root / split
+        home, share = root / split, expected // spec.classes
         if not home.is_dir():
             report.add("missing folder", [str(home)], PREPARE)
             continue
-        folders = {name: f"{home}/{name}" for name in _class_folders(home, spec, report)}
+        loose = (f"{home}/{name}" for name in sorted(os.listdir(home)) if sources.is_image(name))
+        remedy = f"move it into {home}/<class>/, as told below"
+        report.add("image outside class folders", loose, remedy)
+        names = sources.class_names(home)
+        strange = [name for name in names if not re.fullmatch(spec.class_name, name)]
+        remedy = "move it out of the data root"
+        report.add("folder that is no class", (f"{home}/{name}" for name in strange), remedy)
         tree = trees[split] = {
-            name: [f"{folder}/{file}" for file, _ in sources.scan(folder)]
-            for name, folder in folders.items()
+            name: [f"{home}/{name}/{file}" for file, _ in sources.scan(home / name)]
+            for name in names
+            if name not in strange
         }
         report.expect(f"{split} classes", len(tree), spec.classes)
         report.expect(f"{split} images", sum(map(len, tree.values())), expected)
-        share = expected // spec.classes
-        for name, files in tree.items():
-            if not files or (split == "val" and len(files) != share):
-                example = f"{folders[name]}: {len(files):,} images, expected {share:,}"
-                report.add("class of the wrong size", [example])
+        unequal = (
+            f"{home}/{name}: {len(files):,} images, expected {share:,}"
+            for name, files in tree.items()
+            if not files or (split == "val" and len(files) != share)
+        )
+        report.add("class of the wrong size", unequal)
     classes = set().union(*trees.values())
     for split, tree in trees.items():
-        missing = (str(root / split / name) for name in sorted(classes - tree.keys()))
+        missing = (f"{root}/{split}/{name}" for name in sorted(classes - tree.keys()))
         report.add("missing class", missing, f"{UNPACK}: every split needs every class")
     return [file for tree in trees.values() for files in tree.values() for file in files]
-
-
-def _class_folders(home: Path, spec: Spec, report: Report) -> list[str]:
-    """The names of the class folders in `home`, and a problem for everything else."""
-    loose = (f"{home}/{name}" for name in sorted(os.listdir(home)) if sources.is_image(name))
-    report.add("image outside class folders", loose, f"move it into {home}/<class>/, as told below")
-    names = sources.class_names(home)
-    classes = [name for name in names if re.fullmatch(spec.class_name, name)]
-    strangers = (str(home / name) for name in names if name not in classes)
-    report.add("folder that is no class", strangers, "move it out of the data root")
-    return classes
 
 
 def _inspect_voc(root: Path, spec: Spec, report: Report) -> list[str]:
@@ -236,8 +231,7 @@ def _inspect_coco(root: Path, spec: Spec, report: Report) -> list[str]:
             extra = (f"{home}/{name}" for name in sorted(names - named))
             remedy = f"if it was added, move it out of the data root; else {UNPACK}"
             report.add("image without annotation", extra, remedy)
-            counts = Counter(image["id"] for image in images)
-            twice = (number for number, count in counts.items() if count > 1)
+            twice = Counter(image["id"] for image in images) - Counter(list(coco.imgs))
             report.add("image listed twice", (f"id {number} in {listing}" for number in twice))
             lost = (mark["id"] for mark in marks if mark["image_id"] not in coco.imgs)
             report.add("annotation of no image", (f"{number} in {listing}" for number in lost))
@@ -336,17 +330,18 @@ def checked(name: str, root: Path | str) -> Report | None:
 def _fault(decode: Decode, file: str) -> str | None:
     """What is wrong with an image file, if it cannot be read."""
     try:
-        decode_image(file) if decode == "full" else _look_at_both_ends(file)
+        if decode == "full" or not _ends_well(file):
+            decode_image(file)
     except Exception as error:  # a broken file makes Pillow raise nearly anything
         return f"{file} ({' '.join(str(error.__cause__ or error).split())})"
     return None
 
 
-def _look_at_both_ends(file: str) -> None:
+def _ends_well(file: str) -> bool:
+    """Whether both ends are an image's; else it is cut short, or some camera wrote on."""
     with open(file, "rb") as content:
         open_image(content)
         content.seek(0)
         end = JPEG_END if content.read(2) == JPEG_START else PNG_END
         content.seek(-len(end), os.SEEK_END)
-        if content.read() != end:  # cut short, or some camera wrote on: read on to tell
-            decode_image(file)
+        return content.read() == end

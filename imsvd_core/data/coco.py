@@ -5,8 +5,6 @@ Nothing is decoded before it is asked for; the annotations wait as bytes, since 
 objects, in every worker that decodes, would not fit beside the images.
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 from collections.abc import Generator, Iterable, Iterator

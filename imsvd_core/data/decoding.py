@@ -1,9 +1,8 @@
 """One image file as pixels, or an error that names it."""
 
-from __future__ import annotations
-
 import io
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,11 +26,13 @@ def decode(file: Path | str) -> Tensor:
         with open_image(io.BytesIO(content)) as picture:
             if picture.mode[0] in "IF":
                 raise ValueError(f"mode {picture.mode}: more than 8 bits a channel")
-            # torchvision reads JPEGs faster; broken PNGs crash the process in its version 0.29.
-            if content.startswith(JPEG_START) and (pixels := _decode_jpeg(content)) is not None:
-                return pixels
-            rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
-            return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+            # torchvision reads JPEGs faster, and broken PNGs crash the process in its version 0.29.
+            # Where it fails, Pillow reads more, or says what is wrong.
+            if content.startswith(JPEG_START):
+                with suppress(RuntimeError):
+                    data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+                    return decode_jpeg(data, mode=ImageReadMode.RGB)
+            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
     except Exception as error:  # a broken file makes Pillow raise nearly anything
         raise ValueError(
             f"{file} cannot be read as an 8-bit image ({type(error).__name__}): replace or "
@@ -49,12 +50,3 @@ def open_image(content: BinaryIO) -> Image.Image:
     if picture.width * picture.height > (Image.MAX_IMAGE_PIXELS or math.inf):
         raise ValueError(f"it claims {picture.width} x {picture.height} pixels")
     return picture
-
-
-def _decode_jpeg(content: bytes) -> Tensor | None:
-    """torchvision's pixels, or None where it fails: Pillow reads more, or says what is wrong."""
-    data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    try:
-        return decode_jpeg(data, mode=ImageReadMode.RGB)
-    except RuntimeError:
-        return None

@@ -1,7 +1,5 @@
 """Downloads of published photographs, verified, given up soon where there is no network."""
 
-from __future__ import annotations
-
 import os
 import socket
 import tempfile

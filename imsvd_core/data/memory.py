@@ -1,13 +1,12 @@
 """Images in memory as uint8: CIFAR-10 and its kin, trees of images, and the drawn `attributes`."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -52,7 +51,7 @@ class ImageData:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def subset(self, n: int, seed: int = 0) -> ImageData:
+    def subset(self, n: int, seed: int = 0) -> Self:
         """`n` images drawn at random, as evenly over the classes as these allow, in their order.
 
         The same `n` and `seed` give the same images. Raises ValueError unless 1 <= n <= len(self).
@@ -60,11 +59,11 @@ class ImageData:
         rows = balanced(self.labels.cpu(), n, seed, f"{self.title} ({self.split})")
         return self._each(lambda values: values[rows.to(values.device)])
 
-    def to(self, device: Device) -> ImageData:
+    def to(self, device: Device) -> Self:
         """The same data with every tensor on `device`."""
         return self._each(lambda values: values.to(device))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> ImageData:
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
         images, labels = change(self.images), change(self.labels)
         factors = self.factors and {name: change(part) for name, part in self.factors.items()}
         return replace(self, images=images, labels=labels, factors=factors)

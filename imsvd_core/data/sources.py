@@ -3,8 +3,6 @@
 `IMSVD_DATA` is the data root, `IMSVD_DATASET` says what the name `auto` means.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -184,9 +182,9 @@ def find_split(folder: Path, split: Split) -> tuple[Path, tuple[str, ...]]:
         homes[key] = max(folders, key=lambda home: len(class_names(home)) > 0, default=None)
     home = homes[split]
     if home is None:
-        paths = " or ".join(str(folder / option) for option in SPLIT_FOLDERS[split])
+        names = " or ".join(SPLIT_FOLDERS[split])
         raise FileNotFoundError(
-            f"split {split!r} is not there: make {paths}, one folder a class in it"
+            f"split {split!r} is not there: make {folder}/{names}, one folder a class in it"
         )
     classes = class_names(home)
     if not classes:

@@ -1,7 +1,5 @@
 """What data sets share whose images are decoded whenever they are needed."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing

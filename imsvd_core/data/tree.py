@@ -4,8 +4,6 @@ Worker processes decode and crop, the trainer's device does the rest. An image's
 seed, the step and the image, and on nothing else.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Generator, Sequence
@@ -138,10 +136,9 @@ class FolderImages(StreamedImages):
     def _read_crops(self, views: tuple[View, ...], seed: int, part: tuple[int, list[int]]) -> tuple:
         """The part's crops by each view, uint8 (n, 3, size, size), then the unreadable files."""
         step, indices = part
-        sides = [view.config.size for view in views]
+        shapes = [(len(indices), view.config.size, view.config.size, 3) for view in views]
         # Rows of pixels, as a decoder's.
-        crops = [torch.empty(len(indices), side, side, 3, dtype=torch.uint8) for side in sides]
-        crops = [crop.permute(0, 3, 1, 2) for crop in crops]
+        crops = [torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2) for shape in shapes]
         unreadable: list[int] = []
         for start in range(0, len(indices), CHUNK):
             chunk = indices[start : start + CHUNK]
@@ -179,8 +176,8 @@ def open_folder(
     folder = sources.find_root(name, ("tree:", "folder:"), split, on_corrupt, root)
     home, classes = sources.find_split(folder, split)
     files = [sources.find_images(home, class_name) for class_name in classes]
-    names = np.concatenate([np.array([os.fsencode(file) for file in group]) for group in files])
-    counts = torch.tensor([len(group) for group in files])
+    names = np.array([os.fsencode(file) for group in files for file in group])
+    counts = torch.tensor(list(map(len, files)))
     labels = torch.arange(len(classes)).repeat_interleave(counts)
     return FolderImages(
         name,

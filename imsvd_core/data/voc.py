@@ -2,8 +2,6 @@
 challenge's own layout.
 """
 
-from __future__ import annotations
-
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field

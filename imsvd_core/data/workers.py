@@ -1,7 +1,5 @@
 """Processes that read and decode ahead of the trainer, and what they heed and outlive."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal
@@ -12,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import joblib
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -102,10 +101,7 @@ def share_of_cores() -> int:
     """
     if "SLURM_CPUS_PER_TASK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
         return int(os.environ["SLURM_CPUS_PER_TASK"])
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 @dataclass

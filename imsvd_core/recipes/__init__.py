@@ -10,12 +10,10 @@ from functools import partial, update_wrapper
 from imsvd_core.recipes import cifar10
 from imsvd_core.recipes.base import EvalViewConfig, Recipe, Scale, current_scale, fast_here
 from imsvd_core.recipes.evaluations import EVALUATIONS, OWN, EvaluationRecipe, evaluation
-from imsvd_core.recipes.imagenet import EPOCHS as IMAGENET_EPOCHS
-from imsvd_core.recipes.imagenet import imagenet
+from imsvd_core.recipes.imagenet import EPOCHS, imagenet
 
 __all__ = [
     "EVALUATIONS",
-    "IMAGENET_EPOCHS",
     "OWN",
     "RECIPES",
     "EvalViewConfig",
@@ -37,7 +35,7 @@ RECIPES: dict[str, Callable[[Scale], Recipe]] = {
     "two-views": cifar10.two_views,
     **{
         f"imagenet-{epochs}": update_wrapper(partial(imagenet, epochs=epochs), imagenet)
-        for epochs in IMAGENET_EPOCHS
+        for epochs in EPOCHS
     },
 }
 
