@@ -151,8 +151,8 @@ def _refuse_second(job: Launch) -> None:
             )
 
 
-def _standings(known: Sequence[graphs.Graph]) -> list[Standing]:
-    return [standing for graph in known for standing in standings_of(graph).values()]
+def _standings(launched: Sequence[graphs.Graph]) -> list[Standing]:
+    return [standing for graph in launched for standing in standings_of(graph).values()]
 
 
 def reproduce(argv: Sequence[str]) -> None:
@@ -178,5 +178,5 @@ def reproduce(argv: Sequence[str]) -> None:
 def status(argv: Sequence[str]) -> None:
     """Show where jobs stand."""
     command = tyro.cli(StatusCommand, prog="imsvd status", args=argv)
-    known = graphs_under(command.folder)
-    watch(lambda: _standings(known), wide_console(), once=command.once)
+    launched = graphs_under(command.folder)
+    watch(lambda: _standings(launched), wide_console(), once=command.once)

@@ -173,7 +173,8 @@ def parse_evaluation(
     scale = current_scale(peek(rest, "--scale"))
 
     def parse(run: Any, default: EvaluationRecipe) -> Any:
-        kind: Any = EvaluateCommand[type(default.config)]  # type: ignore[misc]  # known when it runs
+        # The class is known only when this runs.
+        kind: Any = EvaluateCommand[type(default.config)]  # type: ignore[misc]
         start = EvaluateCommand(run, default.config, default.eval_view, default.data, scale)
         return tyro.cli(kind, prog=f"{prog} {name}", args=rest, default=start)
 

@@ -204,26 +204,26 @@ def finished(task: Task) -> bool:
     Raises ValueError, naming folder and remedy, if other settings gave the result, or gave what a
     pretraining has left there so far.
     """
-    stored, finished = stored_config(task), task.result.exists()
+    stored, has_result = stored_config(task), task.result.exists()
     if stored and task.settings:
-        theirs, ours = (essential(complete(Recipe, config)) for config in (stored, task.settings))
-        other = differences(theirs, ours, words=("there", "asked for"))
-        if other and (finished or any((task.run_dir / "checkpoints").glob("step-*.pt"))):
+        run, asked_for = (essential(complete(Recipe, config)) for config in (stored, task.settings))
+        other = differences(run, asked_for, words=("there", "asked for"))
+        if other and (has_result or any((task.run_dir / "checkpoints").glob("step-*.pt"))):
             raise ValueError(
                 f"run_dir={str(task.run_dir)!r} holds a run with other settings ({other}): "
                 "give the same ones, another --out, or remove that folder"
             )
-    if finished and stored and task.argv[0] == "evaluate":
+    if has_result and stored and task.argv[0] == "evaluate":
         kind = task.argv[1]
         # Results from before the schemas are known by all values of the run's config.json.
-        before = full_hash({"evaluation": stored[kind], "pretraining": stored})
+        old_hash = full_hash({"evaluation": stored[kind], "pretraining": stored})
         stored_hash = read_result(task.result)["provenance"]["config_hash"]
-        if stored_hash not in (evaluation_hash(kind, stored), before):
+        if stored_hash not in (evaluation_hash(kind, stored), old_hash):
             raise ValueError(
                 f"result={str(task.result)!r} was given by other settings than the run's own: "
                 f"remove it, or evaluate again: `imsvd evaluate {kind} {task.run_dir} --overwrite`"
             )
-    return finished
+    return has_result
 
 
 def evaluation_hash(kind: str, config: Mapping[str, Any]) -> str:

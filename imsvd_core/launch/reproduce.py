@@ -42,12 +42,16 @@ def reproduce(
     # one call at a time
     with contextlib.nullcontext() if dry_run else RunFolder(out):
         standings = list(standings_of(graph).values())
-        missing = [one.task for one in standings if one.state != "done" and not one.live]
         if all(standing.state == "done" for standing in standings):
             end = f"{summary(standings)}: there is nothing left to do"
             console.print(table(standings), end, sep="\n")
             return True
         _refuse_strangers(standings, config)
+        missing = [
+            standing.task
+            for standing in standings
+            if standing.state != "done" and not standing.live
+        ]
         plans = [
             plan(task.argv[1], from_plain(Recipe, task.settings), config, task.run_dir)
             for task in missing
@@ -58,12 +62,13 @@ def reproduce(
             would = f"would submit {len(missing)}: {names}"
             console.print(overview(standings), *plans, would, sep="\n", highlight=False)
             return True
-        if refused := sorted({reason for one in plans for reason in one.refused}):
+        if refused := sorted({reason for part in plans for reason in part.refused}):
             raise ValueError("nothing was submitted:\n  " + "\n  ".join(refused))
         graph.save(out)
         code = snapshot(out / "code")
-        if failed := [one for one in standings if one.state in ("failed", "cancelled")]:
-            console.print(table(failed, "to be done again:"))
+        ended = [standing for standing in standings if standing.state in ("failed", "cancelled")]
+        if ended:
+            console.print(table(ended, "to be done again:"))
         if config.executor == "slurm":
             _submit_all(graph, out, config, code, console)
             return True

@@ -97,7 +97,7 @@ def _time_steps(run: Pretraining, steps: int, warmup: int, progress: bool) -> li
     if len(marks) <= steps:
         timed = max(0, len(marks) - 1)
         raise Stopped(f"stopped after {timed} of {steps} steps: nothing was measured")
-    return [between(before, after) for before, after in pairwise(marks)]
+    return [between(start, end) for start, end in pairwise(marks)]
 
 
 def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
@@ -109,13 +109,13 @@ def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any]
             event.record(torch.cuda.current_stream(device))
             return event
 
-        def between(before: torch.cuda.Event, after: torch.cuda.Event) -> float:
-            after.synchronize()
-            return before.elapsed_time(after) / 1000
+        def between(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+            end.synchronize()
+            return start.elapsed_time(end) / 1000
 
         return mark, between
     wait = torch.mps.synchronize if device.type == "mps" else lambda: None
-    return lambda: wait() or time.perf_counter(), lambda before, after: after - before
+    return lambda: wait() or time.perf_counter(), lambda start, end: end - start
 
 
 def _memory(device: torch.device) -> dict[str, float]:
