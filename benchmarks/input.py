@@ -170,9 +170,7 @@ def main() -> None:
     worker = in_turn(
         {
             "pil": lambda: cpu_time(lambda: [pil[i] for i in every]),
-            "ours": lambda: cpu_time(
-                lambda: ours._read_crops((VIEWS.first, VIEWS.second), 0, (0, every))
-            ),
+            "ours": lambda: cpu_time(lambda: ours._read_crops(VIEWS.views, 0, (0, every))),
             "decode": lambda: cpu_time(lambda: [decode(file) for file in files]),
             "finish": lambda: wall_time(finish) if device.type != "cpu" else cpu_time(finish),
         },

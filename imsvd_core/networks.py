@@ -78,15 +78,12 @@ def build_projector(features: int, hidden: Sequence[int], dim: int) -> nn.Sequen
     Depth and widths are free: `hidden=()` is one linear map; the paper's is `hidden=(8192,)`,
     `dim=8160`.
     """
-    widths = (features, *hidden)
     layers: list[nn.Module] = []
-    for before, after in zip(widths[:-1], hidden, strict=True):
-        layers += [
-            nn.Linear(before, after, bias=False),
-            nn.BatchNorm1d(after),
-            nn.ReLU(inplace=True),
-        ]
-    return nn.Sequential(*layers, nn.Linear(widths[-1], dim, bias=False))
+    for width in hidden:
+        linear = nn.Linear(features, width, bias=False)
+        layers += [linear, nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
+        features = width
+    return nn.Sequential(*layers, nn.Linear(features, dim, bias=False))
 
 
 class TwinNetwork(nn.Module):

@@ -110,7 +110,7 @@ def _codes_of_batch(
     values = z1.new_empty(len(z1), len(counts), dtype=wide)
     occupancy, disagreement = _start(z1, z2), values.new_zeros(())
     codes, _, _ = kernels(s.fused, z1.is_cuda)
-    for chunk in _row_chunks(z1, counts):
+    for chunk in _row_chunks(z1, s):
         p1[chunk], p2[chunk], values[chunk], both = codes(z1[chunk], z2[chunk], s)
         disagreement += values[chunk].sum() / (len(counts) * ranks.samples)
         occupancy += both / ranks.samples
@@ -137,11 +137,13 @@ def _off_diagonal_sweep(
     g1, g2 = (p.new_zeros(p.shape, dtype=_compute_dtype(p)) for p in (p1, p2))
     for rows, cells, logs, diagonal in _slabs(p2, counts, own, variables):
         _product(p1[:, rows].T, p2, out=cells)
-        _clear(cells, diagonal)
+        for block in diagonal:
+            cells[block] = 0
         part, slopes = information(cells, logs, len(p2), shift, p2.dtype)
         value += part
         if sloped:
-            _clear(slopes, diagonal)
+            for block in diagonal:
+                slopes[block] = 0
             _product(p2, slopes.T, out=g1[:, rows])
             _add_product(g2, p1[:, rows], slopes)
     return value / (len(variables) * max(len(counts) - 1, 1)), g1, g2
@@ -169,19 +171,12 @@ def _diagonal_blocks(
 ) -> list[Block]:
     """Where a slab of the block rows of `variables`, [first, last), meets their own columns."""
     edges = [0, *itertools.accumulate(counts)]
-    blocks, top = [], 0
-    for v in variables:
-        bottom = top + counts[v]
-        if top < last and first < bottom:
-            rows = slice(max(top, first) - first, min(bottom, last) - first)
-            blocks.append((rows, slice(edges[v], edges[v + 1])))
-        top = bottom
-    return blocks
-
-
-def _clear(slab: Tensor, blocks: list[Block]) -> None:
-    for block in blocks:
-        slab[block] = 0
+    tops = itertools.pairwise([0, *itertools.accumulate(counts[v] for v in variables)])
+    return [
+        (slice(max(top - first, 0), bottom - first), slice(edges[v], edges[v + 1]))
+        for v, (top, bottom) in zip(variables, tops, strict=True)
+        if top < last and first < bottom
+    ]
 
 
 def _shift(p: Tensor, counts: tuple[int, ...]) -> float:
@@ -209,7 +204,7 @@ def _to_logits_(
     of_all = ranks.size / (variables * ranks.samples * s.temperature)
     slope = s.diagonal_weight * (1 + log_occupancy)
     _, gradient_, _ = kernels(s.fused, z1.is_cuda)
-    for chunk in _row_chunks(z1, unit_counts(s.units, z1.shape[1])):
+    for chunk in _row_chunks(z1, s):
         tables = (table[chunk] for table in (g1, g2, z1, z2, values))
         gradient_(*tables, slope, of_pairs, of_all, s)
 
@@ -223,8 +218,8 @@ def _draw(
     order = torch.randperm(len(counts)).to(device)
     order = of_first_rank(order) if s.gather_distributed else order
     drawn = sorted(order[: s.sampled_variables].tolist())
-    variable = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    return drawn, torch.isin(variable, torch.tensor(drawn)).nonzero()[:, 0].to(device)
+    columns = torch.arange(sum(counts)).split(counts)
+    return drawn, torch.cat([columns[v] for v in drawn]).to(device)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -372,8 +367,9 @@ def _start(z1: Tensor, z2: Tensor) -> Tensor:
     return z1.new_zeros(z1.shape[1], dtype=_compute_dtype(z1)) + overflow
 
 
-def _row_chunks(z: Tensor, counts: tuple[int, ...]) -> list[slice]:
+def _row_chunks(z: Tensor, s: Settings) -> list[slice]:
     """Rows worked on at once; a row is as wide as variables of the largest number of units."""
+    counts = unit_counts(s.units, z.shape[1])
     entries = GPU_CHUNK_ENTRIES if z.is_cuda else CHUNK_ENTRIES
     step = max(1, entries // (len(counts) * max(counts)))
     return [slice(start, start + step) for start in range(0, len(z), step)]

@@ -65,8 +65,7 @@ def balanced_entropy(samples: int, cells: int) -> float:
 
 def rao_bound(samples: int, units: int) -> int:
     """V ≤ (N − 1) / (B − 1): most variables of an array of strength 2 with N rows (Rao, 1947)."""
-    check_counts(samples=samples)
-    check_counts(units=units, least=2)
+    _check_batch(samples, units)
     return (samples - 1) // (units - 1)
 
 
@@ -76,8 +75,7 @@ def plotkin_bound(samples: int, units: int) -> float:
     Balanced marginals, and pairs that occur at most once each, need that; B(N − 1)/(N − B) if B
     divides N. Infinite for N ≤ B, where no two samples need ever agree.
     """
-    check_counts(samples=samples)
-    check_counts(units=units, least=2)
+    _check_batch(samples, units)
     low, fuller = divmod(samples, units)
     agreeing = (units - fuller) * comb(low, 2) + fuller * comb(low + 1, 2)
     return comb(samples, 2) / agreeing if agreeing else math.inf
@@ -103,8 +101,7 @@ def fano_bound(samples: int, units: int, invariance_weight: float = 1.0) -> floa
     min over s of f(s) − min(2 log B, log N + 2 F_B(s)): a pair tells at most the sample, and the
     noise of its two codes.
     """
-    check_counts(samples=samples)
-    check_counts(units=units, least=2)
+    _check_batch(samples, units)
 
     def bound(s: float) -> float:
         pair = min(2 * log(units), log(samples) + 2 * fano_entropy(s, units))
@@ -120,8 +117,7 @@ def smoothed_packing_loss(
 
     Exact for the codes of `hard_packing`. Raises ValueError unless 0 ≤ θ ≤ 1 and N ≤ B².
     """
-    check_counts(samples=samples)
-    check_counts(units=units, least=2)
+    _check_batch(samples, units)
     if not 0 <= theta <= 1:
         raise ValueError(f"theta={theta} must be between 0 (uniform codes) and 1 (hard codes)")
     if samples > units**2:
@@ -184,8 +180,7 @@ def visible_share(samples: int, units: int) -> float:
     pair, and less to the mean of its plug-in estimate. Near 1 for B² ≪ N, near 0 for B² ≫ N. Raises
     ValueError unless B ≥ 2.
     """
-    check_counts(samples=samples)
-    check_counts(units=units, least=2)
+    _check_batch(samples, units)
     shown = expected_entropy(samples, units**2) - expected_entropy(samples, (units - 1) ** 2)
     return shown / (2 * log(units) - 2 * log(units - 1))
 
@@ -239,6 +234,11 @@ def _least(function: Callable[[float], float], low: float, high: float) -> tuple
             at_right = function(right)
     value, place = min([(at_left, left), (at_right, right), *ends])
     return place, value
+
+
+def _check_batch(samples: int, units: int) -> None:
+    check_counts(samples=samples)
+    check_counts(units=units, least=2)
 
 
 def check_counts(least: int = 1, **counts: int) -> None:

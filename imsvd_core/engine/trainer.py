@@ -105,7 +105,7 @@ class Trainer:
         self.settings, self.kind = plain(fixed), kind
         self.device = pick_device(config.device)
         layout = torch.channels_last if config.channels_last else torch.preserve_format
-        method.to(self.device, memory_format=layout)
+        method.to(self.device).to(memory_format=layout)
         if config.compile:
             method.compile()
         self.optimizer = build_optimizer(optim, method)

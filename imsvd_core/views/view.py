@@ -123,7 +123,6 @@ class View:
         It draws as much as a call does; what it draws for the crop is idle. Raises ValueError for
         another size.
         """
-        check_images(crops)
         n, size = len(crops), self.config.size
         fits = tuple(crops.shape[2:]) == (size, size)
         require(fits, "crops", tuple(crops.shape), f"give crops of {size} x {size} pixels")
