@@ -3,6 +3,8 @@
 import itertools
 import math
 import random
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -47,27 +49,30 @@ def optimise_tables(
     check_counts(samples=samples, restarts=restarts, steps=steps)
     check_counts(least=2, units=units, variables=variables)
     generator = torch.Generator().manual_seed(seed)
-
-    def normal() -> Tensor:
-        shape = restarts, samples, variables * units
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
+    shape = restarts, samples, variables * units
+    normal = partial(torch.randn, shape, generator=generator, dtype=torch.float64)
     common = scale * normal()
     views = [(common + 0.1 * scale * normal()).requires_grad_() for _ in range(2)]
     losses = torch.vmap(lambda z1, z2: cross_joint_entropy(z1, z2, units, **settings).total)
-    optimizer = torch.optim.Adam(views, lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        torch.autograd.backward(losses(*views).sum())
-        optimizer.step()
-        schedule.step()
+    _descend(views, lambda: losses(*views).sum(), steps, learning_rate)
     with torch.no_grad():
         final = losses(*views)
         best = final.argmin()
         p1, p2 = (soft_discretize(z[best], units) for z in views)
         tops = torch.stack([split_variables(p, units).amax(-1) for p in (p1, p2)])
     return FreeTables(final[best].item(), p1, p2, tops.mean().item(), final)
+
+
+def _descend(
+    parameters: list[Tensor], loss: Callable[[], Tensor], steps: int, learning_rate: float
+) -> None:
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        torch.autograd.backward(loss())
+        optimizer.step()
+        schedule.step()
 
 
 def search_hard_codes(

@@ -34,9 +34,13 @@ def atomic_write(path: Path | str, check: Callable[[], None] = lambda: None) -> 
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Let a rename in it survive a power cut."""
+    directory = os.open(folder, os.O_RDONLY)
     try:
-        # the rename itself must survive a power cut
         os.fsync(directory)
     finally:
         os.close(directory)
