@@ -139,7 +139,7 @@ def main() -> None:
     device, n, rounds = pick_device(arguments.device), arguments.images, arguments.rounds
 
     begin = time.perf_counter()
-    names = [file for file, _ in sources.scan(arguments.root)] if arguments.root.is_dir() else []
+    names = list(sources.scan(arguments.root)) if arguments.root.is_dir() else []
     if not names:
         print(
             f"{arguments.root} holds no JPEG, so nothing was timed: "

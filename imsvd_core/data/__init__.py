@@ -63,11 +63,9 @@ def open_data(
         from imsvd_core.data.coco import open_coco  # pycocotools is slow to import
 
         return open_coco(name, split, root, on_corrupt=on_corrupt, progress=progress)
-    if scheme == "tree":
-        return open_folder(name, split, root, on_corrupt=on_corrupt)
-    if scheme == "folder" and stream is not False:
+    if scheme in ("tree", "folder") and stream is not False:
         images = open_folder(name, split, root, on_corrupt=on_corrupt)
-        if stream or _needs_streaming(images):
+        if stream or scheme == "tree" or _needs_streaming(images):
             return images
     return load(name, split, root=root, on_corrupt=on_corrupt, progress=progress)
 

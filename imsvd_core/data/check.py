@@ -12,7 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -158,7 +158,7 @@ def _inspect_tree(root: Path, spec: Spec, report: Report) -> list[str]:
         remedy = "move it out of the data root"
         report.add("folder that is no class", (f"{home}/{name}" for name in strange), remedy)
         tree = trees[split] = {
-            name: [f"{home}/{name}/{file}" for file, _ in sources.scan(home / name)]
+            name: [f"{home}/{name}/{file}" for file in sources.scan(home / name)]
             for name in names
             if name not in strange
         }
@@ -218,7 +218,7 @@ def _inspect_coco(root: Path, spec: Spec, report: Report) -> list[str]:
         if not (home.is_dir() and listing.is_file()):
             report.add("missing folder or file", [f"{home} or {listing}"], PREPARE)
             continue
-        names = {file for file, _ in sources.scan(home)}
+        names = set(sources.scan(home))
         files += [f"{home}/{name}" for name in sorted(names)]
         report.expect(f"{split} images", len(names), expected)
         with report.reading("unreadable annotation", listing):
@@ -308,11 +308,9 @@ def check(
     if decode != "none":
         faults = in_threads(partial(_fault, decode), files, "images", workers, progress)
         report.add("unreadable image", filter(None, faults))
-    try:
-        with atomic_write(root / STAMP) as file:
-            file.write(json.dumps(asdict(report), indent=2).encode() + b"\n")
-    except OSError:
-        pass  # others' data may be read-only; then every launch will have to ask
+    # Others' data may be read-only; then every launch will have to ask.
+    with suppress(OSError), atomic_write(root / STAMP) as file:
+        file.write(json.dumps(asdict(report), indent=2).encode() + b"\n")
     return report
 
 

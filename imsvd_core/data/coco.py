@@ -214,23 +214,17 @@ def read_listing(file: Path) -> COCO:
 
 def faults(image: dict[str, Any], coco: COCO) -> Iterator[str]:
     """What an image or one of its objects lacks, or says of another picture."""
-    marks = coco.imgToAnns.get(image["id"], [])
-    keys = ("category_id", "bbox", "area", "segmentation")
-    entries: list[tuple[str, dict[str, Any], tuple[str, ...]]]
-    entries = [("image", image, ("file_name", "height", "width"))]
-    entries += [("annotation", mark, keys) for mark in marks]
-    lacking = [
-        f"{kind} {entry['id']} has no {key}"
-        for kind, entry, keys in entries
-        for key in keys
-        if key not in entry
-    ]
-    yield from lacking
-    for mark in [] if lacking else marks:
-        if mark["category_id"] not in coco.cats:
+    if lacking := {"file_name", "height", "width"} - image.keys():
+        yield f"image {image['id']} has no {', '.join(sorted(lacking))}"
+        return
+    size = [image["height"], image["width"]]
+    for mark in coco.imgToAnns.get(image["id"], []):
+        shape = mark.get("segmentation")
+        if lacking := {"category_id", "bbox", "area", "segmentation"} - mark.keys():
+            yield f"annotation {mark['id']} has no {', '.join(sorted(lacking))}"
+        elif mark["category_id"] not in coco.cats:
             yield f"annotation {mark['id']} is of an unknown category, {mark['category_id']}"
-        shape, size = mark["segmentation"], [image["height"], image["width"]]
-        if isinstance(shape, dict) and shape.get("size") != size:
+        elif isinstance(shape, dict) and shape.get("size") != size:
             yield (
                 f"the mask of annotation {mark['id']} is of size {shape.get('size')}, and its "
                 f"image {image['id']} of {size}"

@@ -154,18 +154,14 @@ def manifest(name: str = "auto", root: Root = None) -> str:
 
     It is quick (it opens no file), stable from machine to machine, and prints nothing.
     """
-    root = sources.data_root(root)
     name = sources.resolve(name, root, quiet=True)
     if name == "attributes":
         return f"attributes {ATTRIBUTES_SIZES['train']}+{ATTRIBUTES_SIZES['test']}"
     place = sources.find(name, root)
     if place is None:
         return f"{name} absent"
-    if place.tree:
-        files = [(file, entry.stat().st_size) for file, entry in sources.scan(place.folder)]
-    else:
-        sizes = {file: (place.folder / file).stat().st_size for file in sources.layout(name)}
-        files = [(file.as_posix(), size) for file, size in sizes.items()]
+    names = sources.scan(place.folder) if place.tree else map(str, sources.layout(name))
+    files = [(file, (place.folder / file).stat().st_size) for file in names]
     return f"{name} {len(files)} files {hashlib.sha256(repr(files).encode()).hexdigest()[:16]}"
 
 

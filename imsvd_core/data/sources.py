@@ -65,7 +65,6 @@ def resolve(name: str = "auto", root: Root = None, *, quiet: bool = False) -> st
 
 def title(name: str = "auto", root: Root = None) -> str:
     """A page's name of the data at hand, such as "CIFAR-10 (JPEG)"; prints nothing."""
-    root = data_root(root)
     name = resolve(name, root, quiet=True)
     return title_of(name, find(name, root))
 
@@ -120,12 +119,13 @@ def layout(name: str) -> dict[Path, str | None]:
     return {Path(published.base_folder, file): checksum for file, checksum in files}
 
 
-def find(name: str, root: Path) -> Place | None:
+def find(name: str, root: Root) -> Place | None:
     """Where `name` can be read, torchvision's layout first, if its files have their checksums."""
     if name.startswith("folder:"):
         return Place(find_folder(name, root), tree=True)
     if name not in PUBLISHED:
         return None
+    root = data_root(root)
     for folder in (root, root / name):
         with suppress(FileNotFoundError, NotADirectoryError):
             if all(
@@ -149,12 +149,12 @@ def title_of(name: str, place: Place | None) -> str:
         return TITLES[name]
     if name not in TITLES:
         return place.folder.name
-    first = next((file for file, _ in scan(place.folder)), "")
-    return TITLES[name] + (" (JPEG)" if first.lower().endswith((".jpg", ".jpeg")) else "")
+    first = next(scan(place.folder), "")
+    return TITLES[name] + (" (JPEG)" if first.lower().endswith(SUFFIXES[1:]) else "")
 
 
-def scan(folder: Path | str, prefix: str = "") -> Iterator[tuple[str, os.DirEntry]]:
-    """The image files below `folder`, sorted: name relative to it, and its directory entry."""
+def scan(folder: Path | str, prefix: str = "") -> Iterator[str]:
+    """The image files below `folder`, sorted, relative to it."""
     with os.scandir(folder) as entries:
         ordered = sorted(entries, key=lambda entry: entry.name)
     for entry in ordered:
@@ -163,7 +163,7 @@ def scan(folder: Path | str, prefix: str = "") -> Iterator[tuple[str, os.DirEntr
         if entry.is_dir():
             yield from scan(entry.path, f"{prefix}{entry.name}/")
         elif is_image(entry.name):
-            yield prefix + entry.name, entry
+            yield prefix + entry.name
 
 
 def is_image(name: str) -> bool:
@@ -200,7 +200,7 @@ def find_split(folder: Path, split: Split) -> tuple[Path, tuple[str, ...]]:
 
 def find_images(home: Path, class_name: str) -> list[str]:
     """The image files of one class, sorted, relative to its folder; ValueError if it has none."""
-    files = [file for file, _ in scan(home / class_name)]
+    files = list(scan(home / class_name))
     if not files:
         raise ValueError(
             f"{home / class_name} holds no {', '.join(SUFFIXES)} file: fill or remove it"

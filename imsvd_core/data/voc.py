@@ -99,32 +99,29 @@ def open_voc(
     is expected, where that is not so.
     """
     folder = sources.find_root(name, ("voc:",), split, on_corrupt, root)
-    base = base_of(folder)
-    suffix = f"_{LISTS[split]}.txt"
-    lists = sorted((base / "ImageSets/Main").glob(f"*{suffix}"))
-    if not lists or not (base / "JPEGImages").is_dir():
+    base, suffix = base_of(folder), f"_{LISTS[split]}.txt"
+    home, lists = base / "JPEGImages", sorted(base.glob(f"ImageSets/Main/*{suffix}"))
+    if not lists or not home.is_dir():
         raise FileNotFoundError(
             f"{base} lacks JPEGImages or ImageSets/Main/*{suffix}: unpack VOC 2007 there, both "
             "splits (`imsvd data check voc07` tells how)"
         )
-    tables = [read_list(file) for file in lists]
-    stems = list(tables[0])
-    for file, table in zip(lists, tables, strict=True):
-        if list(table) != stems:
+    tables = {file.name.removesuffix(suffix): read_list(file) for file in lists}
+    stems, *others = map(list, tables.values())
+    for file, other in zip(lists[1:], others, strict=True):
+        if other != stems:
             raise ValueError(
                 f"{file} lists other images than {lists[0].name}: unpack VOC 2007 again"
             )
-    labels = torch.tensor([list(table.values()) for table in tables], dtype=torch.int8).T
-    classes = tuple(file.name.removesuffix(suffix) for file in lists)
-    home = base / "JPEGImages"
+    labels = torch.tensor([list(table.values()) for table in tables.values()], dtype=torch.int8)
     return VOCImages(
         name,
         folder.name,
         split,
         home,
         np.array(stems, object),
-        labels.contiguous(),
-        classes,
+        labels.T.contiguous(),
+        tuple(tables),
         on_corrupt=on_corrupt,
     )
 

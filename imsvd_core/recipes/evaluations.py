@@ -59,15 +59,14 @@ def _imagenet_linear(scale: Scale) -> EvaluationRecipe:
 
 def _places205_linear(scale: Scale) -> EvaluationRecipe:
     """Linear probe on Places205 (Table III). The weight decay is VISSL's."""
-    own = imagenet(scale)
+    base = _imagenet_linear(scale)
     config = replace(
-        own.linear,
+        base.config,
         optim=OptimConfig("sgd", lr=0.01, weight_decay=5e-4, warmup_epochs=0, milestones=(5, 10)),
-        loop=replace(own.linear.loop, epochs=1 if scale == "smoke" else 14),
-        view=replace(own.linear.view, scale=(0.08, 1.0)),
+        loop=replace(base.config.loop, epochs=1 if scale == "smoke" else 14),
+        view=replace(base.config.view, scale=(0.08, 1.0)),
     )
-    data = "tree:places205" if scale == "full" else "tree:tiny-imagenet-40"
-    return EvaluationRecipe(config, data, own.eval_view)
+    return replace(base, config=config, data="tree:places205" if scale == "full" else base.data)
 
 
 def _voc07_svm(scale: Scale) -> EvaluationRecipe:
