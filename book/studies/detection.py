@@ -90,7 +90,7 @@ def overfit(run_dir: Path) -> dict:
             found = [
                 one
                 for number, image in zip(ids, images, strict=False)
-                for one in detection.detect(detector, [image], [number], ten.categories)
+                for one in detection.detect(detector, image, number, ten.categories)
             ]
             detector.train()
             trainer.record(**score(found, truth, ids))

@@ -89,14 +89,15 @@ class SVMConfig(Evaluation):
         if not self.costs or len(set(self.costs)) < len(self.costs):
             raise ValueError(f"costs={self.costs} must be different (VISSL's: {SVMConfig.costs})")
         checks.positive(self, "costs", "positive_weight", "tol")
-        checks.at_least(self, folds=2, resize=1, size=1, max_iter=1, seed=0)
+        checks.at_least(self, folds=2, max_iter=1, seed=0)
         checks.at_least(self, jobs=1, train_images=1, test_images=1)
         checks.literals(self)
-        if self.size > self.resize:
-            raise ValueError(
-                f"size={self.size} exceeds resize={self.resize}: give the shorter side first, at "
-                "least the size"
-            )
+        _ = self.view  # refuses impossible sizes
+
+    @property
+    def view(self) -> EvalView:
+        """It normalises what `VOCImages.images` has resized; nothing is cropped."""
+        return EvalView(self.resize, self.size, self.mean, self.std)
 
     def normalised(self, mean: Color, std: Color) -> "SVMConfig":
         return replace(self, mean=mean, std=std)
@@ -164,7 +165,6 @@ def embed(
 
     They are kept in `setup.folder`, in blocks; those that are there are not computed again.
     """
-    view = EvalView(config.resize, config.size, config.mean, config.std)
     if config.pool == "vissl":
         if not hasattr(backbone, "avgpool"):
             raise ValueError(
@@ -184,9 +184,9 @@ def embed(
             else:
                 features, rows = [], []
                 for readable, images in data.images(
-                    view.resize, view.size, indices=indices, device=setup.device
+                    config.resize, config.size, indices=indices, device=setup.device
                 ):
-                    batch = view.finish(images)
+                    batch = config.view.finish(images)
                     features.append(represent(backbone, [batch], setup.device, setup.precision))
                     rows += readable
                     advance(len(readable))

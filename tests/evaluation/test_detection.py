@@ -288,7 +288,7 @@ def test_a_run_cut_in_training_and_in_testing_ends_identical(pair, tmp_path, mon
         detection, "precise_statistics", lambda *args: pytest.fail("they are there")
     )
     figures = evaluate(backbone(), pair, CONFIG, run_dir=tmp_path / "cut")
-    assert after == [[30], [40], [50]]  # the first block is there
+    assert after == [30, 40, 50]  # the first block is there
     assert identical(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert blocks(tmp_path / "whole") == blocks(tmp_path / "cut")
     assert figures | {"seconds": 0} == whole | {"seconds": 0}
@@ -504,7 +504,7 @@ def _evaluate(rank, size):
     data = tuple(open_coco(f"coco:{folder}/drawn", split) for split in ("train", "test"))
     workers.share_of_cores = lambda: 0  # what such processes start would import torch again
     detection.BLOCK, seen, detect = 2, [], detection.detect
-    detection.detect = lambda *args: seen.extend(args[2]) or detect(*args)
+    detection.detect = lambda *args: seen.append(args[2]) or detect(*args)
     figures = evaluate(backbone(), data, CONFIG, run_dir=folder / "run")
     model = nn.BatchNorm2d(2)
     detection.precise_statistics(model, [torch.full((2, 2, 3, 3), 1.0 + rank)])

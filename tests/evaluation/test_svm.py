@@ -385,7 +385,7 @@ def test_subsets_are_drawn(data, backbone, tmp_path):
         ({"costs": (1, -1)}, "costs="),
         ({"costs": (1, 1)}, "costs="),
         ({"folds": 1}, "folds=1 must be at least 2"),
-        ({"size": 300}, "size=300 exceeds resize=256"),
+        ({"size": 300}, "resize=256 must be at least 300"),
         ({"jobs": 0}, "jobs=0"),
         ({"size": None}, "size=None"),
         ({"train_images": 0}, "train_images=0"),

@@ -258,36 +258,32 @@ def precise_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
 @torch.no_grad()
 def detect(
     detector: nn.Module,
-    images: Sequence[Tensor],
-    ids: Sequence[int],
+    image: Tensor,
+    number: int,
     categories: Sequence[int],
     precision: torch.dtype | None = None,
 ) -> list[dict[str, Any]]:
-    """What the detector, in testing mode, finds in images (bytes), as COCO writes results.
+    """What the detector, in testing mode, finds in an image (bytes), as COCO writes results.
 
-    Each has image_id, from `ids`; category_id, that of label 1, 2, ... in `categories`;
+    Each has image_id, the `number`; category_id, that of label 1, 2, ... in `categories`;
     bbox, [x, y, width, height] in pixels; score; segmentation, compressed run lengths.
     """
-    with torch.autocast(images[0].device.type, precision, enabled=precision is not None):
-        findings = detector([image / 255 for image in images])
-    results = []
-    for number, finding in zip(ids, findings, strict=True):
-        inside = (finding["masks"][:, 0] > 0.5).byte().permute(1, 2, 0)
-        masks = rle.encode(np.asfortranarray(inside.cpu().numpy()))
-        boxes = box_convert(finding["boxes"], "xyxy", "xywh").tolist()
-        columns = boxes, finding["labels"].tolist(), finding["scores"].tolist(), masks
-        for box, label, confidence, mask in zip(*columns, strict=True):
-            mask["counts"] = mask["counts"].decode()
-            results.append(
-                {
-                    "image_id": number,
-                    "category_id": categories[label - 1],
-                    "bbox": box,
-                    "score": confidence,
-                    "segmentation": mask,
-                }
-            )
-    return results
+    with torch.autocast(image.device.type, precision, enabled=precision is not None):
+        (finding,) = detector([image / 255])
+    inside = (finding["masks"][:, 0] > 0.5).byte().permute(1, 2, 0)
+    masks = rle.encode(np.asfortranarray(inside.cpu().numpy()))
+    boxes = box_convert(finding["boxes"], "xyxy", "xywh").tolist()
+    columns = boxes, finding["labels"].tolist(), finding["scores"].tolist(), masks
+    return [
+        {
+            "image_id": number,
+            "category_id": categories[label - 1],
+            "bbox": box,
+            "score": confidence,
+            "segmentation": mask | {"counts": mask["counts"].decode()},
+        }
+        for box, label, confidence, mask in zip(*columns, strict=True)
+    ]
 
 
 def _make_precise(
@@ -365,11 +361,11 @@ def _test(
         for path, block in missing:
             content: dict[str, list[Any]] = {"images": [], "detections": []}
             for images, targets in islice(batches, len(block)):
-                ids = [int(target["image_id"]) for target in targets]
-                # An unreadable image has no target.
-                if ids:
-                    content["images"] += ids
-                    results = detect(detector, images, ids, test.categories, precision)
+                # An unreadable image is not there.
+                for image, target in zip(images, targets, strict=True):
+                    number = int(target["image_id"])
+                    results = detect(detector, image, number, test.categories, precision)
+                    content["images"].append(number)
                     content["detections"] += results
                 advance(1)
             trainer.run.write(path, json.dumps(content).encode())
