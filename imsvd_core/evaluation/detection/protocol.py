@@ -19,7 +19,6 @@ import torch
 from pycocotools import mask as rle
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
-from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.resnet import ResNet
 from torchvision.ops import box_convert
 
@@ -145,7 +144,7 @@ def training(
     run_dir: Path | str,
     *,
     progress: bool = True,
-) -> tuple[GeneralizedRCNN, Trainer]:
+) -> tuple[nn.Module, Trainer]:
     """The detector, and the loop that trains it when it is iterated, in a folder under `run_dir`
     that its settings name.
 
@@ -186,7 +185,7 @@ class Detection(Method):
 
     whole_batch = False
 
-    def __init__(self, detector: GeneralizedRCNN):
+    def __init__(self, detector: nn.Module):
         super().__init__()
         self.detector = detector
         self.names: tuple[str, ...] = ()
