@@ -298,33 +298,28 @@ def test_a_run_cut_in_training_and_in_testing_ends_identical(pair, tmp_path, mon
 def test_the_seed_fixes_first_weights_and_precise_statistics_whatever_was_drawn_before(
     pair, tmp_path
 ):
-    detectors = []
+    runs = []
     for number in (1, 2):
         torch.manual_seed(0)
         given = build_backbone("narrow")
         torch.manual_seed(number)
-        detectors.append(
-            detection.training(given, pair[0], CONFIG, tmp_path / f"{number}", progress=False)[0]
+        runs.append(
+            detection.training(given, pair[0], CONFIG, tmp_path / f"{number}", progress=False)
         )
     first, second = (
-        {name: value.clone() for name, value in one.state_dict().items()} for one in detectors
+        {name: value.clone() for name, value in detector.state_dict().items()}
+        for detector, _ in runs
     )
     assert identical(first, second)
     other = replace(CONFIG, loop=replace(CONFIG.loop, seed=1))
     assert not identical(
         first, detection.training(given, pair[0], other, tmp_path, progress=False)[0].state_dict()
     )
-    for number, detector in enumerate(detectors):
+    for number, (detector, trainer) in enumerate(runs):
         torch.manual_seed(number)
-        detection._make_precise(
-            detector,
-            pair[0],
-            CONFIG,
-            torch.device("cpu"),
-            tmp_path / f"precise-{number}",
-            progress=False,
-        )
-    first, second = (one.state_dict() for one in detectors)
+        folder = tmp_path / f"precise-{number}"
+        detection._make_precise(detector, pair[0], CONFIG, trainer, folder)
+    first, second = (detector.state_dict() for detector, _ in runs)
     assert identical(first, second)
 
 
