@@ -40,10 +40,9 @@ def optimise_tables(
 ) -> FreeTables:
     """Minimise the loss over the logits of both views: Adam, from many random starts at once.
 
-    What is found is an upper bound of the least value, not proved to be it. The learning
-    rate falls along a cosine; starts are normal with standard deviation `scale`, the two
-    views near each other. `settings` go to `cross_joint_entropy` (weights, invariance).
-    In float64, in memory for `restarts` matrices of (V·B)² cells.
+    The result is an upper bound of the least value. The learning rate falls along a cosine;
+    starts are normal with standard deviation `scale`, the two views near each other; `settings`
+    go to `cross_joint_entropy`. All is float64, with `restarts` matrices of (V·B)² cells.
     Raises ValueError unless there are 1 sample, restart and step, 2 units and 2 variables.
     """
     check_counts(samples=samples, restarts=restarts, steps=steps)
@@ -55,11 +54,16 @@ def optimise_tables(
     views = [(common + 0.1 * scale * normal()).requires_grad_() for _ in range(2)]
     losses = torch.vmap(lambda z1, z2: cross_joint_entropy(z1, z2, units, **settings).total)
     _descend(views, lambda: losses(*views).sum(), steps, learning_rate)
-    with torch.no_grad():
-        final = losses(*views)
-        best = final.argmin()
-        p1, p2 = (soft_discretize(z[best], units) for z in views)
-        tops = torch.stack([split_variables(p, units).amax(-1) for p in (p1, p2)])
+    return _best([z.detach() for z in views], losses, units)
+
+
+def _best(
+    views: list[Tensor], losses: Callable[[Tensor, Tensor], Tensor], units: int
+) -> FreeTables:
+    final = losses(*views)
+    best = final.argmin()
+    p1, p2 = (soft_discretize(z[best], units) for z in views)
+    tops = torch.stack([split_variables(p, units).amax(-1) for p in (p1, p2)])
     return FreeTables(final[best].item(), p1, p2, tops.mean().item(), final)
 
 
