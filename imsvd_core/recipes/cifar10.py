@@ -60,13 +60,12 @@ def byol(scale: Scale) -> Recipe:
     full: by lightly's CIFAR-10 benchmark (200-NN 91.0 after 800 epochs), with the momentum rising
     from 0.99.
     """
-    base = cifar10(scale)
+    method = BYOL(momentum=0.99, predictor_hidden=64 if scale == "smoke" else 1024)
+    base = replace(cifar10(scale), method=method)
     if scale != "full":
-        hidden = 1024 if scale == "laptop" else 64
-        return replace(base, method=BYOL(momentum=0.99, predictor_hidden=hidden))
+        return base
     return replace(
         base,
-        method=BYOL(momentum=0.99, predictor_hidden=1024),
         network=NetworkConfig(backbone="resnet18", hidden=(1024,), dim=256),
         optim=OptimConfig("sgd", lr=0.24, weight_decay=5e-4, warmup_epochs=0),
     )
@@ -77,12 +76,12 @@ def swav(scale: Scale) -> Recipe:
 
     full: the heads, prototypes and rate of lightly's CIFAR-10 benchmark, which has no small crops.
     """
-    base = replace(cifar10(scale), views=cifar_multicrop_views())
+    method = SwAV(prototypes=16 if scale == "smoke" else 512)
+    base = replace(cifar10(scale), method=method, views=cifar_multicrop_views())
     if scale != "full":
-        return replace(base, method=SwAV(prototypes=512 if scale == "laptop" else 16))
+        return base
     return replace(
         base,
-        method=SwAV(prototypes=512),
         network=NetworkConfig(backbone="resnet18", hidden=(512,), dim=128),
         optim=OptimConfig("adamw", lr=4e-3, weight_decay=1e-6, warmup_epochs=0),
     )
