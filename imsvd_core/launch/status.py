@@ -300,21 +300,15 @@ def overview(standings: Collection[Standing]) -> Group:
 
 def watch(
     look_again: Callable[[], Collection[Standing]], console: Console, *, once: bool = False
-) -> Collection[Standing]:
+) -> None:
     """Show what `look_again` returns until nothing is on its way any more, or Ctrl-C; once if
     `once`, or if this is no terminal."""
-    standings = look_again()
     # the jobs go on after Ctrl-C
-    with (
-        Live(overview(standings), console=console, auto_refresh=False) as live,
-        contextlib.suppress(KeyboardInterrupt),
-    ):
-        while (
-            console.is_terminal
-            and not once
-            and any(standing.live or standing.state == "unknown" for standing in standings)
-        ):
-            time.sleep(REFRESH)
+    with Live(console=console, auto_refresh=False) as live, contextlib.suppress(KeyboardInterrupt):
+        while True:
             standings = look_again()
             live.update(overview(standings), refresh=True)
-    return standings
+            goes_on = any(each.live or each.state == "unknown" for each in standings)
+            if once or not goes_on or not console.is_terminal:
+                break
+            time.sleep(REFRESH)

@@ -331,7 +331,7 @@ def test_watching_ends_when_nothing_is_on_its_way_any_more(tmp_path, monkeypatch
     monkeypatch.setattr(status.time, "sleep", lambda seconds: None)
     states = iter(["pending", "running", "unknown", "done", "never looked at"])
     console = Console(force_terminal=True, width=100, file=io.StringIO())
-    (last,) = watch(lambda: [Standing(task("a/pretrain"), next(states))], console)
-    assert last.state == "done"
+    watch(lambda: [Standing(task("a/pretrain"), next(states))], console)
     assert next(states) == "never looked at"
     assert "1 task: 1 running" in console.file.getvalue()
+    assert "1 task: 1 done" in console.file.getvalue()
