@@ -23,6 +23,7 @@ from imsvd_core.results import read_result
 from imsvd_core.runs.backbones import load_backbone, load_run, save_backbone
 from imsvd_core.runs.pretrain import Pretraining, build_network, load_data, pretrain
 from imsvd_core.system import signals
+from imsvd_core.system.run_folder import TOKEN, RunFolder, Superseded
 
 
 @pytest.fixture(scope="session")
@@ -163,6 +164,30 @@ def test_a_run_leaves_everything_and_its_backbone_comes_back(small, tmp_path):
     joints = [load_file(path)["joint"] for path in sorted((tmp_path / "joints").iterdir())]
     assert len(joints) == 3
     assert all(one.shape == (64, 64) for one in joints)
+
+
+@pytest.mark.parametrize("last", ["backbone.safetensors", "result.json"])
+def test_a_run_that_loses_its_folder_while_it_writes_leaves_the_old_file(
+    small, tmp_path, monkeypatch, last
+):
+    with RunFolder(tmp_path) as folder:
+        run = Pretraining(small, folder, progress=False)
+        for name in ("backbone.safetensors", "result.json"):
+            (tmp_path / name).write_text("old")
+        check, checks = folder.check, []
+
+        def lose() -> None:
+            checks.append(None)
+            if len(checks) == (1 if last == "backbone.safetensors" else 2):
+                assert list(tmp_path.glob(f".{last}.*.part"))  # it is written, and not in place yet
+                (tmp_path / TOKEN).unlink()
+            check()
+
+        monkeypatch.setattr(folder, "check", lose)
+        with pytest.raises(Superseded):
+            run.finish()
+    assert (tmp_path / last).read_text() == "old"
+    assert not list(tmp_path.glob(".*.part"))
 
 
 def test_seeds_fix_the_network_and_the_views(small, tmp_path):
