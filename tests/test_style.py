@@ -36,7 +36,6 @@ def test_fewer_than_one_name_in_a_hundred_is_a_pronoun():
     assert len(pronouns) < 0.01 * len(names)
 
 
-@pytest.mark.xfail(reason="data/tree, evaluation/svm and seven functions are still longer")
 def test_no_module_passes_450_lines_and_no_function_60():
     long = [f"{path}" for path, text in PACKAGE.items() if len(text.splitlines()) > 450]
     long += [
