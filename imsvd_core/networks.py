@@ -109,19 +109,16 @@ class TwinNetwork(nn.Module):
 
 @torch.no_grad()
 def represent(
-    backbone: nn.Module, batches, device: torch.device | str, precision: torch.dtype | None = None
+    backbone: nn.Module,
+    images: Tensor,
+    device: torch.device | str,
+    precision: torch.dtype | None = None,
 ) -> Tensor:
-    """Representations (N, features) in float32 of an iterable of image batches, batch-norm frozen,
-    order kept."""
-    was_training = backbone.training
+    """Representations (N, features) in float32 of a batch of images, batch-norm frozen."""
+    was_training, kind = backbone.training, torch.device(device).type
     backbone.eval()
     try:
-        rows = []
-        for x in batches:
-            with torch.autocast(
-                torch.device(device).type, dtype=precision, enabled=precision is not None
-            ):
-                rows.append(backbone(x.to(device, memory_format=torch.channels_last)).float())
-        return torch.cat(rows)
+        with torch.autocast(kind, dtype=precision, enabled=precision is not None):
+            return backbone(images.to(device, memory_format=torch.channels_last)).float()
     finally:
         backbone.train(was_training)

@@ -45,11 +45,11 @@ def paths(directory: Path | str) -> list[Path]:
     return sorted(Path(directory).glob(f"step-{9 * '[0-9]'}.pt"), reverse=True)
 
 
-def load(path: Path | str, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+def load(path: Path | str) -> dict[str, Any]:
     """The state saved at `path`. Raises CheckpointError for a torn or foreign file; runs no code
     from it."""
     try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:
