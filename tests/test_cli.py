@@ -160,13 +160,13 @@ def test_one_recipe_alone_is_built_to_read_its_settings(monkeypatch, capsys):
 
 def test_a_launched_job_is_the_command_with_its_place(tmp_path):
     given = ["--run-dir", "runs/cifar10-smoke-seed0", "--loop.epochs", "3"]
-    job = launch_of_pretraining("cifar10", given)
-    command = parse_pretraining(job.words[1:], "imsvd pretrain")
+    job, launched = launch_of_pretraining("cifar10", given)
+    command = parse_pretraining(job.argv[1:], "imsvd pretrain")
     assert command.run_dir == job.run_dir
-    assert command.recipe == job.recipe
+    assert command.recipe == launched
     run_dir = tmp_path / "runs" / "cifar10-smoke-seed0"
     place = ["--scale", "smoke", "--run-dir", str(run_dir), "--no-progress"]
-    assert job.words == ["pretrain", "cifar10", *given, *place]
+    assert job.argv == ("pretrain", "cifar10", *given, *place)
     assert (job.folder, job.name) == (run_dir / "jobs", "cifar10-smoke-seed0")
 
 

@@ -12,6 +12,7 @@ from imsvd_core import launch as launcher
 from imsvd_core.commands.common import peek, wide_console
 from imsvd_core.commands.training import parse_evaluation, parse_pretraining
 from imsvd_core.launch import graph as graphs
+from imsvd_core.launch.graph import Task
 from imsvd_core.launch.reproduce import reproduce as bring_about
 from imsvd_core.launch.status import Standing, graphs_under, standings_of, watch
 from imsvd_core.recipes import Recipe, Scale, current_scale
@@ -70,37 +71,23 @@ class StatusCommand:
     """Show it once, on a terminal too."""
 
 
-@dataclass(frozen=True)
-class Launch:
-    """What is to be a job."""
-
-    words: list[str]
-    """The job's `imsvd` command."""
-    run_dir: Path
-    folder: Path
-    """Of its logs."""
-    name: str
-    recipe: Recipe | None = None
-    """Of a pretraining; how long evaluations take is not known."""
-
-
-def launch_of_pretraining(recipe_name: str, argv: Sequence[str]) -> Launch:
-    """A pretraining that is to be a job."""
+def launch_of_pretraining(recipe_name: str, argv: Sequence[str]) -> tuple[Task, Recipe]:
+    """A pretraining that is to be a job, and its recipe."""
     command = parse_pretraining([recipe_name, *argv], "imsvd launch")
     run_dir: Path = command.run_dir.absolute()
     # of an option that is given twice the last one counts
-    place = ["--scale", command.scale, "--run-dir", str(run_dir), "--no-progress"]
-    words = ["pretrain", recipe_name, *argv, *place]
-    return Launch(words, run_dir, run_dir / "jobs", run_dir.name, command.recipe)
+    place = ("--scale", command.scale, "--run-dir", str(run_dir), "--no-progress")
+    words = ("pretrain", recipe_name, *argv, *place)
+    return Task(run_dir.name, words, run_dir, run_dir / "result.json"), command.recipe
 
 
-def launch_of_evaluation(argv: Sequence[str]) -> Launch:
+def launch_of_evaluation(argv: Sequence[str]) -> Task:
     """An evaluation that is to be a job."""
     command, trained, default = parse_evaluation(argv, "imsvd launch evaluate")
     run_dir = trained.folder.absolute()
-    result = result_path(argv[0], trained, command.data, default.data).stem
-    words = ["evaluate", *argv, "--scale", command.scale, "--out", str(run_dir), "--no-progress"]
-    return Launch(words, run_dir, run_dir / "jobs" / result, f"{run_dir.name}-{result}")
+    result = run_dir / result_path(argv[0], trained, command.data, default.data).name
+    words = ("evaluate", *argv, "--scale", command.scale, "--out", str(run_dir), "--no-progress")
+    return Task(f"{run_dir.name}/{result.stem}", words, run_dir, result)
 
 
 def launch(argv: Sequence[str]) -> None:
@@ -113,22 +100,31 @@ def launch(argv: Sequence[str]) -> None:
         default=default,
         return_unknown_args=True,
     )
-    evaluates, config = argv[0] == "evaluate", command.config
-    job = launch_of_evaluation(rest) if evaluates else launch_of_pretraining(argv[0], rest)
-    _refuse_second(job)
+    config, recipe = command.config, None
+    if argv[0] == "evaluate":
+        job = launch_of_evaluation(rest)
+    else:
+        job, recipe = launch_of_pretraining(argv[0], rest)
+    standing = standings_of(graphs.Graph([job]))[job.name]
+    if standing.live or standing.state == "unknown":
+        raise ValueError(
+            f"run_dir={str(job.run_dir)!r} has a job on its way, {standing.job} "
+            f"({standing.words}): wait for its end, stop it, or give another folder"
+        )
     code = job.run_dir / "code"
     if command.dry_run and config.executor == "slurm":
         print(launcher.batch_script(job.name, job.folder, config, code))
-    if job.recipe:
-        plan = launcher.plan(argv[0], job.recipe, config, job.run_dir)
+    # how long evaluations take is not known
+    if recipe:
+        plan = launcher.plan(argv[0], recipe, config, job.run_dir)
         if plan.refused and not command.dry_run:
             raise ValueError("not sent:\n  " + "\n  ".join(plan.refused))
         print(plan)
     if command.dry_run:
-        print(f"would send: imsvd {shlex.join(job.words)}")
+        print(f"would send: imsvd {shlex.join(job.argv)}")
         return
     submission = launcher.submit(
-        job.words, name=job.name, folder=job.folder, config=config, code=launcher.snapshot(code)
+        job.argv, name=job.name, folder=job.folder, config=config, code=launcher.snapshot(code)
     )
     print(
         f"job {submission.job_id} sent; its logs are in {job.folder}; "
@@ -136,19 +132,6 @@ def launch(argv: Sequence[str]) -> None:
     )
     if config.executor == "debug" and submission.job:
         submission.job.result()
-
-
-def _refuse_second(job: Launch) -> None:
-    """Raise ValueError if a job of this folder is on its way, or may be."""
-    launched = (job.folder / "submission.json").exists()
-    for standing in _standings(graphs_under(job.run_dir)) if launched else ():
-        unfinished = standing.live or standing.state == "unknown"
-        if standing.task.folder == job.folder and unfinished:
-            raise ValueError(
-                f"run_dir={str(job.run_dir)!r} has a job on its way, {standing.job} "
-                f"({standing.words or standing.state}): "
-                "wait for its end, stop it, or give another folder"
-            )
 
 
 def _standings(launched: Sequence[graphs.Graph]) -> list[Standing]:

@@ -205,15 +205,16 @@ def finished(task: Task) -> bool:
     pretraining has left there so far.
     """
     stored, has_result = stored_config(task), task.result.exists()
-    if stored and task.settings:
-        run, asked_for = (essential(complete(Recipe, config)) for config in (stored, task.settings))
-        other = differences(run, asked_for, words=("there", "asked for"))
-        if other and (has_result or any((task.run_dir / "checkpoints").glob("step-*.pt"))):
-            raise ValueError(
-                f"run_dir={str(task.run_dir)!r} holds a run with other settings ({other}): "
-                "give the same ones, another --out, or remove that folder"
-            )
-    if has_result and stored and task.argv[0] == "evaluate":
+    if not (stored and task.settings):
+        return has_result
+    run, asked_for = (essential(complete(Recipe, config)) for config in (stored, task.settings))
+    other = differences(run, asked_for, words=("there", "asked for"))
+    if other and (has_result or any((task.run_dir / "checkpoints").glob("step-*.pt"))):
+        raise ValueError(
+            f"run_dir={str(task.run_dir)!r} holds a run with other settings ({other}): "
+            "give the same ones, another --out, or remove that folder"
+        )
+    if has_result and task.argv[0] == "evaluate":
         kind = task.argv[1]
         # Results from before the schemas are known by all values of the run's config.json.
         old_hash = full_hash({"evaluation": stored[kind], "pretraining": stored})

@@ -162,6 +162,13 @@ def test_an_evaluation_by_other_settings_is_refused(tmp_path):
         finished(knn)
 
 
+def test_an_evaluation_that_was_launched_by_itself_may_have_any_settings(tmp_path):
+    svm = task("a/voc07-svm", out=tmp_path)
+    write_json(svm.run_dir / "config.json", {"method": {"name": "imsvd"}})
+    write_json(svm.result, {})
+    assert finished(svm)
+
+
 def test_an_evaluation_from_before_the_schemas_counts_while_its_settings_are_the_runs(tmp_path):
     knn = build((2,), (), "smoke", tmp_path, DATA)["imsvd-2-epochs/knn"]
     config = dict(knn.settings)
