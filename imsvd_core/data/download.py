@@ -7,8 +7,6 @@ import threading
 import urllib.request
 from pathlib import Path
 
-from torchvision.datasets import FashionMNIST
-
 from imsvd_core.data.sources import PUBLISHED, TITLES, Place, Root, data_root, find, layout
 
 PROBE_SECONDS = 5.0  #: for the first byte; silent for longer, a host counts as out of reach
@@ -33,10 +31,8 @@ def get(name: str, root: Root = None) -> Place:
     if name not in PUBLISHED:
         raise ValueError(f"data set {name!r} cannot be downloaded: choose {', '.join(PUBLISHED)}")
     published, files = PUBLISHED[name], list(layout(name))
-    if published is FashionMNIST:
-        url = published.mirrors[0] + published.resources[0][0]
-    else:
-        url = published.url
+    resources = getattr(published, "resources", None)  # of Fashion-MNIST, which has several files
+    url = published.mirrors[0] + resources[0][0] if resources else published.url
     timeout = socket.getdefaulttimeout()
     try:
         root.mkdir(parents=True, exist_ok=True)

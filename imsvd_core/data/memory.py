@@ -85,14 +85,14 @@ class ImageData:
         Images are kept on `device`. All draws of a step come from one generator, the order's, piece
         after piece. Images in memory need no `workers`.
         """
-        images, labels = self.images.to(device), self.labels.to(device)
+        data = self.to(device)
         for step, pieces in groupby(order, itemgetter(0)):
             generator = order.generator(step, device)
             for _, indices in pieces:
                 rows = indices.to(device)
-                batch = images[rows]
-                drawn = tuple(view(batch, generator) for view in members(views))
-                yield Batch(drawn, labels[rows], rows)
+                images = data.images[rows]
+                drawn = tuple(view(images, generator) for view in members(views))
+                yield Batch(drawn, data.labels[rows], rows)
 
     def in_order(
         self,

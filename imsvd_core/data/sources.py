@@ -210,5 +210,4 @@ def find_images(home: Path, class_name: str) -> list[str]:
 
 def class_names(home: Path) -> tuple[str, ...]:
     """The class folders in `home`, sorted."""
-    folders = (path.name for path in home.iterdir() if path.is_dir())
-    return tuple(sorted(name for name in folders if not name.startswith(".")))
+    return tuple(sorted(path.name for path in home.glob("[!.]*") if path.is_dir()))
