@@ -240,7 +240,10 @@ def test_a_detector_that_knows_the_truth_is_scored_100_and_others_what_they_dese
     pair, tmp_path, monkeypatch, change, low, high
 ):
     monkeypatch.setattr(detection, "build_detector", lambda *a: Planted(pair[1], change))
-    figures = evaluate(backbone(), pair, CONFIG, run_dir=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    figures = evaluate(backbone(), pair, CONFIG, run_dir="run")  # as a command names it
+    assert len(blocks("run")) == 1
+    assert weights("run")
     assert figures.keys() == {
         "box_ap",
         "box_ap50",

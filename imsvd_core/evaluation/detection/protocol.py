@@ -299,7 +299,8 @@ def _make_precise(
         if config.precise_bn:
             _show_batches(detector, train, config, trainer)
         weights = {name: value.cpu().contiguous() for name, value in detector.state_dict().items()}
-        on_rank_0(trainer.run.write)(path, safetensors.torch.save(weights))
+        name = path.relative_to(trainer.run.path)
+        on_rank_0(trainer.run.write)(name, safetensors.torch.save(weights))
     detector.load_state_dict(safetensors.torch.load_file(path))
     detector.eval()
 
@@ -367,7 +368,8 @@ def _test(
                     content["images"].append(number)
                     content["detections"] += results
                 advance(1)
-            trainer.run.write(path, json.dumps(content).encode())
+            name = path.relative_to(trainer.run.path)
+            trainer.run.write(name, json.dumps(content).encode())
     mean_over_ranks(torch.zeros(1, device=trainer.device))  # wait for all
     return _score_files(list(blocks), test, trainer.progress)
 
