@@ -152,7 +152,7 @@ def load(
 def manifest(name: str = "auto", root: Root = None) -> str:
     """A short identity of the data at hand: name, number of files, hash of their names and sizes.
 
-    It is quick (it opens no file), stable from machine to machine, and prints nothing.
+    It is quick (it decodes no image), stable from machine to machine, and prints nothing.
     """
     name = sources.resolve(name, root, quiet=True)
     if name == "attributes":
