@@ -17,24 +17,25 @@ import math
 from collections.abc import Callable
 
 import torch
+from PIL import ImageColor
 from torch import Tensor
 
-PALETTE: dict[str, tuple[int, int, int]] = {
-    "red": (222, 56, 58),
-    "orange": (245, 140, 36),
-    "yellow": (248, 212, 58),
-    "green": (62, 168, 84),
-    "cyan": (46, 188, 200),
-    "blue": (52, 96, 214),
-    "violet": (136, 74, 196),
-    "pink": (243, 128, 178),
+PALETTE: dict[str, str] = {
+    "red": "#de383a",
+    "orange": "#f58c24",
+    "yellow": "#f8d43a",
+    "green": "#3ea854",
+    "cyan": "#2ebcc8",
+    "blue": "#3460d6",
+    "violet": "#884ac4",
+    "pink": "#f380b2",
 }
 # Muted, so that the shape stands out from all of them.
-GROUND_PALETTE: dict[str, tuple[int, int, int]] = {
-    "sand": (214, 203, 182),
-    "sage": (158, 174, 158),
-    "slate": (104, 112, 126),
-    "night": (44, 46, 60),
+GROUND_PALETTE: dict[str, str] = {
+    "sand": "#d6cbb6",
+    "sage": "#9eae9e",
+    "slate": "#68707e",
+    "night": "#2c2e3c",
 }
 FACTORS: dict[str, tuple[str, ...]] = {
     "shape": ("disc", "square", "triangle", "star", "heart", "cross", "ring", "moon"),
@@ -121,21 +122,20 @@ def draw(
     """
     if size < 8:
         raise ValueError(f"size is {size}: draw at 8 pixels or more")
-    n = len(factors["shape"])
-    images = torch.empty(n, 3, size, size, dtype=torch.uint8)
+    images = []
     threads = torch.get_num_threads()
     # The blocks are small: threads would wait for each other longer than they draw.
     torch.set_num_threads(1)
     try:
-        for start in range(0, n, _BLOCK):
-            block = slice(start, start + _BLOCK)
-            picture = _picture({name: values[block] for name, values in factors.items()}, size)
+        blocks = [values.split(_BLOCK) for values in factors.values()]
+        for block in zip(*blocks, strict=True):
+            picture = _picture(dict(zip(factors, block, strict=True)), size)
             if noise is not None:
                 picture += torch.rand(picture.shape, generator=noise) * 18 - 9
-            images[block] = (picture + 0.5).clamp_(0, 255).to(torch.uint8)
+            images.append((picture + 0.5).clamp_(0, 255).to(torch.uint8))
     finally:
         torch.set_num_threads(threads)
-    return images
+    return torch.cat(images)
 
 
 def _picture(factors: dict[str, Tensor], size: int) -> Tensor:
@@ -148,16 +148,19 @@ def _picture(factors: dict[str, Tensor], size: int) -> Tensor:
     dx, dy = x - f["x"], y - f["y"]
 
     across, down = _turn(dx, dy, f["rotation"])
-    shape = _choose(_SHAPES, factors["shape"], across / f["radius"], down / f["radius"])
-    distance = shape * f["radius"]
+    across, down = across / f["radius"], down / f["radius"]
+    distance = torch.empty_like(across)
+    for kind, shape in enumerate(_SHAPES):
+        rows = factors["shape"] == kind
+        distance[rows] = shape(across[rows], down[rows])
+    distance *= f["radius"]
     inside = (0.5 - distance / (2 / size)).clamp(0, 1)
     shadow = (1 - distance / 0.22).clamp(0, 1)
     rim = (1 + distance / 0.09).clamp(0, 1)
 
     turned = _turn(dx, dy, f["texture_angle"])
-    ink = _choose(_TEXTURES, factors["texture"], *turned, f["texture_shift"])
-    plane = x.expand_as(ink), y.expand_as(ink)
-    ground = _choose(_GROUNDS, factors["background"], *plane, f["ground_shift"])
+    ink = _choose(factors["texture"], *_textures(*turned, f["texture_shift"]))
+    ground = _choose(factors["background"], *_grounds(x, y, f["ground_shift"]))
     back = _colours(GROUND_PALETTE, factors["ground"]) * ground * (1 - 0.4 * shadow * shadow)
     front = _colours(PALETTE, factors["colour"]) * (1 - 0.22 * rim)
     # The texture's second tone is the colour mixed with white: the hue stays what the factor says.
@@ -166,9 +169,10 @@ def _picture(factors: dict[str, Tensor], size: int) -> Tensor:
     return picture * (1 + f["light"] * _turn(x, y, f["light_angle"])[0])
 
 
-def _colours(palette: dict[str, tuple[int, int, int]], colour: Tensor) -> Tensor:
+def _colours(palette: dict[str, str], colour: Tensor) -> Tensor:
     """The colour of each picture, (N, 3, 1, 1), in grey levels."""
-    return torch.tensor(list(palette.values()), dtype=torch.float32)[colour][:, :, None, None]
+    levels = torch.tensor([ImageColor.getrgb(code) for code in palette.values()])
+    return levels[colour, :, None, None].float()
 
 
 def _turn(x: Tensor, y: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,13 +180,9 @@ def _turn(x: Tensor, y: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     return x * c + y * s, y * c - x * s
 
 
-def _choose(kinds: tuple[Callable[..., Tensor], ...], kind: Tensor, *planes: Tensor) -> Tensor:
-    """Apply `kinds[k]` to the pictures whose `kind` is k, and to no others."""
-    result = torch.empty_like(planes[0])
-    for k, function in enumerate(kinds):
-        rows = (kind == k).nonzero()[:, 0]
-        result[rows] = function(*(plane[rows] for plane in planes))
-    return result
+def _choose(kind: Tensor, *pictures: Tensor) -> Tensor:
+    """Of each picture the one of `pictures` that `kind` (N,) says; each broadcasts to all N."""
+    return torch.stack(torch.broadcast_tensors(*pictures))[kind, torch.arange(len(kind))]
 
 
 # Shapes: signed distance at (x, y), y downwards, of a shape about one unit in radius.
@@ -254,11 +254,33 @@ def _moon(x: Tensor, y: Tensor) -> Tensor:
     return torch.where(beyond, _disc(x - horn_x, y - horn_y, 0), torch.maximum(outer, -bite))
 
 
-_SHAPES = (_disc, _box, _triangle, _star, _heart, _cross, _ring, _moon)
+_SHAPES: tuple[Callable[..., Tensor], ...] = (
+    _disc,
+    _box,
+    _triangle,
+    _star,
+    _heart,
+    _cross,
+    _ring,
+    _moon,
+)
 
 
-# Textures: how much of the second tone there is at (x, y), from 0 to 1; about five pixels to a
-# period at 32.
+def _textures(x: Tensor, y: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
+    """How much of the second tone there is at (x, y), from 0 to 1, in each texture; about five
+    pixels to a period at 32.
+    """
+    stripes = _wave(x / 0.3 + shift) * 1.5 + 0.5
+    u, v = x / 0.36 + shift, y / 0.36 + shift
+    dots = (0.3 - _disc(u - torch.floor(u) - 0.5, v - torch.floor(v) - 0.5, 0)) * 6 + 0.5
+    checks = _wave(x / 0.5 + shift) * _wave(y / 0.5 + shift) * 4 + 0.5
+    return torch.zeros(1), stripes.clamp(0, 1), dots.clamp(0, 1), checks.clamp(0, 1)
+
+
+def _grounds(x: Tensor, y: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
+    """Brightness relative to the ground's colour at (x, y), of each background."""
+    weave = 1 + 0.12 * (_wave(x / 0.25 + shift) + _wave(y / 0.25 + shift))
+    return torch.ones(1), 1 + 0.3 * y, _clouds(x, y, shift), weave
 
 
 def _wave(t: Tensor) -> Tensor:
@@ -266,38 +288,6 @@ def _wave(t: Tensor) -> Tensor:
     cosine.
     """
     return 4 * (t - torch.floor(t) - 0.5).abs() - 1
-
-
-def _plain(x: Tensor, y: Tensor, shift: Tensor) -> Tensor:
-    return torch.zeros_like(x)
-
-
-def _stripes(x: Tensor, y: Tensor, shift: Tensor) -> Tensor:
-    return (_wave(x / 0.3 + shift) * 1.5 + 0.5).clamp(0, 1)
-
-
-def _dots(x: Tensor, y: Tensor, shift: Tensor) -> Tensor:
-    u, v = x / 0.36 + shift, y / 0.36 + shift
-    u, v = u - torch.floor(u) - 0.5, v - torch.floor(v) - 0.5
-    return ((0.3 - torch.sqrt(u * u + v * v)) * 6 + 0.5).clamp(0, 1)
-
-
-def _checks(x: Tensor, y: Tensor, shift: Tensor) -> Tensor:
-    return (_wave(x / 0.5 + shift) * _wave(y / 0.5 + shift) * 4 + 0.5).clamp(0, 1)
-
-
-_TEXTURES = (_plain, _stripes, _dots, _checks)
-
-
-# Backgrounds: brightness relative to the ground's colour at (x, y).
-
-
-def _flat(x: Tensor, y: Tensor, shift: Tensor) -> Tensor:
-    return torch.ones_like(x)
-
-
-def _gradient(x: Tensor, y: Tensor, shift: Tensor) -> Tensor:
-    return 1 + 0.3 * y
 
 
 def _clouds(x: Tensor, y: Tensor, shift: Tensor) -> Tensor:
@@ -313,10 +303,3 @@ def _clouds(x: Tensor, y: Tensor, shift: Tensor) -> Tensor:
         return table[j, i] * (1 - u) + table.roll(-1, 1)[j, i] * u
 
     return 0.72 + 0.56 * (across(heights) * (1 - v) + across(heights.roll(-1, 0)) * v)
-
-
-def _weave(x: Tensor, y: Tensor, shift: Tensor) -> Tensor:
-    return 1 + 0.12 * (_wave(x / 0.25 + shift) + _wave(y / 0.25 + shift))
-
-
-_GROUNDS = (_flat, _gradient, _clouds, _weave)

@@ -208,11 +208,8 @@ def _read_tree(tree: FolderImages, progress: bool) -> ImageData:
         raise ValueError(f"{tree.home} holds no image that can be read, of {len(tree)} files")
     shapes = {tuple(image.shape[1:]): tree.file(row) for row, image in images.items()}
     if len(shapes) > 1:
-        (shape, file), (other_shape, other_file) = list(shapes.items())[:2]
-        raise ValueError(
-            f"images differ in size, {shape} in {file} and {other_shape} in {other_file}: stream "
-            "them (tree:PATH)"
-        )
+        examples = " and ".join([f"{shape} in {file}" for shape, file in shapes.items()][:2])
+        raise ValueError(f"images differ in size, {examples}: stream them (tree:PATH)")
     return ImageData(
         tree.name,
         tree.title,

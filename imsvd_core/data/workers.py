@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from imsvd_core.data.batch import Device, groups
+from imsvd_core.data.batch import Device
 from imsvd_core.system.progress import bar
 
 S = TypeVar("S")
@@ -82,16 +81,16 @@ def in_threads(
         workers: threads; by default this rank's share of the cores.
     """
 
-    def read_group(group: Sequence[S]) -> list[T]:
-        return [read(file) for file in group]
-
-    with (
-        ThreadPoolExecutor(workers or share_of_cores()) as pool,
-        bar(description, len(files), progress) as advance,
-    ):
-        for group in pool.map(read_group, groups(files, GROUP)):
-            advance(len(group))
-            yield from group
+    pool = joblib.Parallel(
+        workers or share_of_cores(),
+        backend="threading",
+        batch_size=GROUP,
+        return_as="generator",
+    )
+    with bar(description, len(files), progress) as advance:
+        for content in pool(joblib.delayed(read)(file) for file in files):
+            advance(1)
+            yield content
 
 
 def share_of_cores() -> int:

@@ -13,6 +13,7 @@ from imsvd_core.data import check as prepared
 from imsvd_core.data import memory as datasets
 from imsvd_core.data import sources
 from imsvd_core.data.sources import data_root
+from imsvd_core.data.tree import open_folder
 from imsvd_core.engine.order import Order
 from imsvd_core.launch.config import LaunchConfig
 from imsvd_core.launch.submit import Submission
@@ -171,8 +172,7 @@ def _data(recipe: Recipe) -> tuple[int | None, list[str]]:
 
 def _count(data: str) -> int:
     if data.partition(":")[0] in ("tree", "folder"):
-        home, classes = sources.find_split(sources.find_folder(data, data_root()), "train")
-        return sum(len(sources.find_images(home, label)) for label in classes)
+        return len(open_folder(data))
     name = sources.resolve(data)
     return datasets.ATTRIBUTES_SIZES["train"] if name == "attributes" else PUBLISHED[name]
 

@@ -4,6 +4,7 @@ import colorsys
 
 import pytest
 import torch
+from PIL import ImageColor
 from torch import Tensor
 
 from imsvd_core.data import attributes
@@ -87,7 +88,8 @@ def test_colour_place_and_size_can_be_read_from_the_pixels(factors, images):
     plain = seen & (factors["texture"] == 0) & (factors["shape"] < 6)  # all about their own centre
     mean = (rgb * vivid[:, None]).sum((2, 3)) / vivid.sum((1, 2))[:, None]
     hues = torch.tensor([colorsys.rgb_to_hsv(*pixel)[0] for pixel in mean.tolist()])
-    true = torch.tensor([colorsys.rgb_to_hsv(*colour)[0] for colour in attributes.PALETTE.values()])
+    palette = map(ImageColor.getrgb, attributes.PALETTE.values())
+    true = torch.tensor([colorsys.rgb_to_hsv(*colour)[0] for colour in palette])
     gap = (hues[:, None] - true).abs()
     nearest = torch.minimum(gap, 1 - gap).argmin(1)
     assert (nearest == factors["colour"])[plain].float().mean() > 0.95
