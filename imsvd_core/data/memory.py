@@ -101,11 +101,10 @@ class ImageData:
         *,
         device: Device = "cpu",
         batch_size: int = 500,
-        workers: int | None = None,
     ) -> Generator[Tensor]:
         """The images `rows` (by default all) through `view`, on `device`, `batch_size` at a time.
 
-        Yields float32 (n, 3, size, size), normalised. Images in memory need no `workers`.
+        Yields float32 (n, 3, size, size), normalised.
         """
         rows = range(len(self)) if rows is None else rows
         for group in groups(rows, batch_size):
@@ -145,7 +144,7 @@ def load(
     if not place.tree:
         return _read_published(place.folder, name, split)
     tree = open_folder(f"folder:{place.folder.absolute()}", split, on_corrupt=on_corrupt)
-    title = sources.title_of(name, place)
+    title = sources.title(name, root)
     return _read_tree(replace(tree, name=name, title=title, replaced=False), progress)
 
 

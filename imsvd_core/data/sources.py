@@ -64,9 +64,17 @@ def resolve(name: str = "auto", root: Root = None, *, quiet: bool = False) -> st
 
 
 def title(name: str = "auto", root: Root = None) -> str:
-    """A page's name of the data at hand, such as "CIFAR-10 (JPEG)"; prints nothing."""
+    """The published name of the data at hand, with a remark if its files are JPEGs, or a folder's;
+    prints nothing.
+    """
     name = resolve(name, root, quiet=True)
-    return title_of(name, find(name, root))
+    place = find(name, root)
+    if place is None or not place.tree:
+        return TITLES[name]
+    if name not in TITLES:
+        return place.folder.name
+    first = next(scan(place.folder), "")
+    return TITLES[name] + (" (JPEG)" if first.lower().endswith(SUFFIXES[1:]) else "")
 
 
 class Place(NamedTuple):
@@ -141,16 +149,6 @@ def find(name: str, root: Root) -> Place | None:
 def _intact(file: Path, checksum: str | None, modified: int) -> bool:
     """Whether a file has its checksum, computed again when it was modified."""
     return check_integrity(file, checksum)
-
-
-def title_of(name: str, place: Place | None) -> str:
-    """The published name of a data set, with a remark if its files are JPEGs; or a folder's."""
-    if place is None or not place.tree:
-        return TITLES[name]
-    if name not in TITLES:
-        return place.folder.name
-    first = next(scan(place.folder), "")
-    return TITLES[name] + (" (JPEG)" if first.lower().endswith(SUFFIXES[1:]) else "")
 
 
 def scan(folder: Path | str, prefix: str = "") -> Iterator[str]:

@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
+from torchvision.transforms.v2 import Compose, Resize
 
 from imsvd_core.data import sources
 from imsvd_core.data.batch import Device, groups
@@ -74,12 +74,9 @@ class VOCImages(StreamedImages):
     def _read(
         self, resize: int, size: int, part: Sequence[int]
     ) -> tuple[list[int], Tensor, list[int]]:
-        def read(place: int) -> Tensor:
-            image = TF.resize(self.decode(place), [resize], antialias=True)
-            return TF.resize(image, [size, size], antialias=True)
-
+        shrink = Compose([self.decode, Resize(resize), Resize((size, size))])
         unreadable: list[int] = []
-        images = dict(self.readable(read, part, unreadable))
+        images = dict(self.readable(shrink, part, unreadable))
         pixels = torch.stack([*images.values()]) if images else torch.empty(0)
         return list(images), pixels, unreadable
 
