@@ -176,8 +176,8 @@ def find_split(folder: Path, split: Split) -> tuple[Path, tuple[str, ...]]:
     """
     homes = {}
     for key, options in SPLIT_FOLDERS.items():
-        folders = [folder / option for option in options if (folder / option).is_dir()]
-        homes[key] = max(folders, key=lambda home: len(class_names(home)) > 0, default=None)
+        folders = filter(Path.is_dir, map(folder.joinpath, options))
+        homes[key] = max(folders, key=lambda home: bool(class_names(home)), default=None)
     home = homes[split]
     if home is None:
         names = " or ".join(SPLIT_FOLDERS[split])
@@ -187,9 +187,8 @@ def find_split(folder: Path, split: Split) -> tuple[Path, tuple[str, ...]]:
     classes = class_names(home)
     if not classes:
         raise ValueError(f"{home} holds no class folder: put the images in {home}/<class>/")
-    for other in homes.values():
-        if other and class_names(other) != classes:
-            difference = sorted(set(classes) ^ set(class_names(other)))
+    for other in filter(None, homes.values()):
+        if difference := sorted(set(classes) ^ set(class_names(other))):
             raise ValueError(
                 f"{home} and {other} differ in classes ({', '.join(difference[:5])}): give both all"
             )
