@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import joblib
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -80,15 +79,16 @@ def in_threads(
         description: of the bar, which is shown if `progress`.
         workers: threads; by default this rank's share of the cores.
     """
+    from joblib import Parallel, delayed  # slow to import
 
-    pool = joblib.Parallel(
+    pool = Parallel(
         workers or share_of_cores(),
         backend="threading",
         batch_size=GROUP,
         return_as="generator",
     )
     with bar(description, len(files), progress) as advance:
-        for content in pool(joblib.delayed(read)(file) for file in files):
+        for content in pool(delayed(read)(file) for file in files):
             advance(1)
             yield content
 
@@ -100,7 +100,9 @@ def share_of_cores() -> int:
     """
     if "SLURM_CPUS_PER_TASK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
         return int(os.environ["SLURM_CPUS_PER_TASK"])
-    return max(1, joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    from joblib import cpu_count  # slow to import
+
+    return max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 @dataclass
