@@ -25,9 +25,8 @@ SUFFIXES = {
 }
 # what every ResNet has, after a prefix that says where in a larger network it stood
 FIRST = "layer1.0.conv1.weight"
-BODY = (
-    r"(conv1|bn1|layer\d)\."  # what the names of a ResNet's tensors but the classifier's begin with
-)
+# what the names of a ResNet's tensors but the classifier's begin with
+BODY = r"(conv1|bn1|layer\d)\."
 COUNTER = "num_batches_tracked"
 FOLLOWERS = ("momentum", "encoder_k", "target", "ema")  # copies that trail behind what is trained
 
@@ -70,7 +69,7 @@ def export(
             "convolution of 32 channels; export to safetensors or torchvision"
         )
     state = {
-        key: value.detach().cpu().contiguous().clone()
+        key: value.cpu().contiguous().clone()
         for key, value in backbone.state_dict().items()
         if not key.startswith("fc.")
     }
@@ -125,8 +124,11 @@ def read_state_dict(path: Path | str) -> tuple[BackboneName, bool, dict[str, Ten
     weights = _find(_load(path), path)
     body = {key: value for key, value in weights.items() if re.match(BODY, key)}
     if not any(key.endswith(COUNTER) for key in body):  # older files lack them
-        norms = [key for key in body if key.endswith("running_mean")]
-        body |= {key.replace("running_mean", COUNTER): torch.tensor(0) for key in norms}
+        body |= {
+            key.replace("running_mean", COUNTER): torch.tensor(0)
+            for key in body
+            if key.endswith("running_mean")
+        }
     shapes = _shapes_of(body)
 
     def differing(network: tuple[BackboneName, bool]) -> list[str]:
@@ -168,9 +170,8 @@ def _find(content: Any, path: Path) -> dict[str, Tensor]:
     same."""
     tensors = dict(_named(content))
     prefixes = [key.removesuffix(FIRST) for key in tensors if key.endswith(FIRST)]
-    if len(prefixes) > 1:
-        leading = [prefix for prefix in prefixes if not any(word in prefix for word in FOLLOWERS)]
-        prefixes = leading or prefixes
+    leading = [prefix for prefix in prefixes if not any(word in prefix for word in FOLLOWERS)]
+    prefixes = leading or prefixes
     if len(prefixes) != 1:
         names = ", ".join(map(repr, prefixes or list(tensors)[:6]))
         raise ValueError(

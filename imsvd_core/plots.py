@@ -22,11 +22,13 @@ from typing import Any
 import matplotlib
 import numpy as np
 import PIL.Image
+import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.rcsetup import cycler
+from torchvision.utils import make_grid
 
 #: Characters; a shorter text names a figure and does not say what it shows
 SHORTEST_ALT = 30
@@ -282,12 +284,6 @@ def gallery(images: Any, alt: str, *, columns: int = 8, scale: int = 2) -> Pictu
     return Picture(f'<div class="imsvd-figure">{img}</div>', alt)
 
 
-def draw_gallery(ax: Axes, images: Any, *, columns: int = 8) -> AxesImage:
-    """Draw a contact sheet of uint8 images (N, 3, H, W) into `ax`, which loses its axes."""
-    ax.set_axis_off()
-    return ax.imshow(contact_sheet(images, columns=columns), interpolation="none")
-
-
 def contact_sheet(images: Any, *, columns: int = 8, gap: int = 2, scale: int = 1) -> np.ndarray:
     """Return images (N, 3, H, W) of uint8 as one RGBA array, row by row, elsewhere transparent.
 
@@ -299,15 +295,11 @@ def contact_sheet(images: Any, *, columns: int = 8, gap: int = 2, scale: int = 1
             f"images has shape {stack.shape} and type {stack.dtype}: "
             "uint8 of shape (N, 3, H, W), N >= 1, is needed"
         )
-    pixels = np.insert(stack.transpose(0, 2, 3, 1), 3, 255, axis=3)  # opaque
-    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
-    columns = min(columns, len(pixels))
-    rows = -(-len(pixels) // columns)
-    cells = np.pad(pixels, ((0, rows * columns - len(pixels)), (0, gap), (0, gap), (0, 0)))
-    height, width = cells.shape[1:3]
-    cells = cells.reshape(rows, columns, height, width, 4).swapaxes(1, 2)
-    sheet = cells.reshape(rows * height, columns * width, 4)
-    return sheet[: rows * height - gap, : columns * width - gap]
+    opaque = np.insert(stack, 3, 255, axis=1)
+    pixels = opaque.repeat(scale, axis=2).repeat(scale, axis=3)
+    cells = np.pad(pixels, ((0, 0), (0, 0), (0, gap), (0, gap)))
+    sheet = make_grid(torch.from_numpy(cells), columns, padding=0).numpy().transpose(1, 2, 0)
+    return sheet[: len(sheet) - gap, : sheet.shape[1] - gap]
 
 
 def _check_alt(alt: str) -> None:

@@ -27,6 +27,8 @@ from imsvd_core.evaluation import svm
 from imsvd_core.evaluation.base import Setup
 from imsvd_core.evaluation.features import embed
 from imsvd_core.evaluation.knn import weighted_knn
+from imsvd_core.evaluation.linear import LinearConfig
+from imsvd_core.evaluation.svm import SVMConfig
 from imsvd_core.networks import NetworkConfig
 from imsvd_core.recipes import evaluation
 from imsvd_core.results import STORE, provenance, read_result, write_result
@@ -116,7 +118,8 @@ def main(tiny_run: Path, out: Path, names: list[str], store: Path = STORE) -> No
             asked = evaluation(kind, "laptop", trained.recipe)
             if data:
                 asked = replace(asked, data=data, eval_view=trained.recipe.eval_view)
-            if kind == "imagenet-linear":  # through crops of the size that the backbone knows
+            if isinstance(asked.config, LinearConfig):
+                # through crops of the size that the backbone knows
                 view = replace(asked.config.view, size=trained.recipe.eval_view.size)
                 asked = replace(asked, config=replace(asked.config, view=view))
             path = evaluations.evaluate(kind, trained, asked, default_data="")
@@ -132,6 +135,7 @@ def main(tiny_run: Path, out: Path, names: list[str], store: Path = STORE) -> No
                 flush=True,
             )
         config = evaluation("voc07-svm", "laptop", trained.recipe).config
+        assert isinstance(config, SVMConfig)
         for split in SPLITS:
             images = open_voc("voc:voc-mini", split)
             classes = images.classes
@@ -142,15 +146,15 @@ def main(tiny_run: Path, out: Path, names: list[str], store: Path = STORE) -> No
         if (
             name == "tiny"
         ):  # batch-norm's running averages in place of precise ones, on the same trained detector
-            config = replace(evaluation("coco-detection", "laptop").config, precise_bn=0)
+            detection = replace(evaluation("coco-detection", "laptop").config, precise_bn=0)
             coco = open_coco("coco:coco-mini", "train"), open_coco("coco:coco-mini", "test")
             setup = Setup(out / name / "coco-detection", progress=True)
-            runs[name]["coco-detection-running-averages"] = config.run(
+            runs[name]["coco-detection-running-averages"] = detection.run(
                 trained.backbone, coco, setup
             )
     with atomic_write(store / "voc-mini-features.safetensors") as stored:
         stored.write(safetensors.torch.save(features))
-    config = {
+    settings = {
         kind: evaluation(kind, "laptop")
         for kind in ("knn", "imagenet-linear", "voc07-svm", "coco-detection")
     }
@@ -158,7 +162,7 @@ def main(tiny_run: Path, out: Path, names: list[str], store: Path = STORE) -> No
         read_result(path)["provenance"]["seconds"] for path in out.glob("*/*.json")
     )  # earlier calls' too
     origin = provenance(
-        config=config,
+        config=settings,
         seed=0,
         device="cpu",
         seconds=seconds,

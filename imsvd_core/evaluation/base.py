@@ -9,7 +9,7 @@ from torch import nn
 
 from imsvd_core.engine.config import LoopConfig
 from imsvd_core.evaluation.features import fingerprint, subset
-from imsvd_core.system.config import plain
+from imsvd_core.system.config import essential, plain
 from imsvd_core.views import EvalView
 
 Color = tuple[float, float, float]  #: of red, green and blue
@@ -39,6 +39,7 @@ class Setup:
 class Evaluation:
     """The settings of an evaluation: they say what it is, and run it."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # each is a dataclass, of whatever fields
     evaluation: ClassVar[str]
     """Its name among the settings of what it keeps."""
     layout: ClassVar[str | None] = None
@@ -58,9 +59,11 @@ class Evaluation:
         ]
 
     def identity(self, backbone: nn.Module) -> dict[str, Any]:
-        """Its settings and the backbone: with the data, what fixes its figures."""
+        """Its settings, but those that a resumption may change, and the backbone: with the data,
+        what fixes its figures."""
         weights = fingerprint(*backbone.state_dict().values())
-        return {"evaluation": self.evaluation, **plain(self), "backbone": weights}
+        settings = {"evaluation": self.evaluation, **plain(self), "backbone": weights}
+        return essential(settings)
 
     def normalised(self, mean: Color, std: Color) -> Self:
         """The same for a backbone whose images were normalised so."""

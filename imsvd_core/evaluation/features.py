@@ -110,7 +110,7 @@ def fingerprint(*tensors: Tensor) -> str:
     """A few digits that change with any of the numbers."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

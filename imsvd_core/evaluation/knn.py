@@ -128,8 +128,14 @@ def _evaluate(
     if ranks and path.exists():
         queries = safetensors.torch.load_file(path, device=str(setup.device))["features"]
     else:
-        title, progress = "embedding queries", setup.progress
-        queries = embed(backbone, test, **setup.sight, ranks=ranks, progress=progress, title=title)
+        queries = embed(
+            backbone,
+            test,
+            **setup.sight,
+            ranks=ranks,
+            progress=setup.progress,
+            title="embedding queries",
+        )
         if ranks:
             on_rank_0(write_tensors)(path, {"features": queries})
     # An Apple GPU selects few at a time.

@@ -23,7 +23,7 @@ from imsvd_core.evaluation.features import (
 from imsvd_core.methods.base import Method
 from imsvd_core.networks import represent
 from imsvd_core.system import checks, signals
-from imsvd_core.system.config import config_hash, essential, plain
+from imsvd_core.system.config import config_hash, plain
 from imsvd_core.system.devices import PRECISIONS, pick_device
 from imsvd_core.system.progress import bar
 from imsvd_core.views import View, ViewConfig
@@ -90,7 +90,6 @@ class LinearConfig(Evaluation):
             "eval_view": plain(vars(setup.view)),
         }
         del settings["train_images"], settings["test_images"]
-        settings = essential(settings)
         trainer = Trainer(
             probe,
             len(train),

@@ -6,8 +6,9 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -136,9 +137,16 @@ class SVMConfig(Evaluation):
         with RunFolder(setup.folder) as run, signals.interruptible():
             x, rows = embed(backbone, train, self, setup)
             test_x, test_rows = embed(backbone, test, self, setup)
-            y, test_y = train.labels[rows], test.labels[test_rows]
-            options: dict[str, Any] = {"folder": setup.folder, "progress": setup.progress}
-            figures = fit(x, y, test_x, test_y, train.classes, self, **options)
+            figures = fit(
+                x,
+                train.labels[rows],
+                test_x,
+                test.labels[test_rows],
+                train.classes,
+                self,
+                folder=setup.folder,
+                progress=setup.progress,
+            )
             run.check()
         return figures | {"pool": self.pool, "difficult": self.difficult}
 
@@ -237,9 +245,20 @@ def fit(
             f"none of the {len(classes)} classes has {least} positives and negatives to train on "
             "and 1 to test: take more images"
         )
-    paths = {classes[c]: folder and folder / "classes" / f"{classes[c]}.json" for c in columns}
-    fits = _fit_classes(x, y[:, columns], test_x, test_y[:, columns], config, paths, progress)
-    results = dict(zip(paths, fits, strict=True))
+    work = {
+        classes[column]: partial(
+            _fit_class,
+            x,
+            y[:, column],
+            test_x,
+            test_y[:, column],
+            config,
+            folder and folder / "classes" / f"{classes[column]}.json",
+            os.getpid(),
+        )
+        for column in columns
+    }
+    results = _fit_classes(work, config, progress)
     return {
         "svm": round(100 * float(np.mean([result.ap for result in results.values()])), 2),
         "classes": {name: round(100 * result.ap, 2) for name, result in results.items()},
@@ -255,25 +274,16 @@ def fit(
 
 
 def _fit_classes(
-    x: np.ndarray,
-    y: np.ndarray,
-    test_x: np.ndarray,
-    test_y: np.ndarray,
-    config: SVMConfig,
-    paths: Mapping[str, Path | None],
-    progress: bool,
-) -> Iterator[ClassResult]:
-    """The results of the classes, which their paths receive."""
+    work: Mapping[str, Callable[[], ClassResult]], config: SVMConfig, progress: bool
+) -> dict[str, ClassResult]:
+    """The results of the classes, by name; each is done by one process."""
     from joblib import Parallel, delayed
     from joblib.externals.loky import get_reusable_executor
 
-    work = (
-        delayed(_fit_class)(x, y[:, column], test_x, test_y[:, column], config, path, os.getpid())
-        for column, path in enumerate(paths.values())
-    )
-    jobs = min(config.jobs or share_of_cores(), len(paths))
-    with bar("support vector machines", len(paths), progress) as advance:
-        for name, result in zip(paths, Parallel(jobs, return_as="generator")(work), strict=True):
+    jobs, results = min(config.jobs or share_of_cores(), len(work)), {}
+    calls = (delayed(fit_class)() for fit_class in work.values())
+    with bar("support vector machines", len(work), progress) as advance:
+        for name, result in zip(work, Parallel(jobs, return_as="generator")(calls), strict=True):
             if result.not_converged:
                 log.warning(
                     "%s: %d fits of LIBLINEAR did not converge in max_iter=%d",
@@ -281,11 +291,12 @@ def _fit_classes(
                     result.not_converged,
                     config.max_iter,
                 )
-            yield result
+            results[name] = result
             advance(1)
     if jobs > 1:
         # Else they would idle for minutes, with the memory that they hold.
         get_reusable_executor().shutdown()
+    return results
 
 
 def train_class(
@@ -304,13 +315,14 @@ def train_class(
     x, y = features[rows], np.where(labels[rows] == 1, 1, -1)
     classifier = LinearSVC(
         dual=True,
-        class_weight={1: config.positive_weight, -1: 1},
+        class_weight={1: config.positive_weight},
         tol=config.tol,
         max_iter=config.max_iter,
         random_state=config.seed,
     )
-    costs = {"C": config.costs}
-    search = GridSearchCV(classifier, costs, cv=config.folds, scoring="average_precision")
+    search = GridSearchCV(
+        classifier, {"C": config.costs}, cv=config.folds, scoring="average_precision"
+    )
     with warnings.catch_warnings(record=True, action="always") as caught:
         search.fit(x, y)
     unfinished = sum(issubclass(warning.category, ConvergenceWarning) for warning in caught)

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from imsvd_core.engine.config import LoopConfig
 from imsvd_core.engine.optim import OptimConfig
+from imsvd_core.evaluation.base import Evaluation
 from imsvd_core.evaluation.detection.detector import DetectorConfig
 from imsvd_core.evaluation.detection.protocol import DetectionConfig
 from imsvd_core.evaluation.svm import SVMConfig
@@ -17,8 +17,8 @@ from imsvd_core.recipes.imagenet import imagenet
 class EvaluationRecipe:
     """One evaluation, of whatever backbone."""
 
-    config: Any
-    """Its settings, which run it: see `evaluation.base.Evaluation`."""
+    config: Evaluation
+    """Its settings, which run it."""
     data: str
     """Data set, as a pretraining's; voc:PATH and coco:PATH for the layouts of VOC and COCO."""
     eval_view: EvalViewConfig = field(default_factory=EvalViewConfig)
@@ -59,12 +59,12 @@ def _imagenet_linear(scale: Scale) -> EvaluationRecipe:
 
 def _places205_linear(scale: Scale) -> EvaluationRecipe:
     """Linear probe on Places205 (Table III). The weight decay is VISSL's."""
-    base = _imagenet_linear(scale)
+    base, linear = _imagenet_linear(scale), imagenet(scale).linear
     config = replace(
-        base.config,
+        linear,
         optim=OptimConfig("sgd", lr=0.01, weight_decay=5e-4, warmup_epochs=0, milestones=(5, 10)),
-        loop=replace(base.config.loop, epochs=1 if scale == "smoke" else 14),
-        view=replace(base.config.view, scale=(0.08, 1.0)),
+        loop=replace(linear.loop, epochs=1 if scale == "smoke" else 14),
+        view=replace(linear.view, scale=(0.08, 1.0)),
     )
     return replace(base, config=config, data="tree:places205" if scale == "full" else base.data)
 

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,8 @@ def evaluate(
         folder=trained.folder / name,
         progress=progress,
     )
-    data = rank_0_first(
-        lambda: tuple(
-            open_data(recipe.data, split, on_corrupt=on_corrupt, progress=progress)
-            for split in ("train", "test")
-        )
-    )
+    open_split = partial(open_data, recipe.data, on_corrupt=on_corrupt, progress=progress)
+    data = rank_0_first(lambda: (open_split("train"), open_split("test")))
     with signals.handle_stop_signals():
         figures = config.run(trained.backbone, data, setup)
     # The seconds of a training include those before a kill.

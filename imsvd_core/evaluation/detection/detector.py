@@ -28,6 +28,7 @@ different:
 import copy
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -132,13 +133,13 @@ def build_detector(
     if classes < 1:
         raise ValueError(f"classes={classes} must be at least 1")
     backbone = copy.deepcopy(backbone).requires_grad_(True)
-    stride, wide = _stride(backbone), _width(backbone.layer4)
+    stride, wide = _stride(backbone), backbone.inplanes  # the channels that leave layer4
     anchors = AnchorGenerator((config.anchors,), (config.ratios,))
     counts = [
         {"training": train, "testing": test}
         for train, test in zip(config.train_proposals, config.test_proposals, strict=True)
     ]
-    rpn_head = _ProposalHead(_width(backbone.layer3), anchors.num_anchors_per_location()[0])
+    rpn_head = _ProposalHead(wide // 2, anchors.num_anchors_per_location()[0])
     rpn = _Proposals(anchors, rpn_head, 0.7, 0.3, config.rpn_samples, 0.5, *counts, 0.7)
     boxes = FastRCNNPredictor(wide, classes + 1)
     nn.init.normal_(boxes.cls_score.weight, std=0.01)
@@ -210,19 +211,17 @@ class SharedHeads(RoIHeads):
         right_class = deltas.unflatten(1, (-1, 4))[objects, label[objects]]
         box = smooth_l1_loss(right_class, torch.cat(truth)[objects], beta=0.0, reduction="sum")
         masks = self.mask_predictor(roi_features[objects]).float()
-        # Other ranks, which have objects, wait for these parameters' gradients.
-        mask = masks.sum() * 0
-        if len(objects):
-            images = [
-                (rois[kinds > 0], target["masks"], target["labels"] - 1, match[kinds > 0])
-                for rois, target, kinds, match in zip(boxes, targets, labels, matched, strict=True)
-                if kinds.any()
-            ]
-            mask = maskrcnn_loss(masks, *map(list, zip(*images, strict=True)))
         return {
             "loss_classifier": cross_entropy(logits, label),
             "loss_box_reg": box / len(label),
-            "loss_mask": mask,
+            # Without objects its gradients are 0: other ranks, which have some, wait for them.
+            "loss_mask": maskrcnn_loss(
+                masks,
+                [rois[kinds > 0] for rois, kinds in zip(boxes, labels, strict=True)],
+                [target["masks"] for target in targets],
+                [target["labels"] - 1 for target in targets],
+                [match[kinds > 0] for match, kinds in zip(matched, labels, strict=True)],
+            ),
         }
 
 
@@ -231,8 +230,7 @@ class _Body(nn.Sequential):
     a lower precision."""
 
     def __init__(self, backbone: ResNet):
-        names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
-        super().__init__(OrderedDict((name, getattr(backbone, name)) for name in names))
+        super().__init__(OrderedDict(islice(backbone.named_children(), 7)))
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).float()
@@ -277,12 +275,6 @@ class _Transform(GeneralizedRCNNTransform):
     def train(self, mode: bool = True) -> "_Transform":
         self.min_size = self.sizes[mode]
         return super().train(mode)
-
-
-def _width(layer: nn.Sequential) -> int:
-    """Channels that leave a ResNet's layer."""
-    norms = [module for module in layer.modules() if isinstance(module, nn.BatchNorm2d)]
-    return norms[-1].num_features
 
 
 def _stride(backbone: ResNet) -> int:

@@ -35,7 +35,7 @@ from imsvd_core.evaluation.detection.score import score
 from imsvd_core.evaluation.features import fingerprint
 from imsvd_core.methods.base import Method
 from imsvd_core.system import checks, signals
-from imsvd_core.system.config import config_hash, essential, plain
+from imsvd_core.system.config import config_hash, plain
 from imsvd_core.system.devices import PRECISIONS
 from imsvd_core.system.progress import bar
 
@@ -125,7 +125,7 @@ class DetectionConfig(Evaluation):
             pass
         trainer.refuse_unfinished()
         test_settings = {**plain(self), "loop": None, "data": fingerprint(test.ids, test.records)}
-        folder = trainer.run.path / f"test-{config_hash(test_settings)}"
+        folder = trainer.run.path.resolve() / f"test-{config_hash(test_settings)}"
         # Every block of detections is kept as it comes.
         with trainer.run.on_rank_0(), signals.interruptible():
             _make_precise(detector, train, self, trainer, folder)
@@ -159,7 +159,6 @@ def training(
     for name in DETECTOR_TEST_SETTINGS:
         del settings["detector"][name]
     settings["data"] = [train.title, fingerprint(train.ids, train.records)]
-    settings = essential(settings)
     trainer = Trainer(
         Detection(detector),
         len(train),
@@ -272,7 +271,7 @@ def detect(
     inside = (finding["masks"][:, 0] > 0.5).byte().permute(1, 2, 0)
     masks = rle.encode(np.asfortranarray(inside.cpu().numpy()))
     boxes = box_convert(finding["boxes"], "xyxy", "xywh").tolist()
-    columns = boxes, finding["labels"].tolist(), finding["scores"].tolist(), masks
+    labels, scores = finding["labels"].tolist(), finding["scores"].tolist()
     return [
         {
             "image_id": number,
@@ -281,7 +280,7 @@ def detect(
             "score": confidence,
             "segmentation": mask | {"counts": mask["counts"].decode()},
         }
-        for box, label, confidence, mask in zip(*columns, strict=True)
+        for box, label, confidence, mask in zip(boxes, labels, scores, masks, strict=True)
     ]
 
 
@@ -299,8 +298,7 @@ def _make_precise(
         if config.precise_bn:
             _show_batches(detector, train, config, trainer)
         weights = {name: value.cpu().contiguous() for name, value in detector.state_dict().items()}
-        name = path.relative_to(trainer.run.path)
-        on_rank_0(trainer.run.write)(name, safetensors.torch.save(weights))
+        on_rank_0(trainer.run.write)(path, safetensors.torch.save(weights))
     detector.load_state_dict(safetensors.torch.load_file(path))
     detector.eval()
 
@@ -316,7 +314,7 @@ def _show_batches(
     rounds = math.ceil(config.precise_bn * share * ranks / len(train))
     shuffled = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(rounds)])
     whole = shuffled.split(share * ranks)[: config.precise_bn]
-    plan = [(number, batch[rank * share :][:share]) for number, batch in enumerate(whole)]
+    plan = list(enumerate(batch[rank * share :][:share] for batch in whole))
     seed_of = partial(stream_seed, config.loop.seed, f"precise of rank {rank}")
     batches = training_batches(train, plan, config, device, seed_of)
 
@@ -346,16 +344,16 @@ def _test(
     score."""
     rank, ranks = world()
     blocks = {
-        folder / f"detections-{start:06d}.json": range(len(test))[start : start + BLOCK]
-        for start in range(0, len(test), BLOCK)
+        folder / f"detections-{block[0]:06d}.json": block
+        for block in torch.arange(len(test)).split(BLOCK)
     }
     own = list(blocks.items())[rank::ranks]
     missing = [(path, block) for path, block in own if not path.exists()]
     # One image at a time: padding to others' sizes would change what is seen.
-    order = [(index, torch.tensor([index])) for _, block in missing for index in block]
+    order = [index for _, block in missing for index in block.split(1)]
     precision = PRECISIONS[config.loop.precision]
     with (
-        closing(test.batches(order, masks=False, device=trainer.device)) as batches,
+        closing(test.batches(enumerate(order), masks=False, device=trainer.device)) as batches,
         bar("testing", len(order), trainer.progress) as advance,
     ):
         for path, block in missing:
@@ -368,8 +366,7 @@ def _test(
                     content["images"].append(number)
                     content["detections"] += results
                 advance(1)
-            name = path.relative_to(trainer.run.path)
-            trainer.run.write(name, json.dumps(content).encode())
+            trainer.run.write(path, json.dumps(content).encode())
     mean_over_ranks(torch.zeros(1, device=trainer.device))  # wait for all
     return _score_files(list(blocks), test, trainer.progress)
 
