@@ -245,18 +245,14 @@ def fit(
             f"none of the {len(classes)} classes has {least} positives and negatives to train on "
             "and 1 to test: take more images"
         )
+    paths = {
+        column: folder and folder / "classes" / f"{classes[column]}.json" for column in columns
+    }
     work = {
         classes[column]: partial(
-            _fit_class,
-            x,
-            y[:, column],
-            test_x,
-            test_y[:, column],
-            config,
-            folder and folder / "classes" / f"{classes[column]}.json",
-            os.getpid(),
+            _fit_class, x, y[:, column], test_x, test_y[:, column], config, path, os.getpid()
         )
-        for column in columns
+        for column, path in paths.items()
     }
     results = _fit_classes(work, config, progress)
     return {
