@@ -1,7 +1,7 @@
 """Networks: a backbone that represents, a projector that embeds, and the twin that applies both to
 two views."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -110,15 +110,18 @@ class TwinNetwork(nn.Module):
 @torch.no_grad()
 def represent(
     backbone: nn.Module,
-    images: Tensor,
+    batches: Iterable[Tensor],
     device: torch.device | str,
     precision: torch.dtype | None = None,
 ) -> Tensor:
-    """Representations (N, features) in float32 of a batch of images, batch-norm frozen."""
+    """Representations (N, features) in float32 of batches of images, batch-norm frozen, order
+    kept."""
     was_training, kind = backbone.training, torch.device(device).type
     backbone.eval()
     try:
         with torch.autocast(kind, dtype=precision, enabled=precision is not None):
-            return backbone(images.to(device, memory_format=torch.channels_last)).float()
+            layout = torch.channels_last
+            rows = [backbone(x.to(device, memory_format=layout)).float() for x in batches]
+        return torch.cat(rows)
     finally:
         backbone.train(was_training)

@@ -32,8 +32,6 @@ from torchvision.utils import make_grid
 
 #: Characters; a shorter text names a figure and does not say what it shows
 SHORTEST_ALT = 30
-#: How long an animation shows a frame
-FRAME_MILLISECONDS = 200
 
 
 @dataclass(frozen=True)
@@ -179,19 +177,21 @@ def show(draw: Callable[[Theme], Figure], alt: str) -> Picture:
 
 def animate(
     draw_frame: Callable[[Any, Theme], Figure],
-    frames: Iterable[Any],
+    frames: int | Iterable[Any],
     alt: str,
     labels: Sequence[str] | None = None,
+    interval: int = 200,
 ) -> Picture:
     """Return a slider with a play button over frames that all travel inside the page.
 
-    `draw_frame(frame, theme)` returns the figure of one frame, where `frame` runs through `frames`.
-    `labels` name the frames for the reader ("step 40"). Without scripts the last frame is shown.
-    All figures must have the same size. Raises `ValueError` for a short `alt`, no frames, or labels
-    that do not match them.
+    `draw_frame(frame, theme)` returns the figure of one frame, where `frame` runs through `frames`
+    (a number counts from 0). `labels` name the frames for the reader ("step 40"); `interval` is the
+    time of a frame in milliseconds. Without scripts the last frame is shown. All figures must have
+    the same size. Raises `ValueError` for a short `alt`, no frames, or labels that do not match
+    them.
     """
     _check_alt(alt)
-    items = list(frames)
+    items = list(range(frames) if isinstance(frames, int) else frames)
     names = list(labels or (f"{i + 1} of {len(items)}" for i in range(len(items))))
     if not items:
         raise ValueError("frames is empty: an animation needs at least one frame")
@@ -216,7 +216,7 @@ def animate(
         f'<input type="range" min="0" max="{len(items) - 1}" value="{len(items) - 1}" '
         f'aria-label="Frame" style="flex:1"><output aria-live="off">{html.escape(names[-1])}'
         f"</output></div></div><script>{player.strip()}({json.dumps(name)},{_script_json(uris)},"
-        f"{_script_json(names)},{FRAME_MILLISECONDS});</script>"
+        f"{_script_json(names)},{interval});</script>"
     )
     return Picture(page, alt)
 
@@ -266,14 +266,14 @@ def draw_joint(
     return image
 
 
-def gallery(images: Any, alt: str, *, columns: int = 8, scale: int = 2) -> Picture:
+def gallery(images: Any, alt: str, *, columns: int = 8, scale: int = 2, gap: int = 2) -> Picture:
     """Return a contact sheet of uint8 images (N, 3, H, W), each pixel `scale` times as large.
 
     The gaps are transparent, so one sheet serves both themes. Raises `ValueError` for other shapes
     or types.
     """
     _check_alt(alt)
-    sheet = contact_sheet(images, columns=columns, scale=scale)
+    sheet = contact_sheet(images, columns=columns, gap=gap, scale=scale)
     stream = io.BytesIO()
     PIL.Image.fromarray(sheet, "RGBA").save(stream, format="PNG", optimize=True)
     img = (
@@ -282,6 +282,12 @@ def gallery(images: Any, alt: str, *, columns: int = 8, scale: int = 2) -> Pictu
         'style="max-width:100%;height:auto;image-rendering:pixelated">'
     )
     return Picture(f'<div class="imsvd-figure">{img}</div>', alt)
+
+
+def draw_gallery(ax: Axes, images: Any, *, columns: int = 8, gap: int = 2) -> AxesImage:
+    """Draw a contact sheet of uint8 images (N, 3, H, W) into `ax`, which loses its axes."""
+    ax.set_axis_off()
+    return ax.imshow(contact_sheet(images, columns=columns, gap=gap), interpolation="none")
 
 
 def contact_sheet(images: Any, *, columns: int = 8, gap: int = 2, scale: int = 1) -> np.ndarray:

@@ -67,8 +67,8 @@ def test_representing_freezes_batch_norm_and_puts_the_mode_back():
     backbone = build_backbone("narrow", cifar_stem=True).train()
     before = backbone.bn1.running_mean.clone()
     x = torch.randn(6, 3, 32, 32)
-    parts = torch.cat([represent(backbone, part, "cpu") for part in x.split(2)])
-    whole = represent(backbone, x, "cpu")
+    parts = represent(backbone, x.split(2), "cpu")
+    whole = represent(backbone, [x], "cpu")
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
     assert torch.equal(backbone.bn1.running_mean, before)
     assert backbone.training

@@ -69,7 +69,7 @@ def batches(
     backbone.to(device)
     with closing(data.in_order(view, rows, device=device, batch_size=BATCH_SIZE)) as stream:
         for images in stream:
-            yield represent(backbone, images, device, precision)
+            yield represent(backbone, [images], device, precision)
 
 
 def share(n: int, ranks: bool = True) -> range:

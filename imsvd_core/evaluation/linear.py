@@ -81,7 +81,7 @@ class LinearConfig(Evaluation):
         setup = replace(setup, device=device, precision=precision)
         backbone = backbone.to(device).eval().requires_grad_(False)
         blank = torch.zeros(1, 3, setup.view.size, setup.view.size, dtype=torch.uint8)
-        width = represent(backbone, setup.view.finish(blank), device).shape[1]
+        width = represent(backbone, [setup.view.finish(blank)], device).shape[1]
         probe = Probe(width, len(train.classes), self.loop.seed)
         # Subsets are known by their images; the test's do not matter.
         settings = self.identity(backbone) | {
@@ -149,7 +149,7 @@ def _augmented(
     """Features of images that are seen anew, through a random view, whenever they are wanted."""
     for batch in train.views(order, view, device=setup.device):
         (images,) = batch.views
-        features = represent(backbone, images, setup.device, setup.precision)
+        features = represent(backbone, [images], setup.device, setup.precision)
         yield batch._replace(views=(features,))
 
 

@@ -195,7 +195,7 @@ def embed(
                     config.resize, config.size, indices=indices, device=setup.device
                 ):
                     batch = config.view.finish(images)
-                    features.append(represent(backbone, batch, setup.device, setup.precision))
+                    features.append(represent(backbone, [batch], setup.device, setup.precision))
                     rows += readable
                     advance(len(readable))
                 block = {"features": torch.cat(features), "rows": torch.tensor(rows)}

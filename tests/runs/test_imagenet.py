@@ -52,7 +52,7 @@ def test_a_step_at_true_widths_is_taken_saved_resumed_and_exported(tmp_path, pho
     _, backbone = load_run(tmp_path / "run")
     images = torch.randn(2, 3, 224, 224)
     ours, exported = (
-        represent(network, images, "cpu") for network in (second.network.backbone, backbone)
+        represent(network, [images], "cpu") for network in (second.network.backbone, backbone)
     )
     assert exported.shape == (2, 2048)
     assert torch.equal(ours, exported)
