@@ -20,7 +20,7 @@ test: $(READY)  ## Test the package, every chapter as a notebook, and the render
 	OMP_NUM_THREADS=1 IMSVD_BOOK=build/smoke $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slurm" || status=1; \
 	exit $$status
 
-check: lint types quick  ## Lint, format, spelling, types and the quick tests, in less than a minute
+check: lint types quick  ## Lint, format, spelling, types and the quick tests: two minutes on two cores
 
 lint: $(READY)  ## Of these, ruff, its formatter and codespell
 	$(BIN)/ruff check

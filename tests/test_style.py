@@ -47,7 +47,7 @@ def test_no_module_passes_450_lines_and_no_function_60():
     assert long == []
 
 
-@pytest.mark.xfail(reason="it holds 79,700, of which formatting adds some 300")
+@pytest.mark.xfail(reason="it holds 79,800, of which formatting adds some 300")
 def test_the_package_is_at_most_77_000_tokens_of_code():
     tokens = sum(
         token.type in CODE
