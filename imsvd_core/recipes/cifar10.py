@@ -40,6 +40,7 @@ def cifar10(scale: Scale) -> Recipe:
         samples=256,
         knn=KNNConfig(gallery=400, queries=200),
         watch=watching(200, 100),
+        look=256,
         linear=LinearConfig(probe_optim, LoopConfig(epochs=2, batch_size=64), normalize=True),
     )
 
