@@ -4,16 +4,21 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
 import imsvd_core
 from imsvd_core.cli import main
-from imsvd_core.commands.jobs import launch_of_pretraining
+from imsvd_core.commands.data import DataGetCommand
+from imsvd_core.commands.jobs import ReproduceCommand, launch_of_pretraining
 from imsvd_core.commands.training import parse_pretraining
+from imsvd_core.commands.words import FOLLOWING
 from imsvd_core.data import memory as datasets
+from imsvd_core.data.check import SPECS
+from imsvd_core.launch.graph import FIGURES, TABLES
 from imsvd_core.loss import CrossJointEntropyLoss
-from imsvd_core.recipes import RECIPES
+from imsvd_core.recipes import EVALUATIONS, OWN, RECIPES
 from imsvd_core.runs import pretrain as training
 from imsvd_core.system import signals
 
@@ -57,7 +62,7 @@ def test_pretrain_then_evaluate(capsys):
     ("words", "message"),
     [
         (["evaluate", "knn", "nowhere"], "run='nowhere' is not there: give the folder"),
-        (["evaluate", "svd", "run"], "evaluation='svd' must be one of knn, linear"),
+        (["evaluate", "svd", "run"], "evaluation='svd' is unknown. There are: knn, linear"),
         (["pretrain", "cifar10", "--scale", "huge"], "scale='huge' must be one of"),
         (
             ["pretrain", "cifar10", "--knn.gallery", "100", "--no-progress"],
@@ -113,8 +118,8 @@ def test_help_lists_settings_with_their_meaning(capsys):
         assert words in text, words
 
 
-def test_no_command_and_a_wrong_one_show_the_usage(capsys):
-    for words, code in (([], 2), (["train"], 2), (["--help"], 0), (["evaluate", "--help"], 0)):
+def test_a_lack_of_words_shows_the_usage(capsys):
+    for words, code in (([], 2), (["bench"], 2), (["--help"], 0), (["evaluate", "--help"], 0)):
         with pytest.raises(SystemExit) as stop:
             main(words)
         assert stop.value.code == code
@@ -131,15 +136,60 @@ def test_no_command_waits_for_what_only_the_svms_need():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_help_and_a_wrong_command_import_no_torch():
-    code = (
-        "import sys, imsvd_core.cli as cli\n"
-        "try:\n    cli.main({words})\nexcept SystemExit as stop:\n    assert stop.code == {code}\n"
-        "assert not {{'torch', 'numpy', 'tyro', 'rich'}} & sys.modules.keys()\n"
-        "assert len(sys.modules) < 200, len(sys.modules)"
-    )
-    for words, status in ((["--help"], 0), ([], 2), (["train"], 2)):
-        subprocess.run([sys.executable, "-c", code.format(words=words, code=status)], check=True)
+def test_usages_and_refusals_of_words_import_neither_torch_nor_recipes():
+    code = """
+import sys, imsvd_core.cli as cli
+for words, status in {calls}:
+    try:
+        cli.main(words.split())
+    except SystemExit as stop:
+        assert stop.code == status, words
+    slow = {{'torch', 'numpy', 'imsvd_core.recipes', 'submitit', *{more}}} & sys.modules.keys()
+    assert not slow, (words, slow)
+"""
+    usages = [(f"{words} --help", 0) for words in FOLLOWING]
+    wrong = [(f"{words} cifar11", 2) for words in FOLLOWING]
+    scale = [("pretrain cifar10 --scale huge", 2), ("launch evaluate knn run --scale huge", 2)]
+    bare = [*usages, *wrong, *scale, ("", 2), ("pretrain --loop.epochs 3 cifar10", 2)]
+    own = ("status", "reproduce", "launch cifar10", "export")
+    read = [(f"{words} --help", 0) for words in own] + [("status nowhere", 2)]
+    read += [("reproduce --table 9", 2), ("launch cifar10 --nodes 0", 2)]
+    for calls, more in ((bare, ("tyro", "rich")), (read, ())):
+        run = [sys.executable, "-c", code.format(calls=calls, more=more)]
+        done = subprocess.run(run, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_words_of_usages_are_those_that_are_heeded():
+    assert list(FOLLOWING["pretrain"][1]) == list(RECIPES)
+    assert list(FOLLOWING["evaluate"][1]) == [*OWN, *EVALUATIONS]
+    assert list(FOLLOWING["data check"][1]) == list(SPECS)
+    assert list(FOLLOWING["data get"][1]) == list(get_args(get_type_hints(DataGetCommand)["name"]))
+    for kind, held in (("table", TABLES), ("figure", FIGURES)):
+        numbers = get_args(get_type_hints(ReproduceCommand)[kind])[0]
+        assert list(get_args(numbers)) == list(held)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("pretrian cifar10", "imsvd: command='pretrian' is unknown: did you mean pretrain?"),
+        ("pretrain cifar11", "imsvd pretrain: recipe='cifar11' is unknown: did you mean cifar10?"),
+        ("pretrain CIFAR10_BYOL", "did you mean cifar10-byol?"),
+        ("pretrain barlow", "did you mean cifar10-barlow-twins?"),
+        ("bench setp cifar10", "imsvd bench: benchmark='setp' is unknown: did you mean step?"),
+        ("bench step two-view", "did you mean two-views?"),
+        ("launch evalaute knn run", "recipe='evalaute' is unknown: did you mean evaluate?"),
+        ("data check imagnet /data", "data set='imagnet' is unknown: did you mean imagenet?"),
+        ("evaluate runs/first", "evaluation='runs/first' is unknown. There are: knn, linear"),
+        ("pretrain --seed 1 cifar10", "imsvd pretrain: the recipe comes first, then --seed and"),
+    ],
+)
+def test_a_mistyped_word_is_refused_with_the_one_that_comes_nearest(capsys, words, message):
+    with pytest.raises(SystemExit) as stop:
+        main(words.split())
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_one_recipe_alone_is_built_to_read_its_settings(monkeypatch, capsys):

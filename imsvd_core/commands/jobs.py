@@ -4,24 +4,23 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from imsvd_core import launch as launcher
-from imsvd_core.commands.common import peek, wide_console
-from imsvd_core.commands.training import parse_evaluation, parse_pretraining
-from imsvd_core.launch import graph as graphs
-from imsvd_core.launch.graph import Task
-from imsvd_core.launch.reproduce import reproduce as bring_about
-from imsvd_core.launch.status import Standing, graphs_under, standings_of, watch
-from imsvd_core.recipes import Recipe, Scale, current_scale
-from imsvd_core.runs.evaluate import result_path
+from imsvd_core.commands.common import wide_console
+from imsvd_core.commands.words import peek
+from imsvd_core.system.cluster import LaunchConfig, load_profile
+from imsvd_core.system.scale import Scale, current_scale
+
+if TYPE_CHECKING:  # the functions import what imports torch: help and refusals do not wait for it
+    from imsvd_core.launch.graph import Task
+    from imsvd_core.recipes import Recipe
 
 
 @dataclass(frozen=True)
 class _ClusterCommand:
-    config: Annotated[launcher.LaunchConfig, tyro.conf.arg(name="")]
+    config: Annotated[LaunchConfig, tyro.conf.arg(name="")]
     profile: str | None = None
     """Which cluster of ~/.config/imsvd/clusters.toml (or of the file IMSVD_CLUSTERS) the options
     start from; by default the one that it names as default."""
@@ -47,9 +46,8 @@ class ReproduceCommand(_ClusterCommand):
 
     All other settings are those of `imsvd pretrain RECIPE --help`, for all pretrainings alike."""
 
-    table: tuple[int, ...] = ()
-    """Such as 1 2."""
-    figure: tuple[int, ...] = ()
+    table: tuple[Literal[1, 2], ...] = ()
+    figure: tuple[Literal[3], ...] = ()
     all: bool = False
     """Every table and figure that is held."""
     scale: Scale = "laptop"
@@ -71,8 +69,11 @@ class StatusCommand:
     """Show it once, on a terminal too."""
 
 
-def launch_of_pretraining(recipe_name: str, argv: Sequence[str]) -> tuple[Task, Recipe]:
+def launch_of_pretraining(recipe_name: str, argv: Sequence[str]) -> "tuple[Task, Recipe]":
     """A pretraining that is to be a job, and its recipe."""
+    from imsvd_core.commands.training import parse_pretraining
+    from imsvd_core.launch.graph import Task
+
     command = parse_pretraining([recipe_name, *argv], "imsvd launch")
     run_dir: Path = command.run_dir.absolute()
     # of an option that is given twice the last one counts
@@ -81,8 +82,12 @@ def launch_of_pretraining(recipe_name: str, argv: Sequence[str]) -> tuple[Task, 
     return Task(run_dir.name, words, run_dir, run_dir / "result.json"), command.recipe
 
 
-def launch_of_evaluation(argv: Sequence[str]) -> Task:
+def launch_of_evaluation(argv: Sequence[str]) -> "Task":
     """An evaluation that is to be a job."""
+    from imsvd_core.commands.training import parse_evaluation
+    from imsvd_core.launch.graph import Task
+    from imsvd_core.runs.evaluate import result_path
+
     command, trained, default = parse_evaluation(argv, "imsvd launch evaluate")
     run_dir = trained.folder.absolute()
     result = run_dir / result_path(argv[0], trained, command.data, default.data).name
@@ -92,20 +97,24 @@ def launch_of_evaluation(argv: Sequence[str]) -> Task:
 
 def launch(argv: Sequence[str]) -> None:
     """Send a training or an evaluation as a job."""
-    default = LaunchCommand(launcher.load_profile(peek(argv, "--profile")))
+    default = LaunchCommand(load_profile(peek(argv, "--profile")))
     command, rest = tyro.cli(
         LaunchCommand,
         prog="imsvd launch RECIPE",
-        args=["--help"] if not argv or argv[0] in ("-h", "--help") else argv[1:],
+        args=argv[1:],
         default=default,
         return_unknown_args=True,
     )
+    from imsvd_core import launch as launcher
+    from imsvd_core.launch.graph import Graph
+    from imsvd_core.launch.status import standings_of
+
     config, recipe = command.config, None
     if argv[0] == "evaluate":
         job = launch_of_evaluation(rest)
     else:
         job, recipe = launch_of_pretraining(argv[0], rest)
-    standing = standings_of(graphs.Graph([job]))[job.name]
+    standing = standings_of(Graph([job]))[job.name]
     if standing.live or standing.state == "unknown":
         raise ValueError(
             f"run_dir={str(job.run_dir)!r} has a job on its way, {standing.job} "
@@ -134,14 +143,10 @@ def launch(argv: Sequence[str]) -> None:
         submission.job.result()
 
 
-def _standings(launched: Sequence[graphs.Graph]) -> list[Standing]:
-    return [standing for graph in launched for standing in standings_of(graph).values()]
-
-
 def reproduce(argv: Sequence[str]) -> None:
     """Bring tables and figures of the paper about."""
     scale = current_scale(peek(argv, "--scale"))
-    default = ReproduceCommand(launcher.load_profile(peek(argv, "--profile")), scale=scale)
+    default = ReproduceCommand(load_profile(peek(argv, "--profile")), scale=scale)
     command, options = tyro.cli(
         ReproduceCommand,
         prog="imsvd reproduce",
@@ -149,7 +154,11 @@ def reproduce(argv: Sequence[str]) -> None:
         default=default,
         return_unknown_args=True,
     )
-    tables, figures = command.table, command.figure
+    from imsvd_core.launch import graph as graphs
+    from imsvd_core.launch.reproduce import reproduce as bring_about
+
+    tables: tuple[int, ...] = command.table
+    figures: tuple[int, ...] = command.figure
     if command.all:
         tables, figures = tuple(graphs.TABLES), tuple(graphs.FIGURES)
     out = (command.out or Path("runs") / f"reproduce-{command.scale}").absolute()
@@ -161,5 +170,15 @@ def reproduce(argv: Sequence[str]) -> None:
 def status(argv: Sequence[str]) -> None:
     """Show where jobs stand."""
     command = tyro.cli(StatusCommand, prog="imsvd status", args=argv)
+    if not command.folder.is_dir():
+        raise ValueError(
+            f"folder={str(command.folder)!r} is not there: give that of a launched run"
+        )
+    from imsvd_core.launch.status import graphs_under, standings_of, watch
+
     launched = graphs_under(command.folder)
-    watch(lambda: _standings(launched), wide_console(), once=command.once)
+
+    def look() -> list[Any]:
+        return [standing for graph in launched for standing in standings_of(graph).values()]
+
+    watch(look, wide_console(), once=command.once)

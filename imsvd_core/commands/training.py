@@ -1,4 +1,4 @@
-"""`imsvd pretrain`, `evaluate`, `export` and `bench`: a recipe and its backbone."""
+"""`imsvd pretrain`, `evaluate` and `bench`: a recipe and its backbone."""
 
 import time
 from collections.abc import Sequence
@@ -9,14 +9,11 @@ from typing import Annotated, Any, Generic, TypeVar
 import tyro
 from rich.console import Console
 
-from imsvd_core import export as exporting
-from imsvd_core.commands.common import peek, ranks, show_result, usage
+from imsvd_core.commands.common import ranks, show_result
+from imsvd_core.commands.words import peek
 from imsvd_core.data.sources import OnCorrupt
 from imsvd_core.distributed import world
 from imsvd_core.recipes import (
-    EVALUATIONS,
-    OWN,
-    RECIPES,
     EvaluationRecipe,
     EvalViewConfig,
     Recipe,
@@ -78,17 +75,6 @@ class EvaluateCommand(Generic[Settings]):
 
 
 @dataclass(frozen=True)
-class ExportCommand:
-    """Write a run's backbone as others read it."""
-
-    run: tyro.conf.Positional[Path]
-    """Folder of a finished run, or a file of weights."""
-    to: exporting.Format
-    out: Path | None = None
-    """The file; by default backbone-TO with its suffix, in the run's folder."""
-
-
-@dataclass(frozen=True)
 class BenchStepCommand:
     """Time whole training steps of a recipe on the device at hand.
 
@@ -124,13 +110,6 @@ def parse_pretraining(argv: Sequence[str], prog: str) -> Any:
 
 def _parse_recipe(argv: Sequence[str], kind: type, prog: str) -> Any:
     """A command whose settings start from the recipe that its first word names."""
-    if not argv or argv[0] in ("-h", "--help"):
-        names = "\n".join(f"  {name:24}{build.__doc__}" for name, build in RECIPES.items())
-        raise usage(
-            f"usage: {prog} RECIPE ...\n\n{kind.__doc__}\n\nrecipes:\n{names}\n\n"
-            f"`{prog} RECIPE --help` lists its settings.",
-            argv,
-        )
     scale = current_scale(peek(argv, "--scale"))
     return tyro.cli(
         kind,
@@ -143,12 +122,6 @@ def _parse_recipe(argv: Sequence[str], kind: type, prog: str) -> Any:
 
 def evaluate(argv: Sequence[str]) -> Path:
     """Judge a backbone."""
-    if argv and argv[0] in ("-h", "--help"):
-        raise usage(
-            f"usage: imsvd evaluate NAME RUN ...\n\nNAME is one of "
-            f"{', '.join((*OWN, *EVALUATIONS))}; `imsvd evaluate NAME --help` lists its settings.",
-            argv,
-        )
     with ranks(peek(argv, "--device") or peek(argv, "--loop.device")):
         command, trained, default = parse_evaluation(argv, "imsvd evaluate")
         return show_result(
@@ -169,7 +142,7 @@ def parse_evaluation(
     argv: Sequence[str], prog: str
 ) -> tuple[Any, TrainedBackbone, EvaluationRecipe]:
     """The settings, the backbone that they are to judge, and the settings by default."""
-    name, rest = (argv[0] if argv else ""), argv[1:]
+    name, rest = argv[0], argv[1:]
     scale = current_scale(peek(rest, "--scale"))
 
     def parse(run: Any, default: EvaluationRecipe) -> Any:
@@ -186,30 +159,8 @@ def parse_evaluation(
     return command, replace(trained, folder=command.out or trained.folder), default
 
 
-def export(argv: Sequence[str]) -> None:
-    """Write a backbone as others read it."""
-    command = tyro.cli(ExportCommand, prog="imsvd export", args=argv)
-    trained = open_backbone(command.run)
-    network = trained.recipe.network
-    name = f"backbone-{command.to}{exporting.SUFFIXES[command.to][0]}"
-    path = exporting.export(
-        trained.backbone,
-        network.backbone,
-        network.cifar_stem,
-        command.to,
-        command.out or trained.folder / name,
-    )
-    print(f"written to {path}")
-
-
 def bench(argv: Sequence[str]) -> None:
     """Time training steps."""
-    if argv[:1] != ["step"]:
-        raise usage(
-            "usage: imsvd bench step RECIPE ...\n\n"
-            "`imsvd bench step RECIPE --help` lists its settings.",
-            argv,
-        )
     with ranks(peek(argv, "--loop.device")):
         command = _parse_recipe(argv[1:], BenchStepCommand, "imsvd bench step")
         start, timed = time.perf_counter(), command.recipe

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
+from imsvd_core.system.faults import Fault
 from imsvd_core.system.run_folder import RunFolder
 
 FORMAT = "imsvd-checkpoint/1"
 log = logging.getLogger(__name__)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(Fault):
     """A file that is not a whole checkpoint of ours; the message names it and what to do."""
 
 

@@ -26,6 +26,7 @@ from imsvd_core.methods.base import Method
 from imsvd_core.system import signals
 from imsvd_core.system.config import complete, differences, essential, plain
 from imsvd_core.system.devices import PRECISIONS, pick_device
+from imsvd_core.system.faults import Fault
 from imsvd_core.system.progress import bar
 from imsvd_core.system.ranks import launcher_is_gone
 from imsvd_core.system.run_folder import RunFolder
@@ -33,7 +34,7 @@ from imsvd_core.system.run_folder import RunFolder
 log = logging.getLogger(__name__)
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(Fault):
     """The loss or its gradient is NaN or infinite."""
 
 

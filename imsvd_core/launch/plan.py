@@ -15,11 +15,11 @@ from imsvd_core.data import sources
 from imsvd_core.data.sources import data_root
 from imsvd_core.data.tree import open_folder
 from imsvd_core.engine.order import Order
-from imsvd_core.launch.config import LaunchConfig
 from imsvd_core.launch.submit import Submission
 from imsvd_core.methods import IMSVD, BarlowTwins, VICReg
 from imsvd_core.networks import NetworkConfig, TwinNetwork
 from imsvd_core.recipes import Recipe
+from imsvd_core.system.cluster import LaunchConfig
 
 #: Table IV: what 100 epochs of ImageNet took on 32 Tesla V100 at batch size 2,048 (hours), and a
 #: GPU's peak memory (GB); by the `name` of the method's config.

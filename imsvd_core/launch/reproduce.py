@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.live import Live
 
 from imsvd_core.launch import queue
-from imsvd_core.launch.config import LaunchConfig
 from imsvd_core.launch.graph import Graph, Task
 from imsvd_core.launch.plan import plan
 from imsvd_core.launch.status import Standing, overview, standings_of, summary, table
 from imsvd_core.launch.submit import Submission, snapshot, submit
 from imsvd_core.recipes import Recipe
+from imsvd_core.system.cluster import LaunchConfig
 from imsvd_core.system.config import from_plain
 from imsvd_core.system.run_folder import RunFolder
 

@@ -17,9 +17,9 @@ from typing import Any
 import submitit
 
 import imsvd_core
-from imsvd_core.launch.config import LaunchConfig
 from imsvd_core.launch.job import Job
 from imsvd_core.results import code_version, write_json
+from imsvd_core.system.cluster import LaunchConfig
 from imsvd_core.system.config import from_plain
 
 #: Environment variables that a job needs, whatever the cluster exports.

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from functools import partial, update_wrapper
 
 from imsvd_core.recipes import cifar10
-from imsvd_core.recipes.base import EvalViewConfig, Recipe, Scale, current_scale, fast_here
+from imsvd_core.recipes.base import EvalViewConfig, Recipe, fast_here
 from imsvd_core.recipes.evaluations import EVALUATIONS, OWN, EvaluationRecipe, evaluation
 from imsvd_core.recipes.imagenet import EPOCHS, imagenet
+from imsvd_core.system.scale import Scale, current_scale
 
 __all__ = [
     "EVALUATIONS",

@@ -1,8 +1,7 @@
 """What a recipe is: one pretraining and the evaluations that belong to it, at three scales."""
 
-import os
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal
 
 from imsvd_core.engine.config import LoopConfig
 from imsvd_core.engine.optim import OptimConfig
@@ -12,9 +11,8 @@ from imsvd_core.methods import IMSVD, MethodConfig
 from imsvd_core.networks import NetworkConfig
 from imsvd_core.system.config import plain
 from imsvd_core.system.devices import fast_precision
+from imsvd_core.system.scale import Scale
 from imsvd_core.views import CIFAR_MEAN, CIFAR_STD, TwoViewConfig, cifar_views
-
-Scale = Literal["smoke", "laptop", "full"]
 
 
 def watching(gallery: int, queries: int) -> KNNConfig:
@@ -67,15 +65,6 @@ class Recipe:
         for name in ("knn", "watch", "look", "linear", "eval_view", "on_corrupt"):
             del settings[name]
         return settings
-
-
-def current_scale(scale: str | None = None) -> Scale:
-    """`scale`, by default IMSVD_SCALE's, or `laptop`. Raises ValueError for a word that is none."""
-    setting = "scale" if scale else "IMSVD_SCALE"
-    scale = scale or os.environ.get("IMSVD_SCALE", "laptop")
-    if scale not in get_args(Scale):
-        raise ValueError(f"{setting}={scale!r} must be one of {', '.join(get_args(Scale))}")
-    return cast(Scale, scale)
 
 
 def fast_here(settings: Any, scale: Scale) -> Any:

@@ -9,8 +9,9 @@ from imsvd_core.evaluation.base import Evaluation
 from imsvd_core.evaluation.detection.detector import DetectorConfig
 from imsvd_core.evaluation.detection.protocol import DetectionConfig
 from imsvd_core.evaluation.svm import SVMConfig
-from imsvd_core.recipes.base import EvalViewConfig, Recipe, Scale, current_scale, fast_here
+from imsvd_core.recipes.base import EvalViewConfig, Recipe, fast_here
 from imsvd_core.recipes.imagenet import imagenet
+from imsvd_core.system.scale import Scale, current_scale
 
 
 @dataclass(frozen=True)

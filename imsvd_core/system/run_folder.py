@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 from imsvd_core.system import files
 from imsvd_core.system.config import plain
+from imsvd_core.system.faults import Fault
 
 #: Environment variable: which attempt of which job this is; a later one compares greater.
 ATTEMPT = "IMSVD_ATTEMPT"
@@ -29,7 +30,7 @@ HANDOVER_SECONDS = 30.0
 log = logging.getLogger(__name__)
 
 
-class Superseded(RuntimeError):
+class Superseded(Fault):
     """A later attempt at the same work has taken the folder over: this process must not write."""
 
 

@@ -13,12 +13,12 @@ from rich.console import Console
 from imsvd_core.commands.training import parse_pretraining
 from imsvd_core.launch import queue
 from imsvd_core.launch import reproduce as reproducing
-from imsvd_core.launch.config import LaunchConfig
 from imsvd_core.launch.graph import Graph, Task, build, evaluation_hash, finished
 from imsvd_core.launch.reproduce import job_name, reproduce
 from imsvd_core.launch.status import standings_of
 from imsvd_core.launch.submit import Submission
 from imsvd_core.results import write_json
+from imsvd_core.system.cluster import LaunchConfig
 from imsvd_core.system.config import full_hash, plain
 
 DATA = ("--data", "attributes")

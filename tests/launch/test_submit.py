@@ -243,7 +243,7 @@ def test_an_evaluation_is_launched_like_a_training(tmp_path, monkeypatch, capsys
     assert "1 done" in said
     with pytest.raises(SystemExit):
         main(["launch", "evaluate", "kNN", "theirs.safetensors", "--executor", "debug"])
-    assert "evaluation='kNN' must be one of knn" in capsys.readouterr().err
+    assert "evaluation='kNN' is unknown: did you mean knn" in capsys.readouterr().err
 
 
 @pytest.mark.slow  # two Pythons, one after the other
