@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -103,19 +104,35 @@ def test_a_stopped_training_says_how_to_go_on_and_exits_as_after_sigterm(capsys,
     )
 
 
-def test_help_lists_settings_with_their_meaning(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["pretrain", "cifar10", "--help"])
-    text = capsys.readouterr().out
-    assert stop.value.code == 0
+def test_help_shows_what_is_changed_first_and_the_rest_by_group_or_all_at_once(capsys):
+    def shown(*words) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main(["pretrain", "cifar10", *words])
+        assert stop.value.code == 0
+        return capsys.readouterr().out
+
+    first, of_one, every = shown("--help"), shown("--help", "views"), shown("--help-all")
     for words in (
-        "--optim.lr",
+        "loop.epochs",
+        "batch-size",
+        "seed",
+        "optim.lr",
+        "data",
+        "run-dir",
         "Peak learning rate",
-        "--method.temperature",
-        "--network.backbone",
-        "--run-dir",
     ):
-        assert words in text, words
+        assert words in first, words
+    assert "--views.first.blur-probability" not in first
+    assert first.count("\n") < 70
+    assert "GROUP those of one: method, network, views, optim, loop, eval-view, knn" in first
+    assert "--views.first.flip" in of_one
+    assert "--views.second.flip" in of_one
+    assert "--optim.lr" not in of_one
+    for words in ("--optim.lr", "--views.second.flip", "--network.backbone", "--run-dir"):
+        assert words in every, words
+    with pytest.raises(SystemExit):
+        main(["evaluate", "linear", "--help", "lop"])
+    assert "--help lop is no group of settings; optim, loop, view" in capsys.readouterr().err
 
 
 def test_a_lack_of_words_shows_the_usage(capsys):
@@ -213,9 +230,9 @@ def test_a_launched_job_is_the_command_with_its_place(tmp_path):
     job, launched = launch_of_pretraining("cifar10", given)
     command = parse_pretraining(job.argv[1:], "imsvd pretrain")
     assert command.run_dir == job.run_dir
-    assert command.recipe == launched
+    assert command.recipe == replace(launched, data="attributes")  # what auto is here
     run_dir = tmp_path / "runs" / "cifar10-smoke-seed0"
-    place = ["--scale", "smoke", "--run-dir", str(run_dir), "--no-progress"]
+    place = ["--scale", "smoke", "--data", "attributes", "--run-dir", str(run_dir), "--no-progress"]
     assert job.argv == ("pretrain", "cifar10", *given, *place)
     assert (job.folder, job.name) == (run_dir / "jobs", "cifar10-smoke-seed0")
 

@@ -56,6 +56,9 @@ class ReproduceCommand(_ClusterCommand):
     """Folder of the runs; runs/reproduce-SCALE by default."""
     dry_run: bool = False
     """Show what would be done, and do nothing."""
+    wait: bool = False
+    """Where the queue holds as many jobs as it may, wait for room and send the rest. Without it the
+    exit status is then 1, and the same call sends more."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,14 @@ class StatusCommand:
 def launch_of_pretraining(recipe_name: str, argv: Sequence[str]) -> "tuple[Task, Recipe]":
     """A pretraining that is to be a job, and its recipe."""
     from imsvd_core.commands.training import parse_pretraining
+    from imsvd_core.data.sources import resolve
     from imsvd_core.launch.graph import Task
 
     command = parse_pretraining([recipe_name, *argv], "imsvd launch")
     run_dir: Path = command.run_dir.absolute()
     # of an option that is given twice the last one counts
-    place = ("--scale", command.scale, "--run-dir", str(run_dir), "--no-progress")
+    data = ("--data", resolve(command.recipe.data)) if command.recipe.data == "auto" else ()
+    place = ("--scale", command.scale, *data, "--run-dir", str(run_dir), "--no-progress")
     words = ("pretrain", recipe_name, *argv, *place)
     return Task(run_dir.name, words, run_dir, run_dir / "result.json"), command.recipe
 
@@ -85,13 +90,16 @@ def launch_of_pretraining(recipe_name: str, argv: Sequence[str]) -> "tuple[Task,
 def launch_of_evaluation(argv: Sequence[str]) -> "Task":
     """An evaluation that is to be a job."""
     from imsvd_core.commands.training import parse_evaluation
+    from imsvd_core.data.sources import resolve
     from imsvd_core.launch.graph import Task
     from imsvd_core.runs.evaluate import result_path
 
     command, trained, default = parse_evaluation(argv, "imsvd launch evaluate")
     run_dir = trained.folder.absolute()
-    result = run_dir / result_path(argv[0], trained, command.data, default.data).name
-    words = ("evaluate", *argv, "--scale", command.scale, "--out", str(run_dir), "--no-progress")
+    data = resolve(command.data) if command.data == "auto" else command.data
+    result = run_dir / result_path(argv[0], trained, data, default.data).name
+    place = ("--scale", command.scale, "--data", data, "--out", str(run_dir), "--no-progress")
+    words = ("evaluate", *argv, *place)
     return Task(f"{run_dir.name}/{result.stem}", words, run_dir, result)
 
 
@@ -163,7 +171,8 @@ def reproduce(argv: Sequence[str]) -> None:
         tables, figures = tuple(graphs.TABLES), tuple(graphs.FIGURES)
     out = (command.out or Path("runs") / f"reproduce-{command.scale}").absolute()
     graph = graphs.build(tables, figures, command.scale, out, options)
-    if not bring_about(graph, out, command.config, wide_console(), dry_run=command.dry_run):
+    ends = {"dry_run": command.dry_run, "wait": command.wait}
+    if not bring_about(graph, out, command.config, wide_console(), **ends):
         raise SystemExit(1)
 
 

@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 
 from imsvd_core.commands.common import ranks, show_result
+from imsvd_core.commands.settings import parse
 from imsvd_core.commands.words import peek
 from imsvd_core.data.sources import OnCorrupt
 from imsvd_core.distributed import world
@@ -111,10 +112,10 @@ def parse_pretraining(argv: Sequence[str], prog: str) -> Any:
 def _parse_recipe(argv: Sequence[str], kind: type, prog: str) -> Any:
     """A command whose settings start from the recipe that its first word names."""
     scale = current_scale(peek(argv, "--scale"))
-    return tyro.cli(
+    return parse(
         kind,
+        argv[1:],
         prog=f"{prog} {argv[0]}",
-        args=argv[1:],
         default=kind(recipe(argv[0], scale), scale=scale),
         config=(tyro.conf.AvoidSubcommands,),
     )
@@ -145,17 +146,17 @@ def parse_evaluation(
     name, rest = argv[0], argv[1:]
     scale = current_scale(peek(rest, "--scale"))
 
-    def parse(run: Any, default: EvaluationRecipe) -> Any:
+    def parse_with(run: Any, default: EvaluationRecipe) -> Any:
         # The class is known only when this runs.
         kind: Any = EvaluateCommand[type(default.config)]  # type: ignore[misc]
         start = EvaluateCommand(run, default.config, default.eval_view, default.data, scale)
-        return tyro.cli(kind, prog=f"{prog} {name}", args=rest, default=start)
+        return parse(kind, rest, prog=f"{prog} {name}", default=start)
 
-    run = parse(tyro.MISSING, evaluation(name, scale)).run
+    run = parse_with(tyro.MISSING, evaluation(name, scale)).run
     # The backbone decides from what the other settings start.
     trained = open_backbone(run, scale)
     default = evaluation(name, scale, trained.recipe)
-    command = parse(run, default)
+    command = parse_with(run, default)
     return command, replace(trained, folder=command.out or trained.folder), default
 
 

@@ -30,7 +30,7 @@ commands:
   data check NAME ROOT   whether a data root (imagenet, places205, voc07, coco) is whole, or how to
                          prepare one
 
-`imsvd COMMAND --help` lists every setting. Environment: IMSVD_SCALE (smoke, laptop, full),
+`imsvd COMMAND --help` lists settings. Environment: IMSVD_SCALE (smoke, laptop, full),
 IMSVD_DATA (data root), IMSVD_DATASET (auto, cifar10, attributes, ...)."""
 
 RECIPES = {

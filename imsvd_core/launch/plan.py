@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from imsvd_core.data import sources
 from imsvd_core.data.sources import data_root
 from imsvd_core.data.tree import open_folder
 from imsvd_core.engine.order import Order
-from imsvd_core.launch.submit import Submission
+from imsvd_core.launch.submit import Submission, unusable
 from imsvd_core.methods import IMSVD, BarlowTwins, VICReg
 from imsvd_core.networks import NetworkConfig, TwinNetwork
 from imsvd_core.recipes import Recipe
@@ -63,9 +64,13 @@ class Plan:
         hours = self.hours
         return None if hours is None else max(1, math.ceil(60 * hours / self.config.useful_minutes))
 
+    @property
+    def devices(self) -> str:
+        gpus, ranks = self.config.gpus, self.config.ranks
+        return f"{gpus} GPUs" if gpus else f"{ranks} processes without GPU"
+
     def __str__(self) -> str:
         config = self.config
-        devices = f"{config.gpus} GPUs" if config.gpus else f"{config.ranks} processes without GPU"
         over = f" over {self.samples:,} images" if self.samples else ""
         remark = ", which decode its images: set cpus_per_task" if self.starved else ""
         rows = {
@@ -79,7 +84,7 @@ class Plan:
         }
         return "\n".join(
             [
-                f"{self.name}: {devices} ({config.nodes} × {config.ranks_per_node}), "
+                f"{self.name}: {self.devices} ({config.nodes} × {config.ranks_per_node}), "
                 f"{self.batch_per_rank} images on each",
                 *(f"  {label:9} {text}" for label, text in rows.items() if text),
                 *(f"  refused: {reason}" for reason in self.refused),
@@ -107,6 +112,7 @@ def plan(name: str, recipe: Recipe, config: LaunchConfig, run_dir: Path | str) -
     loop = recipe.loop
     samples, refused = _data(recipe)
     refused += _refused_settings(recipe, config, samples)
+    refused += filter(None, [unusable(run_dir)])
     states = OPTIMIZER_STATES[recipe.optim.name]
     # a new checkpoint stands beside those kept
     disk = _size(recipe.network) * 4 * (1 + states) * (loop.keep + 1) / 1e9
@@ -226,6 +232,31 @@ def _size(config: NetworkConfig) -> int:
     """Parameters of backbone and projector."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in TwinNetwork.build(config).parameters())
+
+
+def in_all(plans: Sequence[Plan]) -> str:
+    """What several launches will take together, what is refused of them included."""
+    hours = [part.hours for part in plans if part.hours is not None]
+    unknown = len(plans) - len(hours)
+    disk, free = sum(part.disk_gb for part in plans), min(part.disk_free_gb for part in plans)
+    steps = [part.steps for part in plans]
+    rows = [
+        f"{len(plans)} training{'s' if len(plans) > 1 else ''}, on {plans[0].devices} each",
+        f"  steps     {_number(None if None in steps else sum(map(int, filter(None, steps))))}",
+        f"  time      {_number(sum(hours), ' hours') if hours else 'unknown'}"
+        + (f", and {unknown} of unknown time" if hours and unknown else ""),
+        f"  disk      {disk:,.1f} GB for all, {free:,.1f} GB free",
+    ]
+    return "\n".join([*rows, *(f"  refused: {reason}" for reason in refusals(plans))])
+
+
+def refusals(plans: Sequence[Plan]) -> list[str]:
+    """Why launches would not be sent together: each reason once."""
+    reasons = {reason: None for part in plans for reason in part.refused}
+    disk, free = sum(part.disk_gb for part in plans), min(part.disk_free_gb for part in plans)
+    if disk > free and not any(part.disk_gb > part.disk_free_gb for part in plans):
+        reasons[f"all runs together need {disk:.1f} GB, and {free:.1f} are free: make room"] = None
+    return list(reasons)
 
 
 def _number(value: float | None, unit: str = "") -> str:

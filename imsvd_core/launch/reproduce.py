@@ -13,9 +13,9 @@ from rich.live import Live
 
 from imsvd_core.launch import queue
 from imsvd_core.launch.graph import Graph, Task
-from imsvd_core.launch.plan import plan
+from imsvd_core.launch.plan import in_all, plan, refusals
 from imsvd_core.launch.status import Standing, overview, standings_of, summary, table
-from imsvd_core.launch.submit import Submission, snapshot, submit
+from imsvd_core.launch.submit import NoRoom, Submission, snapshot, submit
 from imsvd_core.recipes import Recipe
 from imsvd_core.system.cluster import LaunchConfig
 from imsvd_core.system.config import from_plain
@@ -23,12 +23,22 @@ from imsvd_core.system.run_folder import RunFolder
 
 #: How often a job that runs here is looked at.
 PAUSE_SECONDS = 1.0
+ENDED = ("failed", "cancelled", "not run")
+#: How long it waits before it asks again whether the queue has room.
+ROOM_SECONDS = 60.0
 
 
 def reproduce(
-    graph: Graph, out: Path, config: LaunchConfig, console: Console, *, dry_run: bool = False
+    graph: Graph,
+    out: Path,
+    config: LaunchConfig,
+    console: Console,
+    *,
+    dry_run: bool = False,
+    wait: bool = False,
 ) -> bool:
-    """Bring `graph`, whose folder is `out`, to its end; returns whether nothing has failed.
+    """Bring `graph`, whose folder is `out`, to its end; returns whether nothing has failed, nor had
+    to be left unsent since the queue holds as many jobs as it may (with `wait`, it waits for room).
 
     Whether a task is finished, on its way or lost is found out anew each time. With Slurm, what is
     neither finished nor on its way is submitted, each task to start after those that it needs; this
@@ -60,18 +70,18 @@ def reproduce(
         if dry_run:
             names = ", ".join(task.name for task in missing)
             would = f"would submit {len(missing)}: {names}"
-            console.print(overview(standings), *plans, would, sep="\n", highlight=False)
+            told = [in_all(plans)] if plans else []
+            console.print(overview(standings), *told, would, sep="\n", highlight=False)
             return True
-        if refused := sorted({reason for part in plans for reason in part.refused}):
+        if plans and (refused := refusals(plans)):
             raise ValueError("nothing was submitted:\n  " + "\n  ".join(refused))
         graph.save(out)
         code = snapshot(out / "code")
-        ended = [standing for standing in standings if standing.state in ("failed", "cancelled")]
+        ended = [standing for standing in standings if standing.state in ENDED[:2]]
         if ended:
             console.print(table(ended, "to be done again:"))
         if config.executor == "slurm":
-            _submit_all(graph, out, config, code, console)
-            return True
+            return _submit_all(graph, out, config, code, console, wait)
         return _run_all(graph, out, config, code, console)
 
 
@@ -97,8 +107,8 @@ def _refuse_strangers(standings: Sequence[Standing], config: LaunchConfig) -> No
 
 
 def _submit_all(
-    graph: Graph, out: Path, config: LaunchConfig, code: Path, console: Console
-) -> None:
+    graph: Graph, out: Path, config: LaunchConfig, code: Path, console: Console, wait: bool
+) -> bool:
     names = {job_name(task, out): task for task in graph}
     try:
         queued = [entry for entry in queue.ask({}, names).values() if entry.live]
@@ -116,19 +126,41 @@ def _submit_all(
             # it waits for a failed one, or we were cut off from recording it
             queue.cancel(entry.job_id)
     jobs = dict(live)
-    for task in graph:
-        if task.name not in live and standings[task.name].state != "done":
-            after = [jobs[need] for need in task.needs if standings[need].state != "done"]
+    left = [
+        task for task in graph if task.name not in live and standings[task.name].state != "done"
+    ]
+    sent, full = 0, ""
+    while left:
+        task = left[0]
+        needs = [need for need in task.needs if standings[need].state != "done"]
+        if not all(need in jobs for need in needs):  # it has failed while there was no room
+            left.pop(0)
+            continue
+        try:
+            after = [jobs[need] for need in needs]
             jobs[task.name] = _submit(task, out, config, code, after).job_id
-            needs = f", after {', '.join(after)}" if after else ""
-            console.print(f"submitted {task.name} as job {jobs[task.name]}{needs}", highlight=False)
+        except NoRoom as error:
+            full = f"{len(left)} wait: {error}"
+            if not wait:
+                break
+            console.print(full, highlight=False)
+            time.sleep(ROOM_SECONDS)
+            standings = standings_of(graph)
+            jobs = {name: job for name, job in jobs.items() if standings[name].state not in ENDED}
+        else:
+            left.pop(0)
+            sent += 1
+            waits = f", after {', '.join(after)}" if after else ""
+            console.print(f"submitted {task.name} as job {jobs[task.name]}{waits}", highlight=False)
     done = sum(standing.state == "done" for standing in standings.values())
+    more = f"{full}, or give --wait. " if left else ""
     console.print(
-        f"{len(jobs) - len(live)} submitted, {len(live)} on their way already, {done} done. "
+        f"{sent} submitted, {len(live)} on their way already, {done} done. {more}"
         f"`imsvd status {out}` shows how they get on",
         highlight=False,
         soft_wrap=True,
     )
+    return not left
 
 
 def _submit(

@@ -22,8 +22,19 @@ from imsvd_core.results import code_version, write_json
 from imsvd_core.system.cluster import LaunchConfig
 from imsvd_core.system.config import from_plain
 
-#: Environment variables that a job needs, whatever the cluster exports.
-KEPT = ("IMSVD_DATA", "IMSVD_DATASET", "IMSVD_SCALE")
+#: Environment variables that a job needs, whatever the cluster exports. Data set and scale stand in
+#: its command.
+KEPT = ("IMSVD_DATA",)
+#: What Slurm and submitit replace in the names of logs, and what ends an entry of PYTHONPATH.
+REPLACED = "%\\:\n"
+#: sbatch's word for a limit that other jobs make room under when they end.
+ROOM = r"\w*Submit\w*Limit|\w*MaxJobCount\w*|temporarily unavailable"
+#: Options that the environment (SBATCH_ACCOUNT, say) may give where the script does not.
+DEFAULTS = ("account", "partition", "qos", "constraint", "reservation", "clusters")
+
+
+class NoRoom(ValueError):
+    """As many jobs are queued as may be."""
 
 
 @dataclass(frozen=True)
@@ -77,21 +88,28 @@ def submit(
         after: numbers of Slurm jobs that have to end well before; if one does not, this one is
             taken out of the queue.
 
-    Raises ValueError with what sbatch says, where it refuses.
+    Raises ValueError with what sbatch says, where it refuses, NoRoom if for the number of jobs; and
+    for a folder whose name would be read as a pattern.
     """
     folder = folder.absolute()
+    if reason := unusable(folder):
+        raise ValueError(reason)
     # squeue takes a comma for two names
     name = re.sub(r"[^\w.@/+-]", "_", name)
     job, local = Job(argv, config.max_requeues), config.executor == "local"
     try:
         with (
-            _outside_any_job(),
+            _outside_any_job(config),
             submitit.helpers.environment_variables(**_environment(config, code) if local else {}),
             _in_background(folder) if local else nullcontext(),
         ):
             sent = _executor(config, name, folder, code, after).submit(job)
     except submitit.core.utils.FailedJobError as error:
-        raise ValueError(f"sbatch refused {name}: {str(error).strip()}") from None
+        words = str(error).strip()
+        if limit := re.search(ROOM, words):
+            how = "call again when jobs have ended"
+            raise NoRoom(f"the queue has no room ({limit[0]}): {how}") from None
+        raise ValueError(f"sbatch refused {name}: {words}") from None
     facts = (name, tuple(argv), sent.job_id, config.executor, str(folder), config.ranks)
     submission = Submission(*facts, job.submitted, sent)
     submission.write()
@@ -105,8 +123,21 @@ def batch_script(
     from submitit.slurm.slurm import _make_sbatch_string
 
     folder = folder.absolute()
+    if reason := unusable(folder):
+        raise ValueError(reason)
     command = f"{_python(code)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     return _make_sbatch_string(command, folder, **_slurm_parameters(config, name, code, after))
+
+
+def unusable(folder: Path) -> str:
+    """Why Slurm would not take the name of a run's folder literally; "" if it does."""
+    for mark in REPLACED:
+        if mark in str(folder):
+            return (
+                f"run_dir={str(folder)!r} holds {mark!r}, which Slurm or Python would not take "
+                "literally: give another folder"
+            )
+    return ""
 
 
 def snapshot(folder: Path) -> Path:
@@ -130,12 +161,12 @@ def snapshot(folder: Path) -> Path:
 
 
 @contextmanager
-def _outside_any_job() -> Iterator[None]:
-    """Hide the job that we may be in ourselves, but not where the cluster is."""
-    if "SLURM_JOB_ID" not in os.environ:
-        yield
-        return
-    where = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
+def _outside_any_job(config: LaunchConfig) -> Iterator[None]:
+    """Hide the job that we may be in ourselves, and options of sbatch, which would overrule the
+    script; but neither where the cluster is, nor what is the user's where the script is silent."""
+    left_open = [name for name in DEFAULTS if getattr(config, name, None) is None]
+    names = ["SLURM_CONF", *(f"SBATCH_{name.upper()}" for name in left_open)]
+    where = {name: os.environ[name] for name in names if name in os.environ}
     with submitit.helpers.clean_env(), submitit.helpers.environment_variables(**where):
         yield
 
@@ -223,6 +254,7 @@ def _slurm_parameters(
         "setup": [
             *config.setup,
             f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+            "export SLURM_EXPORT_ENV=ALL",  # to srun, whatever was exported to the script
             "export PYTHONSAFEPATH=1",  # the folder that we are in may hold another version
             *kept,
             "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}",

@@ -2,6 +2,7 @@
 on its way goes on."""
 
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from imsvd_core.commands.training import parse_pretraining
 from imsvd_core.launch import queue
 from imsvd_core.launch import reproduce as reproducing
 from imsvd_core.launch.graph import Graph, Task, build, evaluation_hash, finished
+from imsvd_core.launch.plan import plan, refusals
 from imsvd_core.launch.reproduce import job_name, reproduce
 from imsvd_core.launch.status import standings_of
-from imsvd_core.launch.submit import Submission
+from imsvd_core.launch.submit import NoRoom, Submission
+from imsvd_core.recipes import recipe
 from imsvd_core.results import write_json
 from imsvd_core.system.cluster import LaunchConfig
 from imsvd_core.system.config import full_hash, plain
@@ -172,7 +175,7 @@ def test_an_evaluation_that_was_launched_by_itself_may_have_any_settings(tmp_pat
 def test_an_evaluation_from_before_the_schemas_counts_while_its_settings_are_the_runs(tmp_path):
     knn = build((2,), (), "smoke", tmp_path, DATA)["imsvd-2-epochs/knn"]
     config = dict(knn.settings)
-    del config["look"]  # as if it had come later
+    del config["on_corrupt"]  # as if it had come later
     write_json(knn.run_dir / "config.json", config)
     for evaluation, ends in ((config["knn"], True), (config["knn"] | {"neighbors": [7]}, False)):
         origin = {"config_hash": full_hash({"evaluation": evaluation, "pretraining": config})}
@@ -376,6 +379,57 @@ def test_a_dry_run_does_nothing(graph, slurm, tmp_path):
     assert "would submit 5: a/pretrain" in console.export_text()
     assert not slurm.sent
     assert not (tmp_path / "new").exists()
+
+
+def test_a_dry_run_sums_its_plans_up_in_words_and_says_what_would_be_refused(tmp_path):
+    graph = build((1,), (), "smoke", tmp_path, (*DATA, "--loop.save-minutes", "60"))
+    console = Console(record=True, width=200, file=io.StringIO())
+    reproduce(graph, tmp_path, LaunchConfig(time="30"), console, dry_run=True)
+    told = console.export_text()
+    assert "6 trainings, on 1 processes without GPU each" in told
+    assert "steps     36" in told
+    assert "time      unknown" in told
+    assert re.search(r"disk +0\.\d GB for all, [\d,.]+ GB free", told)
+    assert told.count("refused: time='30' leaves 28.0 minutes") == 1
+    assert "Plan(" not in told
+
+
+def test_runs_that_fit_the_disk_only_one_by_one_are_refused_together(graph, tmp_path):
+    one = plan("cifar10", recipe("cifar10", "smoke"), LaunchConfig(), tmp_path)
+    plans = [replace(one, disk_gb=6.0, disk_free_gb=10.0, refused=())] * 2
+    assert refusals(plans) == ["all runs together need 12.0 GB, and 10.0 are free: make room"]
+    assert not refusals(plans[:1])
+
+
+def test_a_queue_that_holds_no_more_is_filled_and_the_rest_sent_later(
+    graph, slurm, again, monkeypatch, tmp_path
+):
+    send, room = slurm.submit, 2
+
+    def limited(argv, **settings):
+        if sum(facts[1] == "PENDING" for facts in slurm.jobs.values()) >= room:
+            raise NoRoom("the queue has no room (AssocMaxSubmitJobLimit): call again")
+        return send(argv, **settings)
+
+    monkeypatch.setattr(reproducing, "submit", limited)
+    assert list(again()) == ["a/pretrain", "b/pretrain"]
+    said = again.console.export_text()
+    assert "2 submitted" in said
+    assert (
+        "3 wait: the queue has no room (AssocMaxSubmitJobLimit): call again, or give --wa" in said
+    )
+    assert again() == {}
+
+    def one_ends(seconds):  # while it waits for room
+        ends = next(one for one in graph if slurm.jobs[slurm.number(one.name)][1] == "PENDING")
+        slurm.end(ends, "FAILED" if ends.name == "b/pretrain" else "COMPLETED")
+
+    monkeypatch.setattr(reproducing.time, "sleep", one_ends)
+    console = Console(record=True, width=200, file=io.StringIO())
+    before = len(slurm.sent)
+    assert reproduce(graph, tmp_path, LaunchConfig(), console, wait=True)
+    sent = {name: after for name, after, _ in slurm.sent[before:]}
+    assert sent == {"a/linear": (), "a/knn": ()}  # b/knn lacks what has failed
 
 
 def test_a_job_s_name_is_its_task_s_and_its_folder_s_alone(graph, tmp_path):

@@ -16,7 +16,7 @@ import imsvd_core
 from imsvd_core.cli import main
 from imsvd_core.data import memory as datasets
 from imsvd_core.launch import LaunchConfig, Submission, batch_script, job, queue, snapshot, submit
-from imsvd_core.launch.submit import _environment
+from imsvd_core.launch.submit import NoRoom, _environment
 from imsvd_core.networks import NetworkConfig
 from imsvd_core.results import read_result
 from imsvd_core.runs.backbones import save_backbone
@@ -95,6 +95,75 @@ def test_the_batch_script_asks_for_what_was_configured(tmp_path, monkeypatch):
     )
     assert "export IMSVD_DATA='/data of ours'" in lines
     assert any(line.startswith("srun ") and "--kill-on-bad-exit=1" in line for line in lines)
+
+
+def test_a_script_exports_to_its_ranks_whatever_was_exported_to_it_and_nothing_of_the_builder_s(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("IMSVD_DATASET", "attributes")
+    monkeypatch.setenv("IMSVD_SCALE", "smoke")
+    config = LaunchConfig(options={"export": "NONE"})
+    script = batch_script("run", tmp_path, config, tmp_path / "code")
+    assert script.index("export SLURM_EXPORT_ENV=ALL") < script.index("\nsrun ")
+    assert "IMSVD_DATASET" not in script
+    assert "IMSVD_SCALE" not in script
+
+
+@pytest.mark.parametrize("name", ["of-%j", "100%", "back\\slash", "at:noon", "two\nlines"])
+def test_a_folder_whose_name_slurm_would_not_take_literally_is_refused(tmp_path, name):
+    folder, config = tmp_path / name / "jobs", LaunchConfig(executor="local")
+    with pytest.raises(ValueError, match="would not take literally: give another folder"):
+        submit(["pretrain"], name="run", folder=folder, config=config, code=tmp_path)
+    with pytest.raises(ValueError, match="would not take literally"):
+        batch_script("run", folder, config, tmp_path)
+    assert not folder.exists()
+
+
+def fake_sbatch(folder, monkeypatch, *lines):
+    """An sbatch in PATH that does what the lines of shell say."""
+    program = folder / "bin" / "sbatch"
+    program.parent.mkdir()
+    program.write_text("\n".join(("#!/bin/sh", *lines)))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        ("sbatch: error: AssocMaxSubmitJobLimit", NoRoom),
+        ("sbatch: error: QOSMaxSubmitJobPerUserLimit", NoRoom),
+        ("sbatch: error: QOSGrpSubmitJobsLimit", NoRoom),
+        ("Batch job submission failed: Resource temporarily unavailable", NoRoom),
+        ("sbatch: error: QOSMaxWallDurationPerJobLimit", ValueError),
+        ("sbatch: error: invalid partition specified: gpu", ValueError),
+    ],
+)
+def test_a_full_queue_is_told_from_what_will_never_be_sent(tmp_path, monkeypatch, words, kind):
+    policy = "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
+    fake_sbatch(tmp_path, monkeypatch, f'echo "{words}\n{policy}" >&2; exit 1')
+    with pytest.raises(ValueError, match="has no room" if kind is NoRoom else "refused") as refusal:
+        submit(["x"], name="run", folder=tmp_path / "run", config=LaunchConfig(), code=tmp_path)
+    assert type(refusal.value) is kind
+
+
+def test_what_is_inherited_of_slurm_s_variables_overrules_nothing_that_the_script_says(
+    tmp_path, monkeypatch
+):
+    fake_sbatch(tmp_path, monkeypatch, f"env > {tmp_path}/seen; echo Submitted batch job 7")
+    inherited = {
+        "SBATCH_PARTITION": "debug",
+        "SBATCH_TIMELIMIT": "1",
+        "SBATCH_ACCOUNT": "theirs",
+        "SLURM_NTASKS": "1",
+        "SLURM_CONF": "/etc/ours",
+    }
+    for name, value in inherited.items():
+        monkeypatch.setenv(name, value)
+    config = LaunchConfig(partition="gpu")
+    submit(["x"], name="run", folder=tmp_path / "run", config=config, code=tmp_path)
+    seen = dict(line.split("=", 1) for line in (tmp_path / "seen").read_text().splitlines())
+    assert {name for name in inherited if name in seen} == {"SBATCH_ACCOUNT", "SLURM_CONF"}
 
 
 @pytest.mark.slow  # a process that imports torch
