@@ -10,7 +10,6 @@ COCO's of its release of 2017.
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -105,6 +104,11 @@ class Report:
             example = f"{name}: {number:,}, expected {expected:,}"
             remedy = f"{UNPACK}; of a subset say what it holds (--classes, --counts)"
             self.add("wrong count", [example], remedy)
+
+    def pass_over(self, split: str, reasons: Iterable[tuple[str, int]]) -> None:
+        """Note what a reader leaves out of a split, which is no fault."""
+        for reason, count in reasons:
+            self.found[f"{split} passed over: {reason}"] = count
 
     @contextmanager
     def reading(self, kind: str, file: Path) -> Iterator[None]:
@@ -210,11 +214,12 @@ def _inspect_voc(root: Path, spec: Spec, report: Report) -> list[str]:
 
 def _inspect_coco(root: Path, spec: Spec, report: Report) -> list[str]:
     """<split>2017/*.jpg and annotations/instances_<split>2017.json, of the same images."""
-    from imsvd_core.data.coco import faults, read_listing  # pycocotools is slow to import
+    from imsvd_core.data.coco import faults, open_coco, read_listing  # pycocotools is slow
 
     files = []
     for split, expected in spec.counts.items():
         home, listing = root / f"{split}2017", root / f"annotations/instances_{split}2017.json"
+        purpose: sources.Split = "train" if split == "train" else "test"
         if not (home.is_dir() and listing.is_file()):
             report.add("missing folder or file", [f"{home} or {listing}"], PREPARE)
             continue
@@ -222,21 +227,29 @@ def _inspect_coco(root: Path, spec: Spec, report: Report) -> list[str]:
         files += [f"{home}/{name}" for name in sorted(names)]
         report.expect(f"{split} images", len(names), expected)
         with report.reading("unreadable annotation", listing):
-            coco = read_listing(listing)
-            images, marks = coco.dataset["images"], coco.dataset["annotations"]
-            report.found[f"{split} objects"] = len(marks)
-            report.expect(f"{split} categories", len(coco.cats), spec.classes)
+            tables = read_listing(listing)
+            images, categories = tables["images"], {repr(c.get("id")) for c in tables["categories"]}
+            report.found[f"{split} objects"] = len(tables["annotations"])
+            report.expect(f"{split} categories", len(categories), spec.classes)
             named = {str(image.get("file_name")) for image in images}
             report.add("missing image", (f"{home}/{name}" for name in sorted(named - names)))
             extra = (f"{home}/{name}" for name in sorted(names - named))
             remedy = f"if it was added, move it out of the data root; else {UNPACK}"
             report.add("image without annotation", extra, remedy)
-            twice = Counter(image["id"] for image in images) - Counter(list(coco.imgs))
-            report.add("image listed twice", (f"id {number} in {listing}" for number in twice))
-            lost = (mark["id"] for mark in marks if mark["image_id"] not in coco.imgs)
-            report.add("annotation of no image", (f"{number} in {listing}" for number in lost))
-            unusable = (fault for image in coco.imgs.values() for fault in faults(image, coco))
-            report.add("unusable annotation", (f"{fault} in {listing}" for fault in unusable))
+            wrong = list(faults(tables, purpose))
+            for kind, fault in wrong:
+                report.add(kind, [f"{fault} in {listing}"], f"correct the listing, or {UNPACK}")
+            if not wrong:
+                data = open_coco(f"coco:{root.absolute()}", purpose)
+                report.pass_over(split, data.passed_over)
+                if purpose == "test":
+                    lost = data.lost()
+                    report.found[f"{split} objects that the truth itself misses"] = len(lost)
+                    report.add(
+                        "object that scoring misses",
+                        (f"annotation {name} in {listing}" for name in lost),
+                        "give it a mask that covers pixels, or remove it",
+                    )
     return files
 
 

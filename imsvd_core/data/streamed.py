@@ -31,6 +31,8 @@ class StreamedImages:
     split: str  # "train" or "test"
     home: Path  # holds the images
     on_corrupt: OnCorrupt = field(default="error", kw_only=True)
+    #: what the data set holds beside these images and does not use: (reason, how often)
+    passed_over: tuple[tuple[str, int], ...] = field(default=(), repr=False, kw_only=True)
     #: the next image stands for one that cannot be read, which else is left out
     replaced: bool = field(default=False, kw_only=True)
     unreadable: set[int] = field(default_factory=set, repr=False, kw_only=True)  # images so far

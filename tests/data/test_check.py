@@ -60,7 +60,8 @@ def coco(root: Path) -> Spec:
         names = [f"{i:012d}.jpg" for i in range(count)]
         for name in names:
             draw(root / f"{split}2017" / name)
-        drawn = {"category_id": 7, "bbox": [1, 1, 5, 5], "area": 25, "segmentation": []}
+        drawn = {"category_id": 7, "bbox": [1, 1, 5, 5], "area": 25}
+        drawn["segmentation"] = [[1, 1, 6, 1, 6, 6, 1, 6]]
         told = {
             "images": [
                 {"id": i, "file_name": name, "height": 20, "width": 30}

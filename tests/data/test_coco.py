@@ -3,6 +3,8 @@ leaves it out.
 """
 
 import json
+import re
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,8 +13,10 @@ import torch
 from PIL import Image
 from pycocotools import mask as rle
 
-from imsvd_core.data.coco import CocoImages, open_coco
+from imsvd_core.data import check
+from imsvd_core.data.coco import CocoImages, faults, open_coco, read_listing
 from imsvd_core.data.workers import stream
+from imsvd_core.evaluation.detection.score import score
 
 CATEGORIES = [{"id": 7, "name": "green"}, {"id": 3, "name": "red"}, {"id": 90, "name": "blue"}]
 CHANNEL = {3: 0, 7: 1, 90: 2}
@@ -291,6 +295,148 @@ def test_what_is_no_data_root_is_told(drawn, tmp_path, spoil, error, message):
     name = spoil(tmp_path)
     with pytest.raises(error, match=message):
         open_coco(name if isinstance(name, str) else drawn, root=tmp_path)
+
+
+def packed(*counts):
+    """Run lengths of a picture of one row, compressed."""
+    return rle.frPyObjects({"size": [1, sum(counts)], "counts": list(counts)}, 1, sum(counts))[
+        "counts"
+    ].decode()
+
+
+def put(**values):
+    """A change of every object of a listing; a value may be made of the object's place."""
+
+    def change(images, objects):
+        for place, mark in enumerate(objects):
+            for name, value in values.items():
+                mark[name] = value(place) if callable(value) else value
+
+    return change
+
+
+def faulty(root):
+    """The problems that a check sees in a drawn root, but for its counts."""
+    spec = replace(check.SPECS["coco"], classes=3, counts={"train": 4, "val": 3})
+    return check.check("coco", root, spec=spec, workers=1).problems
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        put(id=1),
+        put(id=lambda place: place),
+        put(id=lambda place: f"object {place}"),
+        put(id=lambda place: 2**63 + place),
+        put(id=None),
+        put(id=lambda place: [place]),
+        lambda images, objects: [mark.pop("id") for mark in objects],
+        lambda images, objects: [mark.pop("iscrowd") for mark in objects],
+        put(iscrowd=None),
+        lambda images, objects: objects[0]["segmentation"].append([1, 1, 5, 5]),
+        lambda images, objects: objects.append({**objects[0], "bbox": [3, 3, 0, 5]}),
+        lambda images, objects: objects.extend([dict(mark) for mark in objects]),
+    ],
+)
+def test_truth_scored_against_itself_is_100_however_it_is_numbered_and_without_what_is_optional(
+    drawn, tmp_path, change
+):
+    for split in ("train", "val"):
+        alter(tmp_path, split, change)
+    assert faulty(tmp_path) == []
+    test = open_coco(drawn, "test")
+    assert test.lost() == []
+    truth = test.truth()
+    perfect = [
+        {**mark, "score": 1.0, "segmentation": truth.annToRLE(mark)} for mark in truth.anns.values()
+    ]
+    assert set(score(perfect, truth, test.ids.tolist()).values()) == {100}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (put(segmentation=[]), "annotation 1 has no mask"),
+        (put(segmentation=None), "annotation 1 has no mask"),
+        (put(segmentation=[[1, 1, 5, 5]]), "annotation 1 has no mask"),
+        (put(segmentation=[1, 1, 5, 1, 5, 5]), "annotation 1 has segmentation"),
+        (put(segmentation=[["1", "1", "5", "1", "5", "5"]]), "annotation 1 has segmentation"),
+        (put(segmentation="mask.png"), "annotation 1 has segmentation"),
+        (put(bbox=[]), r"annotation 1 has bbox \[\]"),
+        (put(bbox=None), "annotation 1 has bbox None"),
+        (put(bbox=[1, 2, 3]), r"annotation 1 has bbox \[1, 2, 3\]"),
+        (put(bbox=[1, 2, 3, "4"]), "annotation 1 has bbox"),
+        (put(bbox=[1, 2, 3, float("nan")]), "annotation 1 has bbox"),
+        (put(bbox=[9, 9, -3, 4]), "must not be negative"),
+        (put(area="large"), "annotation 1 has area 'large'"),
+        (put(area=-1), "annotation 1 has area -1"),
+        (put(iscrowd="0"), "annotation 1 has iscrowd '0'"),
+        (put(id=5, bbox=[]), r"annotation 5 \(number 1 of the list\) has bbox"),
+        (put(category_id="cat"), "is of an unknown category, 'cat'"),
+        (put(image_id="10"), "annotation of no image: 1"),
+        (put(image_id=11), "annotation of no image: 1"),
+        (lambda images, objects: images[0].update(id="10"), "id '10' must be a whole number"),
+        (lambda images, objects: images[0].update(id=2**63), "must be a whole number below 2"),
+        (lambda images, objects: images[1].update(id=10), "image listed twice: id 10"),
+        (lambda images, objects: images[0].update(width="64"), "image 10 has height and width"),
+        (lambda images, objects: images[0].update(file_name=3), "image 10 has file_name 3"),
+    ],
+)
+def test_annotations_that_cannot_serve_are_refused_by_the_reader_and_the_check_in_the_same_words(
+    drawn, tmp_path, change, said
+):
+    alter(tmp_path, "val", change)
+    with pytest.raises(ValueError, match=rf"instances_val2017\.json: .*{said}"):
+        open_coco(drawn, "test")
+    texts = [f"{problem.what}: {problem.first[0]}" for problem in faulty(tmp_path)]
+    assert any(re.search(said, text) for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("counts", "sound"),
+    [
+        ([4, 8], True),
+        (packed(4, 8), True),
+        (packed(1, 2, 1, 3, 2, 3), True),
+        ([4, 9], False),
+        ([13, -1], False),
+        (packed(4, 9), False),
+        (packed(4, 8) + "o", False),
+        ("", False),
+        ("\u00e9", False),
+        (3, False),
+    ],
+)
+def test_run_lengths_must_make_up_their_picture(drawn, tmp_path, counts, sound):
+    def change(images, objects):
+        images[0].update(height=3, width=4)
+        objects[0].update(segmentation={"size": [3, 4], "counts": counts}, bbox=[0, 0, 4, 3])
+
+    alter(tmp_path, "train", change)
+    listing = tmp_path / "annotations/instances_train2017.json"
+    wrong = [text for _, text in faults(read_listing(listing), "train")]
+    assert bool(wrong) != sound
+
+
+def test_what_training_leaves_out_is_counted_and_no_fault(drawn, tmp_path):
+    def change(images, objects):
+        objects[0].update(iscrowd=1)
+        objects[1].update(segmentation=[])
+        objects[2].update(bbox=[3, 3, 0, 0])
+
+    alter(tmp_path, "train", change)
+    passed_over = dict(open_coco(drawn).passed_over)
+    del passed_over["images without object"]
+    assert passed_over == {"crowds": 1, "objects without mask": 1, "boxes without area": 1}
+    assert faulty(tmp_path) == []
+
+
+def test_a_mask_that_covers_no_pixel_is_named_by_the_check_and_before_training(drawn, tmp_path):
+    thin = [[5.1, 5.1, 5.2, 5.1, 5.2, 5.2]]
+    alter(tmp_path, "val", lambda images, objects: objects[2].update(segmentation=thin))
+    assert open_coco(drawn, "test").lost() == ["3"]
+    (problem,) = faulty(tmp_path)
+    assert problem.first[0].startswith("annotation 3 in ")
 
 
 def test_a_resized_picture_is_refused(drawn, tmp_path):

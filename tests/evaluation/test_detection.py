@@ -558,6 +558,11 @@ def test_data_that_cannot_serve_are_refused(pair, tmp_path):
             backbone(), (pair[0], replace(pair[1], categories=(3, 7))), CONFIG, run_dir=tmp_path
         )
     assert not list(tmp_path.glob("*/checkpoints"))
+    thin = {"segmentation": [[5.1, 5.1, 5.2, 5.1, 5.2, 5.2]]}
+    alter(pair[0].home.parent, "val", lambda images, objects: objects[2].update(thin))
+    with pytest.raises(ValueError, match="misses 1 objects, such as annotation 3"):
+        evaluate(backbone(), (pair[0], open_coco(pair[0].name, "test")), CONFIG, run_dir=tmp_path)
+    assert not list(tmp_path.glob("*/checkpoints"))
     alter(pair[0].home.parent, "val", lambda images, objects: objects.clear())
     with pytest.raises(ValueError, match="lists no image with an object"):
         open_coco(pair[0].name, "test")

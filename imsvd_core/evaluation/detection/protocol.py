@@ -120,6 +120,7 @@ class DetectionConfig(Evaluation):
                 f"{test.listing} has other classes than {train.listing}: give two splits of one "
                 "data set"
             )
+        _refuse_unsound(test)
         detector, trainer = training(backbone, train, self, setup.folder, progress=setup.progress)
         for _ in steps(trainer, train, self):
             pass
@@ -135,6 +136,16 @@ class DetectionConfig(Evaluation):
             "train_images": len(train),
             "seconds": round(trainer.seconds, 1),
         }
+
+
+@on_rank_0
+def _refuse_unsound(test: CocoImages) -> None:
+    """Raise ValueError, before any work, where not even the truth would be scored 100."""
+    if lost := test.lost():
+        raise ValueError(
+            f"{test.listing}: scored against itself the truth misses {len(lost)} objects, such as "
+            f"annotation {lost[0]}: give each a mask that covers pixels, or remove it"
+        )
 
 
 def training(

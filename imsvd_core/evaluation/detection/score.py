@@ -20,7 +20,7 @@ def score(
     is to be found.
     """
     objects = truth.loadAnns(truth.getAnnIds(imgIds=list(images)))
-    if all(entry.get("iscrowd", 0) for entry in objects):
+    if all(entry["iscrowd"] for entry in objects):
         raise ValueError(
             f"images={list(images)[:3]}… ({len(images)}): no object is annotated "
             "there, so nothing can be scored"
@@ -42,6 +42,8 @@ def score(
                 scores.accumulate()
                 scores.summarize()
             precisions = scores.stats[:3].tolist()
+        if min(precisions) < 0:
+            raise ValueError(f"{kind}: COCO's scoring sees no object in images={list(images)[:3]}…")
         for measure, precision in zip(("ap", "ap50", "ap75"), precisions, strict=True):
             figures[f"{name}_{measure}"] = round(100 * precision, 2)
     return figures
