@@ -8,11 +8,20 @@ from typing import Literal
 import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from imsvd_core.system import checks
 
-BackboneName = Literal["narrow", "resnet18", "resnet50"]
+BackboneName = Literal[
+    "narrow",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]
 
 
 @dataclass(frozen=True)
@@ -20,17 +29,26 @@ class NetworkConfig:
     """A backbone and its projector."""
 
     backbone: BackboneName = "narrow"
-    """narrow: a ten-layer ResNet of width 32 for CPUs; resnet18, resnet50: torchvision's."""
+    """narrow: a ten-layer ResNet of width 32 for CPUs; the others are torchvision's."""
     cifar_stem: bool = True
     """3×3 first convolution and no max-pooling, for images of about 32 pixels."""
     hidden: tuple[int, ...] = (1024, 1024)
     """Widths of the projector's hidden layers, each with batch-norm and ReLU."""
     dim: int = 1024
     """Embedding dimension D: the projector's output."""
+    stem_padding: int | None = None
+    """Padding of the first convolution; by default 1 if that is 3×3, else 3."""
+    max_pool: bool | None = None
+    """Whether the first convolution is followed by max-pooling; by default unless it is 3×3."""
+    zero_init_residual: bool = False
+    """Start with every block as the identity: the last norm of each begins with the weight 0."""
+    init: Literal["kaiming", "pytorch"] = "kaiming"
+    """How the backbone's convolutions begin: normal for ReLU (torchvision's), or as PyTorch makes
+    them, uniform and smaller by √6."""
 
     def __post_init__(self) -> None:
         checks.literals(self)
-        checks.at_least(self, hidden=1, dim=1)
+        checks.at_least(self, hidden=1, dim=1, stem_padding=0)
 
 
 class NarrowResNet(ResNet):
@@ -51,12 +69,17 @@ class NarrowResNet(ResNet):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-def build_backbone(name: BackboneName = "resnet50", cifar_stem: bool = False) -> ResNet:
+def build_backbone(
+    name: BackboneName = "resnet50",
+    cifar_stem: bool = False,
+    stem_padding: int | None = None,
+    max_pool: bool | None = None,
+) -> ResNet:
     """A ResNet without its classifier: images (N, 3, H, W) → representations (N,
     `features(backbone)`).
 
     Its state dict is torchvision's without `fc.*`; with `cifar_stem`, `conv1` is 3×3 and the rest
-    fits.
+    fits. `stem_padding` and `max_pool` leave no trace there: they are as `NetworkConfig` says.
     """
     backbone = (
         NarrowResNet() if name == "narrow" else getattr(torchvision.models, name)(weights=None)
@@ -65,10 +88,36 @@ def build_backbone(name: BackboneName = "resnet50", cifar_stem: bool = False) ->
         width = backbone.conv1.out_channels
         backbone.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
+    if stem_padding is not None:
+        backbone.conv1.padding = (stem_padding, stem_padding)
+    if not (not cifar_stem if max_pool is None else max_pool):
         backbone.maxpool = nn.Identity()
     backbone.features = backbone.fc.in_features
     backbone.fc = nn.Identity()
     return backbone
+
+
+def stem(backbone: ResNet) -> dict[str, str]:
+    """What tells the first layers of a backbone apart, as a file's metadata hold it; what is as
+    usual is left out."""
+    kernel, padding = backbone.conv1.kernel_size[0], backbone.conv1.padding[0]
+    pools = not isinstance(backbone.maxpool, nn.Identity)
+    words = {"cifar_stem": str(kernel == 3)}
+    if padding != kernel // 2:
+        words["stem_padding"] = str(padding)
+    if pools == (kernel == 3):
+        words["max_pool"] = str(pools)
+    return words
+
+
+def _begin(backbone: ResNet, config: NetworkConfig) -> None:
+    """The first weights, where they are not torchvision's."""
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d) and config.init == "pytorch":
+            module.reset_parameters()
+        last = {BasicBlock: "bn2", Bottleneck: "bn3"}.get(type(module))
+        if last and config.zero_init_residual:
+            nn.init.zeros_(getattr(module, last).weight)
 
 
 def build_projector(features: int, hidden: Sequence[int], dim: int) -> nn.Sequential:
@@ -96,7 +145,10 @@ class TwinNetwork(nn.Module):
 
     @classmethod
     def build(cls, config: NetworkConfig) -> "TwinNetwork":
-        backbone = build_backbone(config.backbone, config.cifar_stem)
+        backbone = build_backbone(
+            config.backbone, config.cifar_stem, config.stem_padding, config.max_pool
+        )
+        _begin(backbone, config)
         return cls(backbone, build_projector(backbone.features, config.hidden, config.dim))
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,13 @@
 """`imsvd export`: a run's backbone for other toolkits."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
+
+from imsvd_core.system.foreign import ForeignConfig
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,7 @@ class ExportCommand:
     run: tyro.conf.Positional[Path]
     """Folder of a finished run, or a file of weights."""
     to: Literal["torchvision", "timm", "detectron2", "safetensors"]
+    foreign: Annotated[ForeignConfig, tyro.conf.arg(name="")] = field(default_factory=ForeignConfig)
     out: Path | None = None
     """The file; by default backbone-TO with its suffix, in the run's folder."""
 
@@ -25,7 +28,7 @@ def export(argv: Sequence[str]) -> None:
     from imsvd_core import export as exporting  # imports torch
     from imsvd_core.runs.backbones import open_backbone
 
-    trained = open_backbone(command.run)
+    trained = open_backbone(command.run, foreign=command.foreign)
     network = trained.recipe.network
     name = f"backbone-{command.to}{exporting.SUFFIXES[command.to][0]}"
     path = exporting.export(

@@ -30,6 +30,7 @@ from imsvd_core.runs.backbones import TrainedBackbone, open_backbone
 from imsvd_core.runs.bench import bench_step
 from imsvd_core.system import signals
 from imsvd_core.system.devices import pick_device
+from imsvd_core.system.foreign import ForeignConfig
 
 Settings = TypeVar("Settings")
 
@@ -56,9 +57,10 @@ class EvaluateCommand(Generic[Settings]):
     evaluation's)."""
 
     run: tyro.conf.Positional[Path]
-    """Folder of a finished run, or a file of anybody's weights: a state dict of torchvision's names
-    (.pth, .pt, .safetensors)."""
+    """Folder of a finished run, or a file of anybody's weights of a ResNet (.pth, .pt, .ckpt, .pkl,
+    .safetensors)."""
     config: Annotated[Settings, tyro.conf.arg(name="")]
+    foreign: Annotated[ForeignConfig, tyro.conf.arg(name="")] = field(default_factory=ForeignConfig)
     eval_view: EvalViewConfig = field(default_factory=EvalViewConfig)
     data: str = "auto"
     """Data set: those of `imsvd pretrain`; voc:PATH and coco:PATH for VOC's and COCO's layouts."""
@@ -149,14 +151,16 @@ def parse_evaluation(
     def parse_with(run: Any, default: EvaluationRecipe) -> Any:
         # The class is known only when this runs.
         kind: Any = EvaluateCommand[type(default.config)]  # type: ignore[misc]
-        start = EvaluateCommand(run, default.config, default.eval_view, default.data, scale)
+        start = EvaluateCommand(
+            run, default.config, eval_view=default.eval_view, data=default.data, scale=scale
+        )
         return parse(kind, rest, prog=f"{prog} {name}", default=start)
 
-    run = parse_with(tyro.MISSING, evaluation(name, scale)).run
+    command = parse_with(tyro.MISSING, evaluation(name, scale))
     # The backbone decides from what the other settings start.
-    trained = open_backbone(run, scale)
-    default = evaluation(name, scale, trained.recipe)
-    command = parse_with(run, default)
+    trained = open_backbone(command.run, scale, command.foreign)
+    default = evaluation(name, scale, trained.recipe, trained.view)
+    command = parse_with(command.run, default)
     return command, replace(trained, folder=command.out or trained.folder), default
 
 

@@ -1,6 +1,7 @@
 """What a recipe is: one pretraining and the evaluations that belong to it, at three scales."""
 
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from imsvd_core.engine.config import LoopConfig
@@ -54,9 +55,16 @@ class Recipe:
     next if streamed."""
     samples: int | None = None
     """Training images to use, class-balanced; all of them by default."""
+    init: Path | None = None
+    """Anybody's file of weights, or the folder of a finished run, whose backbone this training
+    starts from, on a schedule of its own; by default from random weights."""
+    weights_key: str | None = None
+    """Which network of `init`, where that holds several: its name there, or a part of it."""
 
     def __post_init__(self) -> None:
         self.method.check(self.network)
+        if self.weights_key and not self.init:
+            raise ValueError(f"weights_key={self.weights_key!r} chooses in a file: give its init")
 
     def training_settings(self) -> dict[str, Any]:
         """What fixes the training: all but what judges it, and may change after it, and how spoilt

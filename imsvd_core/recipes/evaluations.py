@@ -8,6 +8,7 @@ from imsvd_core.engine.optim import OptimConfig
 from imsvd_core.evaluation.base import Evaluation
 from imsvd_core.evaluation.detection.detector import DetectorConfig
 from imsvd_core.evaluation.detection.protocol import DetectionConfig
+from imsvd_core.evaluation.linear import LinearConfig
 from imsvd_core.evaluation.svm import SVMConfig
 from imsvd_core.recipes.base import EvalViewConfig, Recipe, fast_here
 from imsvd_core.recipes.imagenet import imagenet
@@ -27,11 +28,14 @@ class EvaluationRecipe:
 
 
 def evaluation(
-    name: str, scale: str | None = None, trained: Recipe | None = None
+    name: str,
+    scale: str | None = None,
+    trained: Recipe | None = None,
+    needed: EvalViewConfig | None = None,
 ) -> EvaluationRecipe:
     """The evaluation `name` at a scale, of a backbone that was `trained` so: knn and linear as its
     recipe has them (by default ImageNet's), the others as the paper does, all with the
-    normalisation of the backbone's images.
+    normalisation of the backbone's images, and as large as those are `needed`.
 
     Raises ValueError naming the evaluations there are.
     """
@@ -40,10 +44,20 @@ def evaluation(
     size = current_scale(scale)
     own = trained or fast_here(imagenet(size), size)
     if name in OWN:
-        return EvaluationRecipe(getattr(own, name), own.data, own.eval_view)
+        return EvaluationRecipe(_sized(getattr(own, name), needed), own.data, own.eval_view)
     recipe = fast_here(EVALUATIONS[name](size), size)
-    view = replace(recipe.eval_view, mean=own.eval_view.mean, std=own.eval_view.std)
-    return EvaluationRecipe(recipe.config.normalised(view.mean, view.std), recipe.data, view)
+    view = replace(needed or recipe.eval_view, mean=own.eval_view.mean, std=own.eval_view.std)
+    config = _sized(recipe.config.normalised(view.mean, view.std), needed)
+    return EvaluationRecipe(config, recipe.data, view)
+
+
+def _sized(config: Evaluation, needed: EvalViewConfig | None) -> Evaluation:
+    """The settings for images of the size that is needed; a detector has sizes of its own."""
+    if needed and isinstance(config, LinearConfig):
+        return replace(config, view=replace(config.view, size=needed.size))
+    if needed and isinstance(config, SVMConfig):
+        return replace(config, resize=needed.resize, size=needed.size)
+    return config
 
 
 def _imagenet_knn(scale: Scale) -> EvaluationRecipe:

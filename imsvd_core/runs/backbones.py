@@ -2,7 +2,8 @@
 weights."""
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,11 +11,15 @@ import safetensors.torch
 import torch
 from torchvision.models.resnet import ResNet
 
-from imsvd_core.export import read_state_dict
-from imsvd_core.networks import NetworkConfig, build_backbone
-from imsvd_core.recipes import Recipe, Scale, recipe
+from imsvd_core.networks import NetworkConfig, build_backbone, stem
+from imsvd_core.recipes import EvalViewConfig, Recipe, Scale, recipe
 from imsvd_core.system.config import from_plain
 from imsvd_core.system.files import atomic_write
+from imsvd_core.system.foreign import ForeignConfig
+from imsvd_core.views import IMAGENET_MEAN, IMAGENET_STD
+from imsvd_core.weights import read
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,15 +34,19 @@ class TrainedBackbone:
     """The folder that receives its results."""
     is_ours: bool
     """Whether `recipe` really trained it."""
+    view: EvalViewConfig | None = None
+    """What it needs to see of an image, at whatever scale; None for what the scale shows."""
 
 
-def open_backbone(path: Path | str, scale: Scale | None = None) -> TrainedBackbone:
-    """The backbone of a finished run's folder, or of a file of weights under torchvision's names
-    (.pth, .pt, .safetensors).
+def open_backbone(
+    path: Path | str, scale: Scale | None = None, foreign: ForeignConfig | None = None
+) -> TrainedBackbone:
+    """The backbone of a finished run's folder, or of anybody's file of weights (`weights.read`).
 
     The evaluations of a file start from ImageNet's recipe, or from CIFAR-10's if its first
-    convolution is of that kind; their results go to runs/FILE. Raises FileNotFoundError or
-    ValueError for a path that is neither.
+    convolution is of that kind; torchvision's networks with ImageNet's see 224 pixels at every
+    scale. Their results go to runs/FILE. A line in the log says what was recognised, and what was
+    taken for granted. Raises FileNotFoundError or ValueError for a path that is neither.
     """
     path = Path(path)
     if not path.exists():
@@ -46,15 +55,14 @@ def open_backbone(path: Path | str, scale: Scale | None = None) -> TrainedBackbo
             "file of weights (.pth, .pt, .safetensors)"
         )
     if path.is_dir():
+        if foreign not in (None, ForeignConfig()):
+            raise ValueError(
+                "weights_key, stem_padding and max_pool are for files of weights: leave them out, "
+                f"run={str(path)!r} is the folder of a run"
+            )
         trained = TrainedBackbone(*load_run(path), path, is_ours=True)
     else:
-        name, cifar_stem, state = read_state_dict(path)
-        backbone = build_backbone(name, cifar_stem)
-        backbone.load_state_dict(state)
-        template = recipe("cifar10" if cifar_stem else "imagenet-100", scale)
-        network = replace(template.network, backbone=name, cifar_stem=cifar_stem)
-        template = replace(template, network=network)
-        trained = TrainedBackbone(template, backbone, Path("runs") / path.stem, is_ours=False)
+        trained = _open_file(path, scale, foreign or ForeignConfig())
     state = trained.backbone.state_dict()
     if names := [name for name, value in state.items() if not value.isfinite().all()]:
         raise ValueError(
@@ -62,6 +70,43 @@ def open_backbone(path: Path | str, scale: Scale | None = None) -> TrainedBackbo
             f"first is {names[0]}: give another checkpoint; these weights cannot be evaluated"
         )
     return trained
+
+
+def _open_file(path: Path, scale: Scale | None, foreign: ForeignConfig) -> TrainedBackbone:
+    found = read(path, foreign.weights_key)
+    template = recipe("cifar10" if found.cifar_stem else "imagenet-100", scale)
+    padding, pools = _first_layers(found.metadata)
+    network = replace(
+        template.network,
+        backbone=found.name,
+        cifar_stem=found.cifar_stem,
+        stem_padding=padding if foreign.stem_padding is None else foreign.stem_padding,
+        max_pool=pools if foreign.max_pool is None else foreign.max_pool,
+    )
+    backbone = build_backbone(
+        network.backbone, network.cifar_stem, network.stem_padding, network.max_pool
+    )
+    backbone.load_state_dict(found.state)
+    view = None
+    if not found.cifar_stem and found.name != "narrow":
+        view = EvalViewConfig(256, 224, IMAGENET_MEAN, IMAGENET_STD)
+    seen = view or template.eval_view
+    template = replace(template, network=network, eval_view=seen)
+    log.info(
+        "%s: %s; taken for granted: its first convolution is padded by %d and %sfollowed by "
+        "max-pooling (--stem-padding, --max-pool), wider strides are in 3×3 convolutions, images "
+        "are RGB, normalised by %s and %s, and %d pixels wide (--eval-view)",
+        path,
+        found,
+        backbone.conv1.padding[0],
+        "" if isinstance(backbone.maxpool, torch.nn.MaxPool2d) else "not ",
+        seen.mean,
+        seen.std,
+        seen.size,
+    )
+    key = f"-{foreign.weights_key.replace('/', '_')}" if foreign.weights_key else ""
+    folder = Path("runs") / f"{path.stem}{key}"
+    return TrainedBackbone(template, backbone, folder, is_ours=False, view=view)
 
 
 def load_run(run_dir: Path | str) -> tuple[Recipe, ResNet]:
@@ -90,7 +135,7 @@ def save_backbone(
         name: value.to(dtype if value.is_floating_point() else None).contiguous().cpu()
         for name, value in backbone.state_dict().items()
     }
-    metadata = {"backbone": config.backbone, "cifar_stem": str(config.cifar_stem)}
+    metadata = {"backbone": config.backbone, **stem(backbone)}
     with atomic_write(path, check) as file:
         file.write(safetensors.torch.save(weights, metadata))
 
@@ -104,6 +149,14 @@ def load_backbone(path: Path | str) -> ResNet:
         raise ValueError(
             f"{path} does not say which backbone it holds: give a file that `imsvd pretrain` wrote"
         )
-    backbone = build_backbone(metadata["backbone"], metadata["cifar_stem"] == "True")
+    backbone = build_backbone(
+        metadata["backbone"], metadata["cifar_stem"] == "True", *_first_layers(metadata)
+    )
     backbone.load_state_dict(safetensors.torch.load_file(path))
     return backbone
+
+
+def _first_layers(metadata: Mapping[str, str]) -> tuple[int | None, bool | None]:
+    """Padding and max-pooling that a file's metadata name, as `networks.stem` writes them."""
+    padding, pools = metadata.get("stem_padding"), metadata.get("max_pool")
+    return (int(padding) if padding else None, pools == "True" if pools else None)

@@ -1,17 +1,21 @@
 """Pretraining: a recipe's method, views and data, and the trainer that takes their steps."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import Tensor
+from torchvision.models.resnet import ResNet
 
 from imsvd_core.data import FolderImages, Images, open_data
 from imsvd_core.discretization import hardness, joint, soft_discretize
 from imsvd_core.distributed import on_rank_0, rank_0_first
+from imsvd_core.engine import checkpoints
+from imsvd_core.engine.optim import learning_rate
 from imsvd_core.engine.order import stream_seed
 from imsvd_core.engine.trainer import Progressed, Trainer
 from imsvd_core.evaluation import knn
@@ -22,10 +26,11 @@ from imsvd_core.methods.base import TwinMethod
 from imsvd_core.networks import NetworkConfig, TwinNetwork
 from imsvd_core.recipes import Recipe
 from imsvd_core.results import provenance
-from imsvd_core.runs.backbones import save_backbone
+from imsvd_core.runs.backbones import open_backbone, save_backbone
 from imsvd_core.system import signals
-from imsvd_core.system.config import plain
+from imsvd_core.system.config import from_plain, plain
 from imsvd_core.system.devices import PRECISIONS
+from imsvd_core.system.foreign import ForeignConfig
 from imsvd_core.system.run_folder import RunFolder
 from imsvd_core.views import EvalView, Views
 
@@ -65,7 +70,11 @@ class Pretraining:
             self.train = self.gallery.subset(recipe.samples)
         self.views = Views(recipe.views.configs)
         self.eval_view = EvalView(**asdict(recipe.eval_view))
+        folder = run_dir.path if isinstance(run_dir, RunFolder) else Path(run_dir)
+        _refuse_other_epochs(recipe, folder, len(self.train))
         self.method = build_method(recipe)
+        if recipe.init and not checkpoints.paths(folder / "checkpoints"):
+            start_from(recipe, self.method)
         self.network = self.method.network
         self.precision = PRECISIONS[recipe.loop.precision]
         self.trainer = Trainer(
@@ -222,6 +231,51 @@ def load_data(recipe: Recipe, *, progress: bool = False) -> tuple[Images, Images
     if isinstance(train, Images) and isinstance(test, Images):
         return train, test
     raise ValueError(f"data={recipe.data!r} has no classes: give folder:PATH or a data set's name")
+
+
+def start_from(recipe: Recipe, method: TwinMethod) -> None:
+    """Load the backbone of `recipe.init` into every backbone of the method, a momentum copy's too.
+
+    Raises ValueError for another network than the recipe's, and what `open_backbone` raises.
+    """
+    network = recipe.network
+    foreign = ForeignConfig(recipe.weights_key)
+    if Path(str(recipe.init)).is_file():
+        foreign = replace(foreign, stem_padding=network.stem_padding, max_pool=network.max_pool)
+    given = open_backbone(str(recipe.init), foreign=foreign)
+    theirs, ours = given.recipe.network, (network.backbone, network.cifar_stem)
+    if (theirs.backbone, theirs.cifar_stem) != ours:
+        flag = "cifar-stem" if theirs.cifar_stem else "no-cifar-stem"
+        raise ValueError(
+            f"init={str(recipe.init)!r} holds {theirs.backbone} with cifar_stem="
+            f"{theirs.cifar_stem}, and the recipe trains {ours[0]} with cifar_stem={ours[1]}: "
+            f"pass --network.backbone {theirs.backbone} --network.{flag}, or give other weights"
+        )
+    for module in method.modules():
+        if isinstance(module, ResNet):
+            module.load_state_dict(given.backbone.state_dict())
+
+
+def _refuse_other_epochs(recipe: Recipe, folder: Path, samples: int) -> None:
+    """Raise ValueError where a run there is of another number of epochs: its schedule was made for
+    them."""
+    if not (folder / "config.json").exists() or not checkpoints.paths(folder / "checkpoints"):
+        return
+    before = from_plain(Recipe, json.loads((folder / "config.json").read_text())).loop.epochs
+    epochs, per_epoch = recipe.loop.epochs, samples // recipe.loop.batch_size
+    if before == epochs:
+        return
+    last, steps = before * per_epoch - 1, epochs * per_epoch
+    rate = learning_rate(recipe.optim, last, last + 1, per_epoch)
+    other = learning_rate(recipe.optim, min(last, steps - 1), steps, per_epoch)
+    more = max(1, epochs - before)
+    raise ValueError(
+        f"run_dir={str(folder)!r} holds a run of loop.epochs={before}, not {epochs}: its "
+        f"learning rate ends at {rate:.2g} after epoch {before}, where a run of {epochs} would be "
+        f"at {other:.2g}, so that to go on would be neither. For a run of {epochs} epochs give "
+        f"another --run-dir; to train its backbone for {more} more, on a schedule that starts "
+        f"anew, pass --init {folder} --loop.epochs {more} and another --run-dir"
+    )
 
 
 def build_method(recipe: Recipe) -> TwinMethod:

@@ -225,7 +225,7 @@ def test_what_cannot_be_is_said_in_one_line(weights, capsys):
     for words, message in (
         (
             ["evaluate", "svd", str(weights)],
-            "evaluation='svd' must be one of knn, linear, imagenet-knn",
+            "evaluation='svd' is unknown. There are: knn, linear, imagenet-knn",
         ),
         (["evaluate", "voc07-svm", str(weights)], "voc-mini"),
         (["export", str(weights), "--to", "onnx"], "onnx"),
