@@ -74,7 +74,7 @@ class EvaluateCommand(Generic[Settings]):
     """Folder of the result; the run's own by default, runs/FILE for a file of weights."""
     progress: bool = True
     overwrite: bool = False
-    """Replace a result that other settings have given."""
+    """Replace the result that is there, if any, and do anew all that has led to it."""
 
 
 @dataclass(frozen=True)

@@ -350,8 +350,8 @@ def _fault_of_object(
     return ""
 
 
-def _is_number(value: object, *kinds: type) -> bool:
-    return type(value) in (kinds or (int, float)) and -BOUND <= value < BOUND  # type: ignore[operator]
+def _is_number(value: Any, *kinds: type) -> bool:
+    return type(value) in (kinds or (int, float)) and -BOUND <= value < BOUND
 
 
 def _are_polygons(shape: Any) -> bool:

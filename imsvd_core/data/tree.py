@@ -43,11 +43,6 @@ class FolderImages(StreamedImages):
     labels: Tensor = field(repr=False)  # int64 (N,), indices into `classes`
     classes: tuple[str, ...] = field(repr=False)
 
-    @property
-    def skipped(self) -> int:
-        """Unreadable files met so far, each replaced by the next one of the list."""
-        return len(self.unreadable)
-
     def file(self, index: int) -> Path:
         return self.home / self.classes[self.labels[index]] / os.fsdecode(self.names[index])
 
@@ -55,8 +50,9 @@ class FolderImages(StreamedImages):
         return self.labels
 
     def identity(self) -> list[Tensor]:
-        """Names and labels: a fingerprint of these images is made of them."""
-        return [torch.frombuffer(bytearray(self.names.tobytes()), dtype=torch.uint8), self.labels]
+        """Names, contents and labels: a fingerprint of these images is made of them."""
+        files = bytearray(self.names.tobytes() + self.contents())
+        return [torch.frombuffer(files, dtype=torch.uint8), self.labels]
 
     def views(
         self,

@@ -82,7 +82,7 @@ def in_threads(
     from joblib import Parallel, delayed  # slow to import
 
     pool = Parallel(
-        workers or share_of_cores(),
+        workers or share_of_cores() or 1,
         backend="threading",
         batch_size=GROUP,
         return_as="generator",

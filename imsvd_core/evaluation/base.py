@@ -2,18 +2,19 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
 
+from imsvd_core.data.streamed import StreamedImages
+from imsvd_core.distributed import on_rank_0
 from imsvd_core.engine.config import LoopConfig
 from imsvd_core.evaluation.features import fingerprint, subset
 from imsvd_core.system.config import essential, plain
 from imsvd_core.views import EvalView
 
 Color = tuple[float, float, float]  #: of red, green and blue
-Data = TypeVar("Data")
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,18 @@ class Evaluation:
     sizes: ClassVar[tuple[str, str]] = ("train_images", "test_images")
     """Names of the settings that say how many images of (train, test) to use, None for all."""
 
-    def choose(self, *data: Data) -> list[Data]:
-        """The images of (train, test) that are used. Raises ValueError, naming the setting, where
+    def choose(self, *data: Any, ranks: bool = True, progress: bool = False) -> list[Any]:
+        """The images of (train, test) that are used: the subsets, without what cannot be read and
+        is to be skipped; for the `ranks` rank 0 tries. Raises ValueError, naming the setting, where
         there are not as many."""
-        return [
-            subset(images, getattr(self, name), f"{self.evaluation}.{name}")
-            for images, name in zip(data, self.sizes, strict=True)
-        ]
+        chosen = []
+        for images, name in zip(data, self.sizes, strict=True):
+            images = subset(images, getattr(self, name), f"{self.evaluation}.{name}")
+            if isinstance(images, StreamedImages):
+                unsound = on_rank_0(images.unsound) if ranks else images.unsound
+                images = images.without(unsound(progress))
+            chosen.append(images)
+        return chosen
 
     def identity(self, backbone: nn.Module) -> dict[str, Any]:
         """Its settings, but those that a resumption may change, and the backbone: with the data,

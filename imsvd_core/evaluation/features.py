@@ -96,7 +96,7 @@ def check_size(n: int | None, data: Any, setting: str) -> None:
 def subset(data: Data, n: int | None, setting: str) -> Data:
     """`n` images of `data`, or all for None. Raises ValueError as `check_size`."""
     check_size(n, data, setting)
-    return data if n is None else data.subset(n)
+    return data if n in (None, len(data)) else data.subset(n)
 
 
 def sum_over_ranks(counts: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ def evaluate(
     FileNotFoundError and ValueError for images that cannot be read.
     """
     config.check(*data)
-    train, test = config.choose(*data)
+    train, test = config.choose(*data, ranks=False)
     return _evaluate(backbone, train, test, config, Setup(Path(), view, device, precision), False)
 
 
@@ -124,6 +124,7 @@ def _evaluate(
     ranks: bool,
 ) -> dict[str, float]:
     """`evaluate`; or what the ranks do together, of which `setup.folder` keeps what is done."""
+    _refuse_large_k(config.neighbors, len(train), "knn.neighbors")
     path = setup.folder / "queries.safetensors"
     if ranks and path.exists():
         queries = safetensors.torch.load_file(path, device=str(setup.device))["features"]

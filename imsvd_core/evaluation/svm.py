@@ -118,7 +118,7 @@ class SVMConfig(Evaluation):
         See `fit` for what is returned and raised beside; raises ValueError too for splits that
         differ in classes or share images, and for a map that `pool` does not fit.
         """
-        train, test = self.choose(*data)
+        train, test = self.choose(*data, ranks=False)
         if train.classes != test.classes:
             names = sorted(set(train.classes) ^ set(test.classes))
             raise ValueError(f"the splits differ in classes {names}: give both of one data set")
@@ -407,8 +407,6 @@ class _Windows(nn.AvgPool2d):
 
 
 def _identity(data: VOCImages) -> list[Any]:
-    """What changes with the images and their labels; files are told apart by name and size."""
-    files = [data.file(index) for index in range(len(data))]
-    sizes = [file.stat().st_size if file.exists() else None for file in files]
-    names = config_hash(list(zip(data.stems, sizes, strict=True)))
-    return [data.title, data.classes, names, fingerprint(data.labels), data.on_corrupt]
+    """What changes with the images and their labels."""
+    names = config_hash(list(data.stems))
+    return [data.title, data.classes, names, data.contents().hex(), fingerprint(data.labels)]

@@ -1,5 +1,6 @@
 """One evaluation, from its name and a backbone to its result file."""
 
+import shutil
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -43,7 +44,7 @@ def evaluate(
     On several ranks all share the work. The same call resumes one that was cut off. `device` is
     that of the settings by default. Raises ValueError for data of another layout than the
     evaluation needs; FileExistsError if the result in that place comes from other settings, unless
-    `overwrite`; `signals.Stopped` after a notice.
+    `overwrite`, which does all anew that led to the result there; `signals.Stopped` after a notice.
     """
     _check_layout(name, recipe)
     default_data = recipe.data if default_data is None else default_data
@@ -51,6 +52,8 @@ def evaluate(
     origin = _settings(trained, recipe, on_corrupt)
 
     _refuse_to_replace(path, origin, overwrite)
+    if overwrite:
+        _forget(path)
     start, config = time.perf_counter(), recipe.config
     if device and config.loop:
         config = replace(config, loop=replace(config.loop, device=device))
@@ -59,7 +62,7 @@ def evaluate(
         view=EvalView(**asdict(recipe.eval_view)),
         device=pick_device(device or loop.device),
         precision=PRECISIONS[loop.precision],
-        folder=trained.folder / name,
+        folder=path.with_suffix(""),
         progress=progress,
     )
     open_split = partial(open_data, recipe.data, on_corrupt=on_corrupt, progress=progress)
@@ -89,6 +92,14 @@ def _refuse_to_replace(path: Path, settings: dict[str, Any], overwrite: bool) ->
     # Results from before the schemas are known by all values.
     if stored not in (config_hash(settings), full_hash(settings)):
         raise FileExistsError(f"{path} comes from other settings: pass --overwrite to replace it")
+
+
+@on_rank_0
+def _forget(path: Path) -> None:
+    """Remove a result and what was kept for it; what has led to none yet is resumed."""
+    if path.exists():
+        shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+        path.unlink()
 
 
 def _check_layout(name: str, recipe: EvaluationRecipe) -> None:

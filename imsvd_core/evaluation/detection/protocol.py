@@ -125,7 +125,7 @@ class DetectionConfig(Evaluation):
         for _ in steps(trainer, train, self):
             pass
         trainer.refuse_unfinished()
-        test_settings = {**plain(self), "loop": None, "data": fingerprint(test.ids, test.records)}
+        test_settings = {**plain(self), "loop": None, "data": _identity(test)}
         folder = trainer.run.path.resolve() / f"test-{config_hash(test_settings)}"
         # Every block of detections is kept as it comes.
         with trainer.run.on_rank_0(), signals.interruptible():
@@ -136,6 +136,11 @@ class DetectionConfig(Evaluation):
             "train_images": len(train),
             "seconds": round(trainer.seconds, 1),
         }
+
+
+def _identity(images: CocoImages) -> list[str]:
+    """What changes with the images and what stands in them."""
+    return [fingerprint(images.ids, images.records), images.contents().hex()]
 
 
 @on_rank_0
@@ -169,7 +174,7 @@ def training(
         del settings[name]
     for name in DETECTOR_TEST_SETTINGS:
         del settings["detector"][name]
-    settings["data"] = [train.title, fingerprint(train.ids, train.records)]
+    settings["data"] = [train.title, *_identity(train)]
     trainer = Trainer(
         Detection(detector),
         len(train),
