@@ -7,6 +7,7 @@ Russakovsky et al. (2015), Places205's of Zhou et al. (2014), VOC's of its devel
 COCO's of its release of 2017.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -296,7 +297,8 @@ def check(
     spec: Spec | None = None,
     progress: bool = False,
 ) -> Report:
-    """Verify a data root and leave the report in it as a stamp, if it can be written there.
+    """Verify a data root and leave the report in it as a stamp, or in the user's cache if it cannot
+    be written there.
 
     Args:
         name: one of `SPECS`.
@@ -321,21 +323,41 @@ def check(
     if decode != "none":
         faults = in_threads(partial(_fault, decode), files, "images", workers, progress)
         report.add("unreadable image", filter(None, faults))
-    # Others' data may be read-only; then every launch will have to ask.
-    with suppress(OSError), atomic_write(root / STAMP) as file:
-        file.write(json.dumps(asdict(report), indent=2).encode() + b"\n")
+    content = json.dumps(asdict(report), indent=2).encode() + b"\n"
+    for stamp in (root / STAMP, _own_stamp(name, root)):
+        with suppress(OSError):  # others' data may be read-only
+            with atomic_write(stamp) as file:
+                file.write(content)
+            break
     return report
 
 
 def checked(name: str, root: Path | str) -> Report | None:
-    """The report that the last `check` of this data set left in the root, or None."""
-    try:
-        stamp = json.loads((Path(root).expanduser() / STAMP).read_text())
-        stamp["problems"] = [Problem(**problem) for problem in stamp["problems"]]
-        report = Report(**stamp)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return report if report.name == name else None
+    """The report that the last `check` of this data set left in the root or, where that could not
+    be written, in the user's cache; None if there is none."""
+    root = Path(root).expanduser()
+    for place in (_own_stamp(name, root), root / STAMP):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            stamp = json.loads(place.read_text())
+            stamp["problems"] = [Problem(**problem) for problem in stamp["problems"]]
+            report = Report(**stamp)
+            if report.name == name:
+                return report
+    return None
+
+
+def _own_stamp(name: str, root: Path) -> Path:
+    """The file in the user's cache for a root of this path and these contents: its folders' names
+    and times, to the depth of classes."""
+    home = voc.base_of(root.resolve())
+    facts = [f"{name} in {home}"]
+    with suppress(OSError):
+        for path in sorted((*home.glob("*"), *home.glob("*/*"))):
+            if path.name != STAMP:
+                facts.append(f"{path} {path.stat().st_mtime_ns}")
+    digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "imsvd" / "checked" / f"{digest}.json"
 
 
 def _fault(decode: Decode, file: str) -> str | None:

@@ -10,6 +10,7 @@ from imsvd_core.data import tree
 from imsvd_core.launch import LaunchConfig, plan
 from imsvd_core.methods import IMSVD, BarlowTwins, VICReg
 from imsvd_core.recipes import recipe
+from imsvd_core.system.files import atomic_write
 
 FULL = LaunchConfig(nodes=4, gpus_per_node=8, gpu_hour_price=2.0)
 
@@ -162,6 +163,28 @@ def test_data_that_were_not_checked_or_found_wanting_are_refused(imagenet, tmp_p
         "has not been checked: run imsvd data check imagenet"
         in plan("imagenet-100", full, FULL, tmp_path).refused[0]
     )
+
+
+def test_a_check_of_a_root_that_is_read_only_counts_while_its_contents_are_the_same(
+    imagenet, tmp_path, monkeypatch
+):
+    def read_only(path, *check):
+        if path.is_relative_to(imagenet):
+            raise OSError(30, "Read-only file system")
+        return atomic_write(path, *check)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(prepared, "atomic_write", read_only)
+    (imagenet / prepared.STAMP).unlink()
+    (imagenet / "val" / "n01440764").mkdir(parents=True)
+    (imagenet / "val" / "n01440764" / "two.JPEG").touch()
+    spec = replace(prepared.find_spec("imagenet"), counts={"train": 1, "val": 1}, classes=1)
+    full = recipe("imagenet-100", "full")
+    assert prepared.check("imagenet", imagenet, decode="none", spec=spec).ok
+    assert not (imagenet / prepared.STAMP).exists()
+    assert not plan("imagenet-100", full, FULL, tmp_path).refused
+    (imagenet / "train" / "n01440764" / "three.JPEG").touch()
+    assert "has not been checked" in plan("imagenet-100", full, FULL, tmp_path).refused[0]
 
 
 def test_a_folders_images_are_counted_without_being_read(tmp_path, monkeypatch):
