@@ -12,7 +12,7 @@ from importlib import import_module
 
 from imsvd_core.commands.words import COMMANDS, look_over
 from imsvd_core.system import signals
-from imsvd_core.system.faults import Fault
+from imsvd_core.system.faults import REMEDIES, Fault
 
 
 def run(argv: Sequence[str]) -> None:
@@ -27,10 +27,16 @@ def run(argv: Sequence[str]) -> None:
 def _told_in_one_line(argv: Sequence[str]) -> Iterator[None]:
     try:
         yield
-    except (ValueError, FileNotFoundError, FileExistsError, Fault) as error:
-        if _first_to_say(str(error)):
+    except (ValueError, OSError, Fault) as error:
+        words = str(error)
+        if isinstance(error, OSError):
+            remedy = REMEDIES.get(error.errno or 0)
+            if not (remedy or isinstance(error, FileNotFoundError | FileExistsError)):
+                raise
+            words = f"{words}: {remedy}" if remedy else words
+        if _first_to_say(words):
             command = argv[0] if argv and argv[0] in COMMANDS else ""
-            print(f"imsvd {command}".strip() + f": {error}", file=sys.stderr)
+            print(f"imsvd {command}".strip() + f": {words}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -17,7 +17,8 @@ class DataCheckCommand:
     """Verify a prepared data root: classes, counts, annotations, unreadable files.
 
     Exits with 0 if all is well, else with 2; leaves its report in the root as .imsvd-checked.json,
-    or in the user's cache where the root is read-only. Without a root it says how to prepare one."""
+    or in the user's cache where the root is read-only.
+    Without a root it says how to prepare one."""
 
     name: tyro.conf.Positional[str]
     """imagenet, places205, voc07 or coco."""

@@ -11,6 +11,7 @@ import tyro
 from imsvd_core.commands.common import wide_console
 from imsvd_core.commands.words import peek
 from imsvd_core.system.cluster import LaunchConfig, load_profile
+from imsvd_core.system.looks import looks
 from imsvd_core.system.scale import Scale, current_scale
 
 if TYPE_CHECKING:  # the functions import what imports torch: help and refusals do not wait for it
@@ -114,6 +115,7 @@ def launch(argv: Sequence[str]) -> None:
         return_unknown_args=True,
     )
     from imsvd_core import launch as launcher
+    from imsvd_core.data.sources import data_root
     from imsvd_core.launch.graph import Graph
     from imsvd_core.launch.status import standings_of
 
@@ -132,12 +134,15 @@ def launch(argv: Sequence[str]) -> None:
     if command.dry_run and config.executor == "slurm":
         print(launcher.batch_script(job.name, job.folder, config, code))
     # how long evaluations take is not known
+    disk = 0.0
     if recipe:
         plan = launcher.plan(argv[0], recipe, config, job.run_dir)
         if plan.refused and not command.dry_run:
             raise ValueError("not sent:\n  " + "\n  ".join(plan.refused))
         print(plan)
+        disk = plan.disk_gb
     if command.dry_run:
+        print(*looks(job.run_dir, data_root(), disk), sep="\n")
         print(f"would send: imsvd {shlex.join(job.argv)}")
         return
     submission = launcher.submit(

@@ -29,6 +29,8 @@ commands:
   status [FOLDER]        where what was launched stands: waiting, running, done, failed
   data check NAME ROOT   whether a data root (imagenet, places205, voc07, coco) is whole, or how to
                          prepare one
+  doctor [FOLDER]        whether this machine and its cluster are ready: /dev/shm, folders, disk,
+                         data root, Slurm's variables and limits, CUDA, NCCL
 
 `imsvd COMMAND --help` lists settings. Environment: IMSVD_SCALE (smoke, laptop, full),
 IMSVD_DATA (data root), IMSVD_DATASET (auto, cifar10, attributes, ...)."""
@@ -66,6 +68,7 @@ COMMANDS = {
     "reproduce": "jobs",
     "status": "jobs",
     "data": "data",
+    "doctor": "doctor",
 }
 #: Commands whose settings start from a scale's.
 SCALED = "pretrain", "evaluate", "bench", "launch", "reproduce"

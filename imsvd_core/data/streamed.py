@@ -151,12 +151,13 @@ class StreamedImages:
         parts: Iterable,
         workers: int | None,
         device: Device,
+        part_bytes: int = 0,
     ) -> Generator[list[Any]]:
         """What `read` makes of each part, but for its last item, unreadable images, which is noted.
 
         All else as in `workers.stream`.
         """
-        with closing(stream(read, parts, workers, device)) as results:
+        with closing(stream(read, parts, workers, device, part_bytes)) as results:
             for *items, unreadable in results:
                 self.note(unreadable)
                 yield items

@@ -100,7 +100,8 @@ class FolderImages(StreamedImages):
         plan, pieces = tee(plan)
         parts = ((step, part.tolist()) for step, indices in plan for part in indices.split(PART))
         read = partial(self._read_crops, members(views), seed)
-        with closing(self.stream(read, parts, workers, device)) as tables:
+        size = PART * sum(3 * view.config.size**2 for view in members(views))
+        with closing(self.stream(read, parts, workers, device, size)) as tables:
             for _, indices in pieces:
                 by_view = zip(*islice(tables, math.ceil(len(indices) / PART)), strict=True)
                 yield tuple(map(torch.cat, by_view))

@@ -1,6 +1,7 @@
 """Processes that read and decode ahead of the trainer, and what they heed and outlive."""
 
 import multiprocessing
+import multiprocessing.queues
 import os
 import signal
 import threading
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from imsvd_core.data.batch import Device
+from imsvd_core.system.faults import Fault
+from imsvd_core.system.looks import SHM_REMEDY, shared_memory_look
 from imsvd_core.system.progress import bar
 
 S = TypeVar("S")
@@ -28,6 +31,7 @@ def stream(
     parts: Iterable,
     workers: int | None = None,
     device: Device = "cpu",
+    part_bytes: int = 0,
 ) -> Generator[list[Any]]:
     """What `read` makes of each part, in order, made by worker processes some parts ahead.
 
@@ -36,10 +40,16 @@ def stream(
         parts: its arguments, one after the other; consumed ahead of the yields.
         workers: processes; 0 reads here; by default this rank's share of the cores.
         device: where the tensors are sent.
+        part_bytes: of one part's tensors, where that is known: what waits must fit /dev/shm.
 
-    Closing the iterator ends the workers. Raises here the ValueError that `read` raises there.
+    Closing the iterator ends the workers. Raises here the ValueError that `read` raises there, and
+    Fault with the reason if a worker dies.
     """
     workers = share_of_cores() if workers is None else workers
+    here = workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    shared = shared_memory_look(here * (AHEAD + 1) * part_bytes)
+    if here and part_bytes and shared.remedy:
+        raise ValueError(str(shared))
     loader = DataLoader(
         _Reader(read),
         batch_size=None,
@@ -62,6 +72,14 @@ def stream(
                 item.to(device, non_blocking=True) if isinstance(item, Tensor) else item
                 for item in result
             ]
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        shared = shared_memory_look()
+        raise Fault(
+            f"a process that reads images has died ({str(error).splitlines()[0].strip()}): it may "
+            f"lack memory ({shared.at}: {shared.seen}): {SHM_REMEDY}"
+        ) from error
     finally:
         del iterator  # with it go the workers
 
@@ -149,9 +167,16 @@ def _heed_the_trainer_alone(worker: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    # else a part that cannot be handed over is lost, and the trainer waits for it
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_die)  # type: ignore
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_the_trainer, daemon=True).start()
+
+
+def _die(error: Exception, part: object) -> None:
+    os.write(2, f"a worker cannot hand over what it has read: {error}\n".encode())
+    os._exit(1)
 
 
 def _end_with_the_trainer() -> None:

@@ -1,12 +1,13 @@
 """Checkpoints: written atomically, read safely, and never the only copy of a run."""
 
+import io
 import logging
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
-from imsvd_core.system.faults import Fault
+from imsvd_core.system.faults import DiskFull, Fault
 from imsvd_core.system.run_folder import RunFolder
 
 FORMAT = "imsvd-checkpoint/1"
@@ -22,7 +23,8 @@ def save(run: RunFolder, step: int, state: dict[str, Any], keep: int = 2) -> Pat
 
     `state` may hold tensors, numbers, strings, and lists and dicts of them: what
     `weights_only=True` reads back. It goes to checkpoints/ in the run's folder.
-    Returns the checkpoint's path. Raises Superseded if another process has taken `run` over.
+    Returns the checkpoint's path. Raises Superseded if another process has taken `run` over, and
+    DiskFull, with what it needs and what stands, where there is no room.
     """
     # else the files removed next may be those that a successor is writing
     run.check()
@@ -30,8 +32,18 @@ def save(run: RunFolder, step: int, state: dict[str, Any], keep: int = 2) -> Pat
     for left_over in path.parent.glob(".step-*.part"):
         # of a process that was killed while it saved
         left_over.unlink(missing_ok=True)
-    with run.atomic_write(path.relative_to(run.path)) as file:
-        torch.save({"format": FORMAT, "step": step, "state": state}, file)
+    content = {"format": FORMAT, "step": step, "state": state}
+    try:
+        with run.atomic_write(path.relative_to(run.path)) as file:
+            torch.save(content, file)
+    except DiskFull as full:
+        size = _Size()
+        torch.save(content, cast(IO[bytes], size))
+        stands = next(iter(paths(path.parent)), "no checkpoint yet")
+        raise DiskFull(
+            f"{full}, for {size.bytes / 1e6:,.1f} MB are needed. What stands: {stands}; "
+            f"the same command goes on from it (loop.keep={keep} are kept)"
+        ) from None
     run.check()
     saved = paths(path.parent)
     now = saved.index(path)
@@ -39,6 +51,16 @@ def save(run: RunFolder, step: int, state: dict[str, Any], keep: int = 2) -> Pat
     for old in saved[:now] + saved[now + keep :]:
         old.unlink(missing_ok=True)
     return path
+
+
+class _Size(io.RawIOBase):
+    """A file that only counts what is written to it."""
+
+    bytes = 0
+
+    def write(self, content: Any) -> int:
+        self.bytes += len(content)
+        return len(content)
 
 
 def paths(directory: Path | str) -> list[Path]:

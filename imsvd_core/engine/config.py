@@ -41,11 +41,14 @@ class LoopConfig:
     """Steps between lines of metrics.jsonl."""
     tensorboard: bool = False
     """Write the metrics for TensorBoard too."""
+    patience_minutes: float = 60.0
+    """Minutes without a step after which the run ends, with a trace of where each rank hangs; 0 for
+    never."""
 
     def __post_init__(self) -> None:
         checks.at_least(self, epochs=1, batch_size=1, accumulate=1, seed=0)
         checks.at_least(self, save_every=0, keep=1, log_every=1)
-        checks.finite(self, "save_minutes")
+        checks.finite(self, "save_minutes", "patience_minutes")
         checks.literals(self)
         if self.batch_size % self.accumulate:
             raise ValueError(

@@ -25,11 +25,12 @@ from imsvd_core.engine.order import Order
 from imsvd_core.methods.base import Method
 from imsvd_core.system import signals
 from imsvd_core.system.config import complete, differences, essential, plain
-from imsvd_core.system.devices import PRECISIONS, pick_device
+from imsvd_core.system.devices import PRECISIONS, pick_device, warn_of_emulation
 from imsvd_core.system.faults import Fault
 from imsvd_core.system.progress import bar
 from imsvd_core.system.ranks import launcher_is_gone
 from imsvd_core.system.run_folder import RunFolder
+from imsvd_core.system.watchdog import watched
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ class Trainer:
         fixed = {"samples": samples, "world_size": ranks, **essential(settings or {})}
         self.settings, self.kind = plain(fixed), kind
         self.device = pick_device(config.device)
+        warn_of_emulation(config.precision, self.device)
         layout = torch.channels_last if config.channels_last else torch.preserve_format
         method.to(self.device).to(memory_format=layout)
         if config.compile:
@@ -140,6 +142,7 @@ class Trainer:
         with (
             self.run.on_rank_0(),
             bar("training", steps, self.progress, self.step) as advance,
+            watched(self.config.patience_minutes, "loop.patience_minutes"),
             self._tensorboard() as self._writer,
         ):
             while self.step < steps and not self._stopping:
@@ -262,8 +265,17 @@ class Trainer:
             f"loss or gradient is not finite at step {self.step - len(finite) + bad} "
             f"(loss {unchecked[bad, 0].item()}); last good checkpoint: "
             f"{self._last_good or 'no checkpoint yet'}. Lower the learning rate "
-            f"(optim.lr={self.optim.lr}), or use precision='fp32'"
+            f"(optim.lr={self.optim.lr}){self._more_advice()}"
         )
+
+    def _more_advice(self) -> str:
+        """What else may keep the loss finite, of what is not done already."""
+        advice = []
+        if self.config.precision != "fp32":
+            advice.append("use precision='fp32'")
+        if self.optim.warmup_epochs < 1:
+            advice.append(f"warm up (optim.warmup_epochs={self.optim.warmup_epochs:g})")
+        return "".join(f", or {words}" for words in advice)
 
     def _log(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
         """Record the means over ranks; returns them."""

@@ -21,6 +21,7 @@ from imsvd_core.methods import IMSVD, BarlowTwins, VICReg
 from imsvd_core.networks import NetworkConfig, TwinNetwork
 from imsvd_core.recipes import Recipe
 from imsvd_core.system.cluster import LaunchConfig
+from imsvd_core.system.looks import existing, folder_look
 
 #: Table IV: what 100 epochs of ImageNet took on 32 Tesla V100 at batch size 2,048 (hours), and a
 #: GPU's peak memory (GB); by the `name` of the method's config.
@@ -112,12 +113,12 @@ def plan(name: str, recipe: Recipe, config: LaunchConfig, run_dir: Path | str) -
     loop = recipe.loop
     samples, refused = _data(recipe)
     refused += _refused_settings(recipe, config, samples)
-    refused += filter(None, [unusable(run_dir)])
+    folder = folder_look(run_dir)
+    refused += filter(None, [unusable(run_dir), str(folder) if folder.remedy else ""])
     states = OPTIMIZER_STATES[recipe.optim.name]
     # a new checkpoint stands beside those kept
     disk = _size(recipe.network) * 4 * (1 + states) * (loop.keep + 1) / 1e9
-    folder = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
-    free = shutil.disk_usage(folder).free / 1e9
+    free = shutil.disk_usage(existing(run_dir)).free / 1e9
     if disk > free:
         refused.append(
             f"run_dir={str(run_dir)!r} needs {disk:.1f} GB, and {free:.1f} are free: make room, or "

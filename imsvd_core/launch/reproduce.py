@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
+from imsvd_core.data.sources import data_root
 from imsvd_core.launch import queue
 from imsvd_core.launch.graph import Graph, Task
 from imsvd_core.launch.plan import in_all, plan, refusals
@@ -19,6 +20,7 @@ from imsvd_core.launch.submit import NoRoom, Submission, snapshot, submit
 from imsvd_core.recipes import Recipe
 from imsvd_core.system.cluster import LaunchConfig
 from imsvd_core.system.config import from_plain
+from imsvd_core.system.looks import looks
 from imsvd_core.system.run_folder import RunFolder
 
 #: How often a job that runs here is looked at.
@@ -71,6 +73,8 @@ def reproduce(
             names = ", ".join(task.name for task in missing)
             would = f"would submit {len(missing)}: {names}"
             told = [in_all(plans)] if plans else []
+            disk = sum(part.disk_gb for part in plans)
+            told += map(str, looks(out, data_root(), disk, len(missing)))
             console.print(overview(standings), *told, would, sep="\n", highlight=False)
             return True
         if plans and (refused := refusals(plans)):

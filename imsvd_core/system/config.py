@@ -17,7 +17,14 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 #: Number of the defaults that identities refer to; tests/system/schema-1.json lists them.
 SCHEMA = 1
 #: Settings of a loop that touch the record and not the training: a run may be resumed under others.
-OPERATIONAL = ("save_every", "save_minutes", "keep", "log_every", "tensorboard")
+OPERATIONAL = (
+    "save_every",
+    "save_minutes",
+    "keep",
+    "log_every",
+    "tensorboard",
+    "patience_minutes",
+)
 #: What a value of a type is called in an error message.
 WORDS: dict[type, str] = {
     int: "a whole number",

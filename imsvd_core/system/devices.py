@@ -1,5 +1,6 @@
 """The device at hand, what it is called, and what it computes fast."""
 
+import logging
 import platform
 import re
 from functools import lru_cache
@@ -12,6 +13,7 @@ from imsvd_core.distributed import world
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
+log = logging.getLogger(__name__)
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -50,6 +52,19 @@ def bf16_is_fast(device: torch.device) -> bool:
     return device.type != "cpu" or any(
         "bf16" in name and present for name, present in capabilities.items()
     )
+
+
+def warn_of_emulation(precision: Precision, device: torch.device) -> None:
+    """Say that a precision will be slow here, and which one will not."""
+    fast = {"bf16": bf16_is_fast(device), "fp16": device.type != "cpu", "fp32": True}
+    if not fast[precision]:
+        log.warning(
+            "precision=%r has no units of its own on this %s and takes many times as long: use "
+            "precision=%r",
+            precision,
+            device.type,
+            next(name for name, units in fast.items() if units),
+        )
 
 
 def device_name(device: torch.device | str) -> str:

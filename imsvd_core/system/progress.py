@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from imsvd_core.distributed import world
+from imsvd_core.system.watchdog import moved
 
 
 @contextmanager
@@ -26,4 +27,9 @@ def bar(
     )
     with display:
         task = display.add_task(description, total=total, completed=done)
-        yield lambda count, text=None: display.update(task, advance=count, description=text)
+
+        def advance(count: int, text: str | None = None) -> None:
+            moved()
+            display.update(task, advance=count, description=text)
+
+        yield advance
