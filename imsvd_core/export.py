@@ -1,5 +1,6 @@
 """A trained backbone for other toolkits."""
 
+import logging
 import pickle
 import re
 from pathlib import Path
@@ -14,6 +15,8 @@ from imsvd_core.system.files import atomic_write
 from imsvd_core.weights import describe, read_state_dict, shapes_of, shapes_wanted
 
 __all__ = ["SUFFIXES", "Format", "detectron2_name", "export", "read_state_dict"]
+
+log = logging.getLogger(__name__)
 
 Format = Literal["torchvision", "timm", "detectron2", "safetensors"]
 SUFFIXES = {
@@ -70,6 +73,8 @@ def export(
         raise ValueError(
             f"backbone={describe(state)} is not what name={name!r} and cifar_stem={cifar_stem} say"
         )
+    if to == "torchvision" and len(unusual) > 1:
+        log.info("%s: %s must be set where it is loaded; the file cannot say so", path, unusual)
     with atomic_write(path) as file:
         if path.suffix == ".safetensors":
             about = {"format": "pt", "names": "torchvision", "backbone": name, **unusual}

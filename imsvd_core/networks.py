@@ -74,12 +74,15 @@ def build_backbone(
     cifar_stem: bool = False,
     stem_padding: int | None = None,
     max_pool: bool | None = None,
+    stem_relu: bool = True,
 ) -> ResNet:
     """A ResNet without its classifier: images (N, 3, H, W) → representations (N,
     `features(backbone)`).
 
     Its state dict is torchvision's without `fc.*`; with `cifar_stem`, `conv1` is 3×3 and the rest
     fits. `stem_padding` and `max_pool` leave no trace there: they are as `NetworkConfig` says.
+    Without `stem_relu` no ReLU follows the first convolution, as in an nn.Sequential of the
+    children of a network that has it as a function.
     """
     backbone = (
         NarrowResNet() if name == "narrow" else getattr(torchvision.models, name)(weights=None)
@@ -92,6 +95,8 @@ def build_backbone(
         backbone.conv1.padding = (stem_padding, stem_padding)
     if not (not cifar_stem if max_pool is None else max_pool):
         backbone.maxpool = nn.Identity()
+    if not stem_relu:
+        backbone.relu = nn.Identity()  # the blocks have their own
     backbone.features = backbone.fc.in_features
     backbone.fc = nn.Identity()
     return backbone
@@ -107,6 +112,8 @@ def stem(backbone: ResNet) -> dict[str, str]:
         words["stem_padding"] = str(padding)
     if pools == (kernel == 3):
         words["max_pool"] = str(pools)
+    if isinstance(backbone.relu, nn.Identity):
+        words["stem_relu"] = "False"
     return words
 
 

@@ -54,7 +54,7 @@ class Found:
     remarks: tuple[str, ...]
     """What else is in the file."""
     metadata: Mapping[str, str]
-    """What a file of safetensors says of itself."""
+    """What a file of safetensors says of itself, or an nn.Sequential by what it lacks."""
 
     def __str__(self) -> str:
         stem = "a 3×3 first convolution" if self.cifar_stem else "ImageNet's first convolution"
@@ -81,7 +81,8 @@ def read(path: Path | str, key: str | None = None) -> Found:
             f"{path} is not a file: give a state dict (.pth, .pt or .safetensors)"
         )
     content, metadata = load(path)
-    place, weights, remarks = _choose(_networks(content), content, path, key)
+    networks, lacks = _networks(content)
+    place, weights, remarks = _choose(networks, content, path, key)
     body = {key: value for key, value in weights.items() if re.match(BODY, key)}
     if not any(key.endswith(COUNTER) for key in body):  # older files lack them
         body |= {
@@ -95,7 +96,7 @@ def read(path: Path | str, key: str | None = None) -> Found:
     state = {
         key: value.long() if key.endswith(COUNTER) else value.float() for key, value in body.items()
     }
-    return Found(name, cifar_stem, state, place, tuple(remarks), metadata)
+    return Found(name, cifar_stem, state, place, tuple(remarks), {**metadata, **lacks[place]})
 
 
 def read_state_dict(
@@ -149,6 +150,7 @@ CALLABLE: dict[str, Any] = {
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
     "torch._tensor._rebuild_from_type_v2": lambda function, kind, args, state: function(*args),
+    "torch._utils._rebuild_device_tensor_from_numpy": lambda array, *_: torch.from_numpy(array),
     "torch.storage._load_from_bytes": lambda part: _unpickled(io.BytesIO(part)),
     "_codecs.encode": lambda text, *_: text.encode("latin-1"),
     "numpy.ndarray": np.ndarray,
@@ -235,14 +237,21 @@ def _named(content: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tenso
             yield from _named(value, name if inner else f"{name}.{key}", seen)
 
 
-def _networks(content: Any) -> dict[str, dict[str, Tensor]]:
-    """The tensors under each prefix with a ResNet's stages, under torchvision's names; with
-    whatever has the same prefix."""
+#: By the number of an nn.Sequential's first stage, what is not among the children before it.
+LACKS = {
+    3: {"max_pool": "False"},
+    2: {"max_pool": "False", "stem_relu": "False"},
+}
+
+
+def _networks(content: Any) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, str]]]:
+    """The tensors under each prefix with a ResNet's stages, under torchvision's names, with
+    whatever has the same prefix; and what the first layers of each lack."""
     tensors = dict(_named(content, "", set()))
     stages: dict[tuple[str, str], list[int]] = {}
     for match in filter(None, map(STAGE.fullmatch, tensors)):
         stages.setdefault((match[1], match[2]), []).append(int(match[3]))
-    networks = {}
+    networks, lacks = {}, {}
     for (prefix, kind), numbers in stages.items():
         shift = {"layer": 0, "res": 1}.get(kind, min(numbers) - 1)
         names = {f"{kind}{number + shift}": f"layer{number}" for number in range(1, 5)}
@@ -256,7 +265,8 @@ def _networks(content: Any) -> dict[str, dict[str, Tensor]]:
                     name = re.sub(pattern, torchvisions, name)
                 network[name] = value
         networks[prefix] = network
-    return networks
+        lacks[prefix] = {} if kind else LACKS.get(min(numbers), {})
+    return networks, lacks
 
 
 def _choose(
@@ -304,7 +314,9 @@ def _equal(network: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
         {key: value for key, value in tensors.items() if re.match(BODY, key)}
         for tensors in (network, other)
     )
-    return body.keys() == same.keys() and all(torch.equal(body[key], same[key]) for key in body)
+    return shapes_of(body) == shapes_of(same) and all(
+        torch.equal(body[key].float(), same[key].float()) for key in body
+    )
 
 
 # Recognising: which of our backbones has just these tensors

@@ -266,6 +266,29 @@ def test_the_first_layers_that_weights_do_not_tell_can_be_set(
     assert stem(trained.backbone) == stem(again)
 
 
+@pytest.mark.parametrize("absent", [{"relu", "maxpool"}, {"maxpool"}, set()])
+@torch.no_grad()
+def test_an_nn_sequential_gives_its_own_features_whatever_its_first_layers_lack(
+    tmp_path, monkeypatch, caplog, absent
+):
+    """lightly's backbones are the children of a ResNet whose ReLU is a function: they have none
+    behind the first convolution."""
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO")
+    whole = build_backbone("narrow")
+    whole.load_state_dict(STATE)
+    children = [part for name, part in whole.named_children() if name not in {*absent, "fc"}]
+    theirs = nn.Sequential(*children).eval()
+    torch.save({"state_dict": under("backbone.", theirs.state_dict())}, "theirs.ckpt")
+    trained = open_backbone("theirs.ckpt", "smoke")
+    expected = theirs(IMAGES).flatten(1)
+    torch.testing.assert_close(trained.backbone.eval()(IMAGES), expected, rtol=0, atol=1e-6)
+    assert ("no ReLU among its first layers" in caplog.text) == ("relu" in absent)
+    export(trained.backbone, "narrow", False, "safetensors", "exported.safetensors")
+    again = open_backbone("exported.safetensors", "smoke").backbone.eval()
+    assert torch.equal(again(IMAGES), trained.backbone(IMAGES))
+
+
 def test_networks_of_another_stem_are_built_from_the_settings():
     config = NetworkConfig(stem_padding=2, max_pool=True, hidden=(), dim=8)
     assert stem(TwinNetwork.build(config).backbone) == {

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -75,16 +76,16 @@ def open_backbone(
 def _open_file(path: Path, scale: Scale | None, foreign: ForeignConfig) -> TrainedBackbone:
     found = read(path, foreign.weights_key)
     template = recipe("cifar10" if found.cifar_stem else "imagenet-100", scale)
-    padding, pools = _first_layers(found.metadata)
+    asked = {"stem_padding": foreign.stem_padding, "max_pool": foreign.max_pool}
+    layers = _first_layers(found.metadata)
+    layers |= {name: value for name, value in asked.items() if value is not None}
+    backbone = build_backbone(found.name, found.cifar_stem, **layers)
     network = replace(
         template.network,
         backbone=found.name,
         cifar_stem=found.cifar_stem,
-        stem_padding=padding if foreign.stem_padding is None else foreign.stem_padding,
-        max_pool=pools if foreign.max_pool is None else foreign.max_pool,
-    )
-    backbone = build_backbone(
-        network.backbone, network.cifar_stem, network.stem_padding, network.max_pool
+        stem_padding=layers.get("stem_padding"),
+        max_pool=layers.get("max_pool"),
     )
     backbone.load_state_dict(found.state)
     view = None
@@ -93,11 +94,12 @@ def _open_file(path: Path, scale: Scale | None, foreign: ForeignConfig) -> Train
     seen = view or template.eval_view
     template = replace(template, network=network, eval_view=seen)
     log.info(
-        "%s: %s; taken for granted: its first convolution is padded by %d and %sfollowed by "
+        "%s: %s%s; taken for granted: its first convolution is padded by %d and %sfollowed by "
         "max-pooling (--stem-padding, --max-pool), wider strides are in 3×3 convolutions, images "
         "are RGB, normalised by %s and %s, and %d pixels wide (--eval-view)",
         path,
         found,
+        "" if layers.get("stem_relu", True) else "; no ReLU among its first layers",
         backbone.conv1.padding[0],
         "" if isinstance(backbone.maxpool, torch.nn.MaxPool2d) else "not ",
         seen.mean,
@@ -150,13 +152,17 @@ def load_backbone(path: Path | str) -> ResNet:
             f"{path} does not say which backbone it holds: give a file that `imsvd pretrain` wrote"
         )
     backbone = build_backbone(
-        metadata["backbone"], metadata["cifar_stem"] == "True", *_first_layers(metadata)
+        metadata["backbone"], metadata["cifar_stem"] == "True", **_first_layers(metadata)
     )
     backbone.load_state_dict(safetensors.torch.load_file(path))
     return backbone
 
 
-def _first_layers(metadata: Mapping[str, str]) -> tuple[int | None, bool | None]:
-    """Padding and max-pooling that a file's metadata name, as `networks.stem` writes them."""
-    padding, pools = metadata.get("stem_padding"), metadata.get("max_pool")
-    return (int(padding) if padding else None, pools == "True" if pools else None)
+def _first_layers(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What `networks.stem` writes of the first layers, for `build_backbone`."""
+    layers: dict[str, Any] = {
+        name: metadata[name] == "True" for name in ("max_pool", "stem_relu") if name in metadata
+    }
+    if "stem_padding" in metadata:
+        layers["stem_padding"] = int(metadata["stem_padding"])
+    return layers
