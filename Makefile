@@ -4,7 +4,7 @@ BIN    := .venv/bin
 READY  := .venv/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help book test check lint types quick format slurm notebooks serve bench clean
+.PHONY: help book test drawn check lint types quick format slurm notebooks serve bench clean
 
 help:  ## List these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +19,10 @@ test: $(READY)  ## Test the package, every chapter as a notebook, and the render
 	$(BIN)/python book/_ext/notebooks.py build/smoke --execute || status=1; \
 	OMP_NUM_THREADS=1 IMSVD_BOOK=build/smoke $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slurm" || status=1; \
 	exit $$status
+
+drawn: $(READY)  ## Execute the chapters on the drawn data and test what they say there; `make test` then reads both
+	IMSVD_DATASET=attributes $(BIN)/python book/_ext/notebooks.py build/drawn --execute
+	$(BIN)/python -m pytest -q tests/book/test_sentences.py -k drawn
 
 check: lint types quick  ## Lint, format, spelling, types and the quick tests: two minutes on two cores
 

@@ -33,6 +33,9 @@ from torchvision.utils import make_grid
 #: Characters; a shorter text names a figure and does not say what it shows
 SHORTEST_ALT = 30
 
+#: Inches: the text column, that of a telephone, and what can still be read when it shrinks to that
+COLUMN, NARROW, READABLE = 7.2, 3.8, 4.8
+
 
 @dataclass(frozen=True)
 class Theme:
@@ -157,21 +160,36 @@ def figure(
     """Return a figure of `width` by `height` inches (the text column is 7.2 wide) and its axes.
 
     The axes are one `Axes` if there is one panel, else an array, as in `plt.subplots`, whose other
-    arguments (`sharex`, `width_ratios`, `subplot_kw`, ...) are taken too.
+    arguments (`sharex`, `width_ratios`, `subplot_kw`, ...) are taken too. On a telephone, for which
+    `show` draws what is wide once more, the panels stand below each other.
     """
-    drawing = Figure(figsize=(width, height), layout="constrained")
-    return drawing, drawing.subplots(rows, cols, **subplots)
+    column = matplotlib.rcParams["figure.figsize"][0]
+    if column > NARROW or width <= READABLE:
+        drawing = Figure(figsize=(width, height), layout="constrained")
+        return drawing, drawing.subplots(rows, cols, **subplots)
+    across = max(1, int(cols * column / width + 0.01))
+    down = -(-rows * cols // across)
+    for name in "width_ratios", "height_ratios":
+        subplots.pop(name, None)
+    for name in "sharex", "sharey":  # of rows and columns that are no more
+        subplots[name] = subplots.get(name) is True
+    drawing = Figure(figsize=(column, height * down / rows), layout="constrained")
+    axes = drawing.subplots(down, across, squeeze=False, **subplots).ravel()
+    for spare in axes[rows * cols :]:
+        spare.remove()
+    axes = axes[: rows * cols].reshape(rows, cols).squeeze()
+    return drawing, axes if axes.size > 1 else axes.item()
 
 
 def show(draw: Callable[[Theme], Figure], alt: str) -> Picture:
     """Draw in the light and in the dark theme and return what a notebook displays.
 
-    `draw` gets a `Theme` and returns the figure it drew; it is called twice and must draw the same
-    both times. `alt` says in a sentence what is seen, for those who do not see it. Raises
-    `ValueError` if it is too short.
+    `draw` gets a `Theme` and returns the figure it drew; it is called twice, or four times if it is
+    too wide for a telephone, and must draw the same every time. `alt` says in a sentence what is
+    seen, for those who do not see it. Raises `ValueError` if it is too short.
     """
     _check_alt(alt)
-    images = "".join(_img(theme, alt, *_render(draw, theme, "svg")) for theme in THEMES)
+    images = "".join(_both_widths(draw, theme, alt) for theme in THEMES)
     return Picture(f'{_NOTEBOOK_SWITCH}<div class="imsvd-figure">{images}</div>', alt)
 
 
@@ -330,7 +348,19 @@ def _img(theme: Theme, alt: str, uri: str, width: float) -> str:
     )
 
 
-def _render(draw: Callable[[Theme], Figure], theme: Theme, kind: str) -> tuple[str, float]:
+def _both_widths(draw: Callable[[Theme], Figure], theme: Theme, alt: str) -> str:
+    uri, width = _render(draw, theme, "svg")
+    img = _img(theme, alt, uri, width)
+    if width <= 96 * READABLE:
+        return img
+    narrow, _ = _render(draw, theme, "svg", NARROW)
+    source = f'<source media="(max-width: 575.98px)" srcset="{narrow}">'
+    return f"<picture>{source}{img}</picture>"
+
+
+def _render(
+    draw: Callable[[Theme], Figure], theme: Theme, kind: str, column: float = COLUMN
+) -> tuple[str, float]:
     """Return a drawing as a data URI, and its width on a page, where an inch has 96 pixels."""
     options: dict[str, Any] = {"dpi": 2 * 96, "pil_kwargs": {"lossless": True, "method": 4}}
     if kind == "svg":
@@ -338,7 +368,7 @@ def _render(draw: Callable[[Theme], Figure], theme: Theme, kind: str) -> tuple[s
         options = {"dpi": 200, "metadata": dict.fromkeys(("Date", "Creator", "Format", "Type"))}
     stream = io.BytesIO()
     # Matplotlib's types name every setting; a theme's are words like any others.
-    settings: Any = theme.rc()
+    settings: Any = theme.rc() | {"figure.figsize": (column, column)}
     with matplotlib.rc_context(settings):
         drawing = draw(theme)
         if not isinstance(drawing, Figure):

@@ -18,12 +18,16 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from listings import narrow_included
+from pybtex.plugin import register_plugin
+from pybtex.style.formatting.plain import Style as Plain
+from pybtex.style.labels import BaseLabelStyle
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.config import Config
@@ -138,6 +142,35 @@ def silence_thebe(app: Sphinx, config: Config) -> None:
                 "update_thebe_context",
             ):
                 app.disconnect(listener.id)
+
+
+# --- the bibliography
+# ----------------------------------------------------------------------------------------------
+
+
+class AuthorYear(BaseLabelStyle):
+    """Labels of the list as the text cites: Bardes et al., 2022."""
+
+    def format_labels(self, sorted_entries: Iterable[Any]) -> Iterator[str]:
+        """Yield the label of each entry."""
+        for entry in sorted_entries:
+            names = [" ".join(one.last_names) for one in entry.persons["author"]]
+            who = " and ".join(names) if len(names) < 3 else f"{names[0]} et al."
+            yield f"{who}, {entry.fields['year']}"
+
+
+class Bibliography(Plain):
+    """Pybtex's plain style with these labels."""
+
+    default_label_style = AuthorYear
+
+
+def say_list_items(
+    app: Sphinx, pagename: str, template: str, context: dict[str, Any], doctree: nodes.document
+) -> None:
+    """Call the entries of the bibliography what they are to a screen reader: items of a list."""
+    deprecated, current = 'role="doc-biblioentry"', 'role="listitem"'
+    context["body"] = context.get("body", "").replace(deprecated, current)
 
 
 # --- chapter numbers
@@ -257,10 +290,19 @@ def _pairs(values: dict[str, Any]) -> nodes.Node:
             len(value) > 4 or any(isinstance(one, dict) for one in value)
         ):
             value = f"{len(value)} values"
-        text = f"{value:.4g}" if isinstance(value, float) else str(value)
-        line = nodes.paragraph("", "", nodes.inline("", f"{name}: "), nodes.literal("", text))
+        line = nodes.paragraph("", "", nodes.inline("", f"{name}: "))
+        line += nodes.literal("", _short(value))
         block += nodes.list_item("", line)
     return block
+
+
+def _short(value: Any) -> str:
+    """A number with four digits, and so within lists and dicts."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_short(one)}" for key, one in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_short, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
@@ -269,12 +311,15 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("config-inited", prepare, priority=400)
     app.connect("config-inited", silence_thebe)
     app.connect("html-page-context", say_what_ran)
+    app.connect("html-page-context", say_list_items)
+    app.connect("doctree-read", narrow_included)
     app.connect("build-finished", write_run)
     app.connect("build-finished", copy_mathjax)
     app.connect(
         "env-get-updated", number_by_file, priority=600
     )  # after Sphinx's own numbering, at 500
     app.connect("env-get-updated", grey_what_is_planned)
+    register_plugin("pybtex.style.formatting", "imsvd", Bibliography)
     app.add_role("here", Here())
     app.add_role("stored", Stored())
     app.add_role("quoted", Quoted())

@@ -202,7 +202,7 @@ def test_two_passes_leave_the_gradient_of_the_whole_batch() -> None:
     loss = CrossJointEntropyLoss(UNITS)
     whole = loss(network(x1), network(x2)).total
     truth = torch.autograd.grad(whole, list(network.parameters()))
-    value = of_chapter(CHAPTER, "two_passes")(
+    value = of_chapter("15-full-scale", "two_passes")(
         network, list(zip(x1.split(4), x2.split(4), strict=False)), loss
     )
     torch.testing.assert_close(value, whole.detach())
