@@ -237,3 +237,28 @@ def test_a_gallery_takes_only_uint8_images(shape: tuple[int, ...], dtype: str) -
 def test_a_drawing_function_that_returns_no_figure_is_named() -> None:
     with pytest.raises(ValueError, match="draw returned NoneType"):
         plots.show(lambda theme: None, ALT)
+
+
+def wide(theme: plots.Theme) -> plots.Figure:
+    drawing, axes = plots.figure(7.2, 2.0, rows=2, cols=3, sharex="col", width_ratios=(1, 2, 3))
+    assert axes.shape == (2, 3)
+    for ax in axes.flat:
+        ax.plot([0, 1])
+    return drawing
+
+
+def test_a_telephone_gets_a_drawing_of_its_own_whose_panels_stand_below_each_other() -> None:
+    picture = plots.show(wide, ALT)
+    narrow = re.findall(r'<source media="\(max-width: 575.98px\)" srcset="([^"]+)"', picture.html)
+    assert len(narrow) == len(plots.THEMES)
+    for uri, other in zip(narrow, sources(picture), strict=True):
+        size, wide_size = (
+            tuple(map(float, re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', text).groups()))
+            for text in (decoded(uri), decoded(other))
+        )
+        assert size[0] == pytest.approx(72 * plots.NARROW)  # in points, of which an inch has 72
+        assert size[1] == pytest.approx(3 * wide_size[1])
+
+
+def test_what_fits_a_telephone_is_drawn_once() -> None:
+    assert "<source" not in plots.show(line, ALT).html

@@ -57,7 +57,7 @@ def _docstring(match: re.Match[str]) -> str:
 
 
 def _paragraph(match: re.Match[str]) -> str:
-    indent = re.match(" *", match[0])[0]
+    indent = " " * (len(match[0]) - len(match[0].lstrip(" ")))
     filled = textwrap.fill(
         " ".join(match[0].split()), COLUMNS, initial_indent=indent, subsequent_indent=indent
     )

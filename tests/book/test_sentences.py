@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import notebooks
 import pytest
@@ -63,10 +62,3 @@ def test_a_claim_that_does_not_hold_stops_its_page() -> None:
 
     with pytest.raises(AssertionError, match="not true of this page: it rose"):
         kit.claim("it rose", False)
-
-
-def test_the_shorter_the_chapters_the_better_none_has_more_than_4500_words(site: Path) -> None:
-    from test_pages import words
-
-    lengths = {page.stem: words(page) for page in sorted(site.glob("[0-9]*.html"))}
-    assert {name: count for name, count in lengths.items() if count > 4500} == {}
