@@ -1,6 +1,8 @@
 """The command line, in this process: what it writes, what it says, what it refuses."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -88,6 +90,29 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(capsys, words, messa
     assert stop.value.code == 2
     assert message in said.err + said.out
     assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "make room there, then run the same command again"),
+        (errno.EDQUOT, "make room there"),
+        (errno.EROFS, "give a folder that you may write to"),
+        (errno.EACCES, "give a folder that you may write to"),
+    ],
+)
+def test_a_disk_that_takes_no_more_is_one_line_with_the_file(capsys, monkeypatch, number, remedy):
+    def fail(*args, **kwargs):
+        raise OSError(number, os.strerror(number), "runs/metrics.jsonl")
+
+    monkeypatch.setattr(training, "pretrain", fail)
+    with pytest.raises(SystemExit) as stop:
+        main(["pretrain", "cifar10"])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("imsvd pretrain: ")
+    assert "'runs/metrics.jsonl'" in line
+    assert remedy in line
 
 
 def test_a_stopped_training_says_how_to_go_on_and_exits_as_after_sigterm(capsys, monkeypatch):

@@ -261,21 +261,24 @@ class Trainer:
         if finite.all():
             return
         bad = int((~finite).nonzero()[0])
+        step = self.step - len(finite) + bad
         raise NonFiniteError(
-            f"loss or gradient is not finite at step {self.step - len(finite) + bad} "
+            f"loss or gradient is not finite at step {step} "
             f"(loss {unchecked[bad, 0].item()}); last good checkpoint: "
-            f"{self._last_good or 'no checkpoint yet'}. Lower the learning rate "
-            f"(optim.lr={self.optim.lr}){self._more_advice()}"
+            f"{self._last_good or 'no checkpoint yet'}. {self._advice(step)}"
         )
 
-    def _more_advice(self) -> str:
-        """What else may keep the loss finite, of what is not done already."""
+    def _advice(self, step: int) -> str:
+        """What may keep the loss finite, of what is not done already."""
         advice = []
+        if step:
+            advice.append(f"lower the learning rate (optim.lr={self.optim.lr})")
+        if step and self.optim.warmup_epochs < 1:
+            advice.append(f"warm up (optim.warmup_epochs={self.optim.warmup_epochs:g})")
         if self.config.precision != "fp32":
             advice.append("use precision='fp32'")
-        if self.optim.warmup_epochs < 1:
-            advice.append(f"warm up (optim.warmup_epochs={self.optim.warmup_epochs:g})")
-        return "".join(f", or {words}" for words in advice)
+        words = ", or ".join(advice or ["no weight has moved yet: look at images and settings"])
+        return words[0].upper() + words[1:]
 
     def _log(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
         """Record the means over ranks; returns them."""

@@ -141,13 +141,15 @@ def plan(name: str, recipe: Recipe, config: LaunchConfig, run_dir: Path | str) -
 
 
 def _refused_settings(recipe: Recipe, config: LaunchConfig, samples: int | None) -> list[str]:
-    """What is wrong with batch and time limit."""
+    """What is wrong with batch, precision and time limit."""
     loop, refused = recipe.loop, []
     try:
         pieces = {"pieces": loop.accumulate, "ranks": config.ranks, "rank": 0}
         Order(samples or loop.batch_size, loop.batch_size, loop.epochs, **pieces)
     except ValueError as error:
         refused.append(str(error))
+    if loop.precision == "fp16" and config.executor == "slurm" and not config.gpus:
+        refused.append("precision='fp16' has no units on a CPU: use bf16, or ask for GPUs")
     useful = config.useful_minutes
     if not 0 < loop.save_minutes <= useful:
         refused.append(

@@ -108,9 +108,9 @@ def _meet(rank: int, size: int) -> dist.Store:
 def _wait(meet: Callable[[timedelta], T], whom: Callable[[], str]) -> T:
     """What `meet`, given a time to wait, returns; says soon for whom it waits, and at last raises
     Fault."""
-    whole, soon = MEETING_IN_JOB if ATTEMPT in os.environ else MEETING, timedelta(seconds=5)
-    words = ""
-    for pause in (min(whole, soon), max(whole - soon, soon)):
+    whole = MEETING_IN_JOB if ATTEMPT in os.environ else MEETING
+    soon, words = min(whole / 2, timedelta(seconds=5)), ""
+    for pause in (soon, whole - soon):
         try:
             return meet(pause)
         except dist.DistError:
@@ -145,7 +145,7 @@ def _find_ranks_of_job() -> None:
             f"MASTER_ADDR={environment.master_addr!r}, the job's first node, has no address on "
             f"{socket.gethostname()} ({error}): enter the nodes' names in DNS or /etc/hosts"
         ) from None
-    environment.export(set_cuda_visible_devices=False)
+    environment.export(set_cuda_visible_devices=False, overwrite=True)
 
 
 def first_to_say(message: str) -> bool:

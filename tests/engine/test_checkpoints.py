@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from imsvd_core.engine import checkpoints
+from imsvd_core.system.faults import DiskFull
 from imsvd_core.system.files import atomic_write
 from imsvd_core.system.run_folder import RunFolder
 
@@ -47,6 +50,25 @@ def test_a_bad_file_is_named_and_the_one_before_it_taken(tmp_path, caplog, damag
     state = checkpoints.load(path)
     assert state == {"step": 1}
     assert "step-000000002.pt" in caplog.text
+
+
+def test_a_full_disk_is_told_with_what_is_needed_and_what_stands(tmp_path):
+    run, weights = RunFolder(tmp_path), {"weights": torch.zeros(2, 10**5)}
+    stands = checkpoints.save(run, 1, STATE)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # a file of 0.1 MB is as if the disk were full: the system says so in a write
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, hard))
+    try:
+        with pytest.raises(DiskFull) as full:
+            checkpoints.save(run, 2, weights)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    told = str(full.value)
+    assert f"{tmp_path}/checkpoints/step-000000002.pt does not fit" in told
+    assert re.search(r"[\d,.]+ MB are free there: make room, for 0.8 MB are needed", told)
+    assert f"What stands: {stands}; the same command goes on from it" in told
+    assert "\n" not in told
+    assert list(stands.parent.iterdir()) == [stands]
 
 
 def test_no_file_means_a_fresh_start_but_only_bad_files_do_not(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -18,6 +19,7 @@ from imsvd_core.engine.optim import OptimConfig
 from imsvd_core.engine.order import stream_seed
 from imsvd_core.engine.trainer import NonFiniteError, Trainer
 from imsvd_core.methods.base import Method
+from imsvd_core.system import devices, watchdog
 from imsvd_core.system.config import plain
 from imsvd_core.system.devices import pick_device
 from imsvd_core.system.run_folder import RunFolder
@@ -272,6 +274,66 @@ def test_a_gradient_that_is_no_number_stops_too(tmp_path, precision):
         list(trainer.train(indices_alone(trainer)))
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda word: pytest.fail(word))
+
+
+@pytest.mark.parametrize(
+    ("precision", "warmup", "spoil", "advice"),
+    [
+        ("bf16", 1, 3, "Lower the learning rate (optim.lr=0.05), or use precision='fp32'"),
+        ("fp32", 1, 3, ". Lower the learning rate (optim.lr=0.05)"),
+        (
+            "fp32",
+            0,
+            3,
+            "Lower the learning rate (optim.lr=0.05), or warm up (optim.warmup_epochs=0)",
+        ),
+        ("fp32", 1, 0, "No weight has moved yet: look at images and settings"),
+        ("bf16", 1, 0, "Use precision='fp32'"),
+    ],
+)
+def test_what_is_advised_against_nan_is_not_done_already(
+    tmp_path, monkeypatch, precision, warmup, spoil, advice
+):
+    monkeypatch.setitem(globals(), "OPTIM", replace(OPTIM, warmup_epochs=warmup))
+    with pytest.raises(NonFiniteError) as error:
+        run(tmp_path, replace(CONFIG, precision=precision), spoil=spoil)
+    assert str(error.value).endswith(advice)
+
+
+def test_a_precision_that_this_cpu_would_emulate_is_warned_of(tmp_path, monkeypatch, caplog):
+    for units, remedy in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(devices, "bf16_is_fast", lambda device, units=units: units)
+        make(tmp_path / remedy, replace(CONFIG, precision="fp16"))
+        assert "precision='fp16' has no units of its own on this cpu and takes" in caplog.text
+        assert f"use precision='{remedy}'" in caplog.text
+    caplog.clear()
+    make(tmp_path / "fast", replace(CONFIG, precision="fp32"))
+    assert "units" not in caplog.text
+
+
+def test_a_training_that_hangs_ends_with_a_trace_and_a_slow_one_goes_on(
+    tmp_path, monkeypatch, capfd
+):
+    ends = []
+    monkeypatch.setattr(watchdog, "LINGER", 0)
+    monkeypatch.setattr(watchdog.os, "_exit", ends.append)
+
+    def hang_here(model, indices):
+        time.sleep(0.1)
+        if trainer.step == 7:
+            assert not ends  # so slow, and yet on its way
+            time.sleep(0.8)
+        return model(torch.ones(4, 1)).square().mean()
+
+    config = replace(CONFIG, epochs=4, patience_minutes=0.4 / 60)
+    method, folder = OneWeight(nn.Linear(1, 1), hang_here), tmp_path / "run"
+    trainer = Trainer(method, 8, config, OptimConfig(), folder, progress=False)
+    list(trainer.train(indices_alone(trainer)))
+    assert ends[0] == 1
+    told = capfd.readouterr().err
+    assert "rank 0 of 1 has made no progress for 0.00" in told
+    assert "loop.patience_minutes is its patience" in told
+    assert "in hang_here" in told
 
 
 def test_accumulated_gradients_are_the_mean_over_the_pieces(tmp_path):

@@ -137,6 +137,11 @@ def test_what_nobody_measured_is_unknown(tmp_path):
             "time='0:12:00' leaves 10.0 minutes before the notice, and a checkpoint is due every "
             "save_minutes=15",
         ),
+        (
+            LaunchConfig(),
+            {"loop": replace(recipe("imagenet-100", "full").loop, precision="fp16")},
+            "precision='fp16' has no units on a CPU: use bf16, or ask for GPUs",
+        ),
         (FULL, {"data": "tree:nowhere"}, "nowhere is not a folder"),
         (FULL, {"data": "folder:nowhere"}, "nowhere is not a folder"),
     ],
