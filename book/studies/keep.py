@@ -27,9 +27,11 @@ def main(run_dir: Path, name: str, store: Path = STORE) -> None:
     save_backbone(store / f"{name}.safetensors", backbone, config.network, torch.float16)
 
     view = EvalView(**vars(config.eval_view))
+    train, test = load_data(config)
+    assert test is not None
     kept = knn.evaluate(
         load_backbone(store / f"{name}.safetensors"),
-        load_data(config),
+        (train, test),
         config.knn,
         view=view,
         precision=PRECISIONS[config.loop.precision],

@@ -3,8 +3,8 @@
 from contextlib import suppress
 
 import numpy as np
-from PIL import Image
 
+from imsvd_core.data.decoding import open_image
 from imsvd_core.data.memory import ImageData, load
 from imsvd_core.data.sources import OnCorrupt, Root, Split, resolve
 from imsvd_core.data.streamed import StreamedImages
@@ -39,9 +39,9 @@ def open_data(
     Args:
         name: `auto`, `cifar10`, `cifar100`, `fashion-mnist` or `attributes`, which load into memory
             (see `resolve` for `auto`); `folder:PATH` for a tree PATH/{train,test or
-            val}/<class>/*.{png,jpg}; `tree:PATH` for the same, streamed; `voc:PATH` and `coco:PATH`
-            for the layouts of PASCAL VOC 2007 and COCO 2017. PATH is absolute, or under the data
-            root.
+            val}/<class>/<image>, or PATH/train/<image> and PATH/<image>, which have no labels;
+            `tree:PATH` for the same, streamed; `voc:PATH` and `coco:PATH` for the layouts of PASCAL
+            VOC 2007 and COCO 2017. PATH is absolute, or under the data root.
         root: the data root; `data_root()` by default.
         on_corrupt: whether an unreadable image file is an error that names it, or is passed over
             and counted.
@@ -75,7 +75,7 @@ def _needs_streaming(images: FolderImages) -> bool:
     sizes = []
     for index in np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).astype(int):
         # A broken file makes Pillow raise nearly anything; reading will name it.
-        with suppress(Exception), Image.open(images.file(index)) as picture:
+        with suppress(Exception), open_image(images.file(index)) as picture:
             sizes.append(picture.size)
     total = sum(3 * width * height for width, height in sizes)
     return len(set(sizes)) > 1 or total * len(images) > MEMORY_BYTES * len(sizes)

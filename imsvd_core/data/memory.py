@@ -33,11 +33,14 @@ class ImageData:
     title: str  # what a page prints: "CIFAR-10", "CIFAR-10 (JPEG)", "attributes (drawn)", ...
     split: str  # "train" or "test"
     images: Tensor  # uint8 (N, 3, H, W)
-    labels: Tensor  # int64 (N,), indices into `classes`
+    labels: Tensor  # int64 (N,), indices into `classes`; -1 without any
     classes: tuple[str, ...]
     #: (N,) each: int64 for those of `attributes.FACTORS`, float32 if continuous
     factors: dict[str, Tensor] | None = None
+    home: Path | None = None  # holds the images, if they have files of their own
     skipped: int = 0  # unreadable files left out
+    #: what the data set holds beside these images and does not use: (reason, how often)
+    passed_over: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -56,7 +59,7 @@ class ImageData:
 
         The same `n` and `seed` give the same images. Raises ValueError unless 1 <= n <= len(self).
         """
-        rows = balanced(self.labels.cpu(), n, seed, f"{self.title} ({self.split})")
+        rows = balanced(self.labels.cpu().clamp(min=0), n, seed, f"{self.title} ({self.split})")
         return self._each(lambda values: values[rows.to(values.device)])
 
     def to(self, device: Device) -> Self:
@@ -125,7 +128,7 @@ def load(
     Args:
         name: `auto`, `cifar10`, `cifar100`, `fashion-mnist` (gray repeated in three channels,
             padded to 32), `attributes`, or `folder:PATH` for a tree PATH/{train,test or
-            val}/<class>/*.{png,jpg}, PATH being absolute or under the data root. The published
+            val}/<class>/<image>, PATH being absolute or under the data root. The published
             photographs are taken from torchvision's layout or from such a tree ROOT/NAME; by their
             own name they are downloaded where neither is there, by `auto` they are not.
         root: the data root; `data_root()` by default.
@@ -216,5 +219,7 @@ def _read_tree(tree: FolderImages, progress: bool) -> ImageData:
         torch.stack([*images.values()]),
         tree.labels[[*images]],
         tree.classes,
+        home=tree.home,
         skipped=len(unreadable),
+        passed_over=tree.passed_over,
     )

@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 from torchvision.datasets.utils import check_integrity
 
+from imsvd_core.data.decoding import formats, suffixes
+
 Split = Literal["train", "test"]
 OnCorrupt = Literal["error", "skip"]
 Root = Path | str | None
@@ -26,8 +28,12 @@ TITLES = {
     "attributes": "attributes (drawn)",
 }
 PUBLISHED = {"cifar10": CIFAR10, "cifar100": CIFAR100, "fashion-mnist": FashionMNIST}
+SPLITS: tuple[Split, ...] = "train", "test"
 SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
-SUFFIXES = (".png", ".jpg", ".jpeg")
+JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
+#: Folders that systems and devices leave, of thumbnails, deleted files and the like.
+LEFTOVERS = {"@eadir", "@__thumb", "@recycle", "#recycle", "#snapshot", "$recycle.bin"}
+LEFTOVERS |= {"__macosx", "lost+found", "system volume information", "__pycache__"}
 
 
 def data_root(root: Root = None) -> Path:
@@ -74,7 +80,7 @@ def title(name: str = "auto", root: Root = None) -> str:
     if name not in TITLES:
         return place.folder.name
     first = next(scan(place.folder), "")
-    return TITLES[name] + (" (JPEG)" if first.lower().endswith(SUFFIXES[1:]) else "")
+    return TITLES[name] + (" (JPEG)" if first.lower().endswith(JPEG_SUFFIXES) else "")
 
 
 class Place(NamedTuple):
@@ -151,60 +157,109 @@ def _intact(file: Path, checksum: str | None, modified: int) -> bool:
     return check_integrity(file, checksum)
 
 
-def scan(folder: Path | str, prefix: str = "") -> Iterator[str]:
+def scan(folder: Path | str) -> Iterator[str]:
     """The image files below `folder`, sorted, relative to it."""
+    return (name for name, reason in walk(folder) if not reason)
+
+
+def walk(
+    folder: Path | str, prefix: str = "", above: tuple[str, ...] = ()
+) -> Iterator[tuple[str, str]]:
+    """What is below `folder`, sorted, relative to it, each with the reason why it is passed over;
+    none for an image. What is hidden is not told of.
+    """
+    above = *above, os.path.realpath(folder)
     with os.scandir(folder) as entries:
         ordered = sorted(entries, key=lambda entry: entry.name)
     for entry in ordered:
+        name = prefix + entry.name
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
-            yield from scan(entry.path, f"{prefix}{entry.name}/")
-        elif is_image(entry.name):
-            yield prefix + entry.name
+        if not entry.is_dir():
+            yield name, "" if is_image(name) else Path(name).suffix.lower() or "no suffix"
+        elif reason := _leftover(entry.path, above):
+            yield name, reason
+        else:
+            yield from walk(entry.path, f"{name}/", above)
+
+
+def _leftover(folder: str, above: tuple[str, ...]) -> str:
+    """Why a folder is not looked into, in those `above` it; nothing if it is."""
+    if os.path.basename(folder).lower() in LEFTOVERS:
+        return "system folders"
+    place = os.path.realpath(folder)
+    loops = os.path.islink(folder) and any(
+        os.path.commonpath([place, other]) == place for other in above
+    )
+    return "links to a folder above" if loops else ""
 
 
 def is_image(name: str) -> bool:
     """Whether a file's name is that of an image."""
-    return name.lower().endswith(SUFFIXES)
+    return not name.startswith(".") and name.lower().endswith(suffixes())
+
+
+def find_home(folder: Path, split: Split) -> Path | None:
+    """Where the images of a split are, if anywhere: in its folder; those for training also in
+    `folder` itself, if that has no folder of a split.
+    """
+    homes = [folder / name for names in SPLIT_FOLDERS.values() for name in names]
+    if split == "train" and not any(map(Path.is_dir, homes)):
+        return folder if any(scan(folder)) else None
+    options = [folder / name for name in SPLIT_FOLDERS[split] if (folder / name).is_dir()]
+    return max(options, key=lambda home: bool(class_names(home)), default=None)
 
 
 def find_split(folder: Path, split: Split) -> tuple[Path, tuple[str, ...]]:
-    """Where one split of a tree is, and its classes, which every split of the tree must have.
+    """Where one split of a tree is, and its classes, those of the training if it has any; none of
+    images that are in no class folder.
 
     Raises FileNotFoundError or ValueError, with the layout of a tree, for a folder that is none.
     """
-    homes = {}
-    for key, options in SPLIT_FOLDERS.items():
-        folders = filter(Path.is_dir, map(folder.joinpath, options))
-        homes[key] = max(folders, key=lambda home: bool(class_names(home)), default=None)
+    homes = {key: find_home(folder, key) for key in SPLITS}
     home = homes[split]
     if home is None:
         names = " or ".join(SPLIT_FOLDERS[split])
         raise FileNotFoundError(
             f"split {split!r} is not there: make {folder}/{names}, one folder a class in it"
         )
-    classes = class_names(home)
-    if not classes:
-        raise ValueError(f"{home} holds no class folder: put the images in {home}/<class>/")
-    for other in filter(None, homes.values()):
-        if difference := sorted(set(classes) ^ set(class_names(other))):
-            raise ValueError(
-                f"{home} and {other} differ in classes ({', '.join(difference[:5])}): give both all"
-            )
-    return home, classes
+    classes = {key: _filled(place) if place else () for key, place in homes.items()}
+    known = classes["train"] or classes["test"]
+    if unseen := sorted(set(classes["test"]) - set(known)):
+        names = ", ".join(sorted({*known} ^ {*classes["test"]})[:5])
+        raise ValueError(
+            f"{homes['train']} and {homes['test']} differ in classes ({names}): there is nothing "
+            f"to train on for {unseen[0]!r}; give it training images, or take it out of the test"
+        )
+    if not classes[split] and not any(is_image(path.name) for path in home.iterdir()):
+        empty = [f"{home / name} holds no image" for name in class_names(home)]
+        fault = empty[0] if empty else f"{home} holds no class folder and no image"
+        raise ValueError(
+            f"{fault} ({', '.join(formats())}): put images in {home}/<class>/, or in {home} itself "
+            "where they have no labels"
+        )
+    return home, known if classes[split] else ()
 
 
 def find_images(home: Path, class_name: str) -> list[str]:
-    """The image files of one class, sorted, relative to its folder; ValueError if it has none."""
-    files = list(scan(home / class_name))
-    if not files:
-        raise ValueError(
-            f"{home / class_name} holds no {', '.join(SUFFIXES)} file: fill or remove it"
-        )
-    return files
+    """The image files of one class, sorted, relative to its folder."""
+    return list(scan(home / class_name))
 
 
 def class_names(home: Path) -> tuple[str, ...]:
     """The class folders in `home`, sorted."""
-    return tuple(sorted(path.name for path in home.glob("[!.]*") if path.is_dir()))
+    above = (os.path.realpath(home),)
+    folders = (path for path in home.glob("[!.]*") if path.is_dir())
+    return tuple(sorted(path.name for path in folders if not _leftover(str(path), above)))
+
+
+def _filled(home: Path) -> tuple[str, ...]:
+    """Its class folders that hold an image."""
+    return tuple(name for name in class_names(home) if _holds_image(home / name))
+
+
+def _holds_image(folder: Path) -> bool:
+    with os.scandir(folder) as entries:
+        if any(is_image(entry.name) for entry in entries):
+            return True
+    return any(scan(folder))

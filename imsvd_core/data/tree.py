@@ -4,12 +4,14 @@ Worker processes decode and crop, the trainer's device does the rest. An image's
 seed, the step and the image, and on nothing else.
 """
 
+import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import groupby, islice, tee
 from operator import itemgetter
 from pathlib import Path
@@ -26,12 +28,14 @@ from imsvd_core.data.streamed import StreamedImages
 from imsvd_core.views import CROP_DRAWS, EvalView, View, Views
 
 PART = 64  # images that a worker hands over at a time, some 20 MB of 224-pixel crops
+_warn_once = cache(logging.getLogger(__name__).warning)
+
 CHUNK = 8  # decoded images that a worker holds at a time: their crops are drawn together
 
 
 @dataclass(frozen=True, eq=False)
 class FolderImages(StreamedImages):
-    """One split of a tree ROOT/{train,val or test}/<class>/*.{jpg,png}, as names; no pixels yet.
+    """One split of a tree ROOT/{train,val or test}/<class>/<image>, as names; no pixels yet.
 
     A name costs as many bytes as the longest below its class folder, and eight for its label:
     ImageNet's 1,281,167 some 40 MB.
@@ -40,14 +44,15 @@ class FolderImages(StreamedImages):
     columns: ClassVar = ("names", "labels")
 
     names: np.ndarray = field(repr=False)  # (N,) bytes: file names below the class folders
-    labels: Tensor = field(repr=False)  # int64 (N,), indices into `classes`
+    labels: Tensor = field(repr=False)  # int64 (N,), indices into `classes`; -1 without any
     classes: tuple[str, ...] = field(repr=False)
 
     def file(self, index: int) -> Path:
-        return self.home / self.classes[self.labels[index]] / os.fsdecode(self.names[index])
+        folder = self.classes[self.labels[index]] if self.classes else ""
+        return self.home / folder / os.fsdecode(self.names[index])
 
     def strata(self) -> Tensor:
-        return self.labels
+        return self.labels.clamp(min=0)
 
     def identity(self) -> list[Tensor]:
         """Names, contents and labels: a fingerprint of these images is made of them."""
@@ -167,23 +172,40 @@ def open_folder(
 ) -> FolderImages:
     """One split of `folder:PATH` or `tree:PATH`, PATH absolute or below the data root, streamed.
 
-    Opens no image. Raises ValueError or FileNotFoundError, with what is expected, where PATH has no
-    split or no class folders.
+    Opens no image; says once what is passed over. Images in no class folder have no labels, if
+    there are no others. Raises ValueError or FileNotFoundError, with what is expected, where PATH
+    has no such split.
     """
     folder = sources.find_root(name, ("tree:", "folder:"), split, on_corrupt, root)
     home, classes = sources.find_split(folder, split)
-    files = [sources.find_images(home, class_name) for class_name in classes]
+    places = [home / name for name in classes] or [home]
+    entries = [list(sources.walk(place)) if place.is_dir() else [] for place in places]
+    files = [[file for file, reason in group if not reason] for group in entries]
+    passed = Counter(reason for group in entries for _, reason in group if reason)
+    if classes:
+        others = set(sources.class_names(home)) - set(classes)
+        passed["folders without image"] = len(others)
+        passed["classes without image"] = files.count([])
+        loose = (path.name for path in home.iterdir() if path.is_file())
+        passed["images in no class folder"] = sum(map(sources.is_image, loose))
+    passed_over = tuple((+passed).items())
+    told = [f"{reason} {count:,}" for reason, count in passed_over]
+    if not classes:
+        told.append("labels: its images are in no class folder")
+    if told:
+        _warn_once("%s (%d classes): passed over: %s", home, len(classes), ", ".join(told))
     names = np.array([os.fsencode(file) for group in files for file in group])
     counts = torch.tensor(list(map(len, files)))
-    labels = torch.arange(len(classes)).repeat_interleave(counts)
+    labels = torch.arange(len(files)).repeat_interleave(counts)
     return FolderImages(
         name,
         folder.name,
         split,
         home,
         names,
-        labels,
+        labels if classes else labels - 1,
         classes,
         on_corrupt=on_corrupt,
+        passed_over=passed_over,
         replaced=True,
     )

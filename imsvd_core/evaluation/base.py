@@ -37,6 +37,21 @@ class Setup:
         return {"view": self.view, "device": self.device, "precision": self.precision}
 
 
+def unlabelled(train: Any, test: Any) -> str:
+    """Why no labelled evaluation can be made of the data; nothing if one can."""
+    for data, split in ((train, "train"), (test, "test")):
+        if data is None:
+            return "there is no test split; give one, PATH/test or PATH/val"
+        if not data.classes:
+            return (
+                f"the {split} images of {data.title} are in no class folder; put them in "
+                f"{data.home}/<class>/"
+            )
+    if len(train.classes) < 2:
+        return f"all images of {train.title} are of one class, {train.classes[0]!r}; give several"
+    return ""
+
+
 class Evaluation:
     """The settings of an evaluation: they say what it is, and run it."""
 
@@ -55,6 +70,8 @@ class Evaluation:
         """The images of (train, test) that are used: the subsets, without what cannot be read and
         is to be skipped; for the `ranks` rank 0 tries. Raises ValueError, naming the setting, where
         there are not as many."""
+        if not self.layout and (reason := unlabelled(*data)):
+            raise ValueError(f"{self.evaluation} cannot be: {reason}")
         chosen = []
         for images, name in zip(data, self.sizes, strict=True):
             images = subset(images, getattr(self, name), f"{self.evaluation}.{name}")

@@ -1,10 +1,13 @@
 """Pretraining: a recipe's method, views and data, and the trainer that takes their steps."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor
 from torchvision.models.resnet import ResNet
 
 from imsvd_core.data import FolderImages, Images, open_data
+from imsvd_core.data.sources import find_folder, find_home
 from imsvd_core.discretization import hardness, joint, soft_discretize
 from imsvd_core.distributed import on_rank_0, rank_0_first
 from imsvd_core.engine import checkpoints
@@ -19,6 +23,7 @@ from imsvd_core.engine.optim import learning_rate
 from imsvd_core.engine.order import stream_seed
 from imsvd_core.engine.trainer import Progressed, Trainer
 from imsvd_core.evaluation import knn
+from imsvd_core.evaluation.base import unlabelled
 from imsvd_core.evaluation.features import embed
 from imsvd_core.evaluation.knn import KNNConfig
 from imsvd_core.methods import IMSVD
@@ -34,6 +39,8 @@ from imsvd_core.system.foreign import ForeignConfig
 from imsvd_core.system.run_folder import RunFolder
 from imsvd_core.views import EvalView, Views
 
+log = logging.getLogger(__name__)
+
 SEEN = 128  # rows and columns of the joint matrix that a run keeps for each epoch
 
 
@@ -45,7 +52,8 @@ class Pretraining:
         recipe: everything that fixes the run.
         run_dir: config.json, metrics.jsonl, checkpoints/, backbone.safetensors and result.json go
             here; a run that is there already is resumed.
-        data: (train, test), to spare loading them twice; by default `recipe.data` is loaded.
+        data: (train, test), to spare loading them twice; by default `recipe.data` is loaded. test
+            may be None: then kNN is left out, and codes are those of training images.
         progress: show a progress bar.
         steps: to train, by default those of the recipe's epochs.
         saves: whether checkpoints are written.
@@ -56,15 +64,21 @@ class Pretraining:
         recipe: Recipe,
         run_dir: RunFolder | Path | str,
         *,
-        data: tuple[Images, Images] | None = None,
+        data: tuple[Images, Images | None] | None = None,
         progress: bool = True,
         steps: int | None = None,
         saves: bool = True,
     ):
         self.recipe = recipe
-        self.gallery, self.test = data or rank_0_first(lambda: load_data(recipe, progress=progress))
-        recipe.knn.check(self.gallery, self.test, "knn")
-        recipe.watch.check(self.gallery, self.test, "watch")
+        self.gallery, test = data or rank_0_first(lambda: load_data(recipe, progress=progress))
+        self.test = self.gallery if test is None else test
+        #: why there is no kNN; nothing if there is
+        self.unlabelled = unlabelled(self.gallery, test)
+        if self.unlabelled:
+            log.warning("kNN is left out: %s", self.unlabelled)
+        else:
+            recipe.knn.check(self.gallery, self.test, "knn")
+            recipe.watch.check(self.gallery, self.test, "watch")
         self.train = self.gallery
         if recipe.samples is not None:
             self.train = self.gallery.subset(recipe.samples)
@@ -110,7 +124,10 @@ class Pretraining:
         )
 
     def knn(self, config: KNNConfig | None = None) -> dict[str, float]:
-        """Weighted kNN accuracy of the backbone as it is now, by default by `recipe.knn`."""
+        """Weighted kNN accuracy of the backbone as it is now, by default by `recipe.knn`. Raises
+        ValueError for data without labels or test split."""
+        if self.unlabelled:
+            raise ValueError(f"kNN cannot be: {self.unlabelled}")
         return knn.evaluate(
             self.method.backbone,
             (self.gallery, self.test),
@@ -130,8 +147,10 @@ class Pretraining:
         done = self.trainer.records("gallery")
         if done and done[-1]["step"] == self.trainer.step:
             return done[-1]
-        with signals.interruptible():  # the checkpoint of this step is there
-            figures = self.knn(self.recipe.watch)
+        figures: dict[str, Any] = {"gallery": 0}
+        if not self.unlabelled:
+            with signals.interruptible():  # the checkpoint of this step is there
+                figures = self.knn(self.recipe.watch)
         if isinstance(self.recipe.method, IMSVD):
             p1, p2 = self.test_codes()
             figures |= asdict(hardness(p1, self.recipe.method.units))
@@ -182,8 +201,10 @@ class Pretraining:
         path, backbone = self.folder.path, self.method.backbone
         file, check = path / "backbone.safetensors", self.folder.check
         save_backbone(file, backbone, self.recipe.network, check=check)
-        with signals.interruptible():
-            accuracy = self.knn()
+        accuracy: dict[str, Any] = {"knn_left_out": self.unlabelled}
+        if not self.unlabelled:
+            with signals.interruptible():
+                accuracy = self.knn()
         figures = {
             **accuracy,
             "steps": self.trainer.records(),
@@ -220,17 +241,19 @@ def pretrain(recipe: Recipe, run_dir: Path | str, *, progress: bool = True) -> P
         return run.finish()
 
 
-def load_data(recipe: Recipe, *, progress: bool = False) -> tuple[Images, Images]:
-    """The recipe's data set, (train, test). `progress`: a bar while files are decoded.
+def load_data(recipe: Recipe, *, progress: bool = False) -> tuple[Images, Images | None]:
+    """The recipe's data set, (train, test); None for a folder's test split that is not there.
+    `progress`: a bar while files are decoded.
 
-    Raises ValueError for images without one label each."""
-    train, test = (
-        open_data(recipe.data, split, on_corrupt=recipe.on_corrupt, progress=progress)
-        for split in ("train", "test")
-    )
-    if isinstance(train, Images) and isinstance(test, Images):
+    Raises ValueError for the layouts of VOC and COCO."""
+    name = recipe.data
+    open_split = partial(open_data, name, on_corrupt=recipe.on_corrupt, progress=progress)
+    train, test = open_split("train"), None
+    if not name.startswith(("tree:", "folder:")) or find_home(find_folder(name), "test"):
+        test = open_split("test")
+    if isinstance(train, Images) and isinstance(test, Images | None):
         return train, test
-    raise ValueError(f"data={recipe.data!r} has no classes: give folder:PATH or a data set's name")
+    raise ValueError(f"data={name!r} is not made for pretraining: give folder:PATH or tree:PATH")
 
 
 def start_from(recipe: Recipe, method: TwinMethod) -> None:

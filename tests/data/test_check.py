@@ -386,9 +386,9 @@ def test_an_unreadable_image_is_named_by_what_reads_far_enough(tmp_path, change,
         )
 
 
-def test_a_png_named_jpeg_is_an_image_and_a_gif_is_none(tmp_path):
+def test_an_image_of_any_format_may_be_named_jpeg_and_a_pdf_is_none(tmp_path):
     def rename(root: Path) -> None:
-        for kind, number in (("PNG", 0), ("GIF", 1)):
+        for kind, number in (("PNG", 0), ("PDF", 1), ("GIF", 2)):
             Image.new("RGB", (8, 8)).save(
                 root / f"train/{WNIDS[0]}/{WNIDS[0]}_{number}.JPEG", format=kind
             )

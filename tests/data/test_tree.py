@@ -327,14 +327,15 @@ def test_a_tree_that_cannot_be_streamed_says_what_is_expected(tree):
     attempt("nowhere is not a folder", "tree:nowhere", error=FileNotFoundError)
     attempt("split is 'validation'", split="validation")
     attempt(
-        "train/cat is not there|make .*train/cat/train, one folder a class",
+        "make .*train/cat/test or val, one folder a class",
         f"tree:{tree}/train/cat",
+        "test",
         error=FileNotFoundError,
     )
-    (tree / "train/empty").mkdir()
-    attempt("differ in classes .empty.")
-    (tree / "val/empty").mkdir()
-    attempt("empty holds no .png, .jpg")
+    (tree / "val/bird").mkdir()
+    picture(0).save(tree / "val/bird/0.png")
+    for split in ("train", "test"):
+        attempt("differ in classes .bird.*nothing to train on for 'bird'", split=split)
 
 
 def test_an_unlabelled_test_folder_does_not_hide_val(tree):

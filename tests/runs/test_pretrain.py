@@ -265,6 +265,28 @@ def test_a_streamed_run_that_a_spoilt_file_ended_goes_on_without_it(small, image
     assert load_data(replace(small, data=f"folder:{tmp_path / 'images'}"))[0].skipped == 20
 
 
+@pytest.mark.parametrize("labelled", [False, True])
+def test_images_without_labels_or_test_split_pretrain_and_give_no_knn(
+    small, images, tmp_path, labelled, caplog
+):
+    for folder in (images / "train").iterdir():
+        target = tmp_path / "mine/train" / (folder.name if labelled else "")
+        target.mkdir(parents=True, exist_ok=True)
+        for file in sorted(folder.iterdir())[:8]:
+            shutil.copy(file, target / f"{folder.name}{file.name}")
+    mine = replace(
+        small, data=f"folder:{tmp_path / 'mine'}", loop=replace(small.loop, epochs=1, save_every=1)
+    )
+    result = read_result(pretrain(mine, tmp_path / "run", progress=False))
+    assert not [name for name in result["figures"] if name.startswith("knn_2")]
+    reason = "no test split" if labelled else "in no class folder"
+    assert reason in result["figures"]["knn_left_out"]
+    assert any("kNN is left out" in record.message for record in caplog.records)
+    assert [line["step"] for line in result["figures"]["watched"]] == [0, 1]
+    with pytest.raises(ValueError, match="kNN cannot be"):
+        Pretraining(mine, tmp_path / "run", progress=False).knn()
+
+
 def test_peers_compute_in_float32_under_autocast():
     z1, z2 = torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(0)) * 12
     for peer in (VICReg(), BarlowTwins()):
