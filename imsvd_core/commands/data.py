@@ -14,16 +14,18 @@ from imsvd_core.system.files import atomic_write
 
 @dataclass(frozen=True)
 class DataCheckCommand:
-    """Verify a prepared data root: classes, counts, annotations, unreadable files.
+    """Verify a data root, a published one or one's own: classes, counts, annotations, unreadable
+    files, what is passed over.
 
     Exits with 0 if all is well, else with 2; leaves its report in the root as .imsvd-checked.json,
     or in the user's cache where the root is read-only.
     Without a root it says how to prepare one."""
 
     name: tyro.conf.Positional[str]
-    """imagenet, places205, voc07 or coco."""
-    root: tyro.conf.Positional[Path]
-    """Folder of the data set."""
+    """imagenet, places205, voc07 or coco; or folder:PATH, tree:PATH, voc:PATH or coco:PATH of one's
+    own, which are judged as a training will."""
+    root: tyro.conf.Positional[Path | None] = None
+    """Folder of the data set; by default PATH, or NAME in the data root (IMSVD_DATA)."""
     decode: check.Decode = "header"
     """What to read of every image: nothing; its two ends, which shows what is cut short or no
     image; or all of it, which shows what cannot be decoded too. A JPEG damaged in the middle still
@@ -68,7 +70,7 @@ def data(argv: Sequence[str]) -> None:
         spec=spec,
         progress=command.progress,
     )
-    print(report if report.ok else f"{report}\n\n{check.how_to(spec, command.root)}")
+    print(report if report.ok else f"{report}\n\n{check.how_to(spec, report.root)}")
     if command.json:
         with atomic_write(command.json) as file:
             file.write(json.dumps(asdict(report) | {"ok": report.ok}, indent=2).encode() + b"\n")

@@ -28,7 +28,8 @@ commands:
                          the finished ones are left alone
   status [FOLDER]        where what was launched stands: waiting, running, done, failed
   data check NAME ROOT   whether a data root (imagenet, places205, voc07, coco) is whole, or how to
-                         prepare one
+                         prepare one; folder:PATH, voc:PATH or coco:PATH: what of one's own data is
+                         read, passed over and wrong
   doctor [FOLDER]        whether this machine and its cluster are ready: /dev/shm, folders, disk,
                          data root, Slurm's variables and limits, CUDA, NCCL
 
@@ -96,6 +97,10 @@ FOLLOWING = {
             "places205": "Places205",
             "voc07": "PASCAL VOC 2007",
             "coco": "COCO 2017",
+            "folder:PATH": "a folder of images",
+            "tree:PATH": "the same",
+            "voc:PATH": "VOC's layout, other data",
+            "coco:PATH": "COCO's layout, other data",
         },
     ),
 }
@@ -116,6 +121,8 @@ def look_over(argv: Sequence[str]) -> None:
             return
         if word.startswith("-"):
             raise ValueError(f"the {kind} comes first, then {word} and other settings")
+        if ":" in word:
+            word = f"{word.partition(':')[0]}:PATH"
         if word not in meanings:
             like = word.lower().replace("_", "-")
             near = get_close_matches(like, meanings) or [name for name in meanings if like in name]

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
@@ -22,6 +22,7 @@ from xml.etree import ElementTree
 from imsvd_core.data import sources, voc
 from imsvd_core.data.decoding import JPEG_START, open_image
 from imsvd_core.data.decoding import decode as decode_image
+from imsvd_core.data.tree import open_folder
 from imsvd_core.data.workers import in_threads
 from imsvd_core.system.files import atomic_write
 
@@ -62,6 +63,10 @@ From COCO's site unpack train2017.zip, val2017.zip and annotations_trainval2017.
 That gives {root}/train2017/*.jpg, {root}/val2017/*.jpg and
 {root}/annotations/instances_*2017.json."""
 
+TREE_HELP = """\
+Put the images into {root}/train/<class>/ and {root}/test/<class>/ (or val),
+or, for pretraining alone, into {root} or {root}/train."""
+
 
 @dataclass
 class Problem:
@@ -82,26 +87,27 @@ class Report:
     decode: Decode  # how much of each file was read
     found: dict[str, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    remedy: str = UNPACK  # unless a fault has its own
 
     @property
     def ok(self) -> bool:
         return not self.problems
 
-    def add(self, kind: str, examples: Iterable[str], remedy: str = UNPACK) -> None:
+    def add(self, kind: str, examples: Iterable[str], remedy: str = "") -> None:
         """Note faults of one kind; none where there is no example."""
         for example in examples:
             problem = next((problem for problem in self.problems if problem.what == kind), None)
             if problem is None:
-                problem = Problem(kind, remedy)
+                problem = Problem(kind, remedy or self.remedy)
                 self.problems.append(problem)
             problem.count += 1
             if problem.count <= SHOWN:
                 problem.first.append(example)
 
-    def expect(self, name: str, number: int, expected: int) -> None:
-        """Note a number, and where it is not the expected one a fault."""
+    def expect(self, name: str, number: int, expected: int | None) -> None:
+        """Note a number, and where it is not the expected one, if any is, a fault."""
         self.found[name] = number
-        if number != expected:
+        if expected is not None and number != expected:
             example = f"{name}: {number:,}, expected {expected:,}"
             remedy = f"{UNPACK}; of a subset say what it holds (--classes, --counts)"
             self.add("wrong count", [example], remedy)
@@ -140,18 +146,19 @@ class Spec:
     """
 
     title: str
-    counts: Mapping[str, int]  # images of each split
-    classes: int
+    counts: Mapping[str, int | None]  # images of each split, if published
+    classes: int | None
     help: str
     inspect: Callable[[Path, "Spec", Report], list[str]]
     class_name: str = r".+"  # regular expression
+    remedy: str = UNPACK
 
 
 def _inspect_tree(root: Path, spec: Spec, report: Report) -> list[str]:
     """ROOT/<split>/<class>/<image>, the same classes in every split, in val of equal size."""
     trees: dict[str, dict[str, list[str]]] = {}
     for split, expected in spec.counts.items():
-        home, share = root / split, expected // spec.classes
+        home, share = root / split, (expected or 0) // (spec.classes or 1)
         if not home.is_dir():
             report.add("missing folder", [str(home)], PREPARE)
             continue
@@ -185,7 +192,8 @@ def _inspect_tree(root: Path, spec: Spec, report: Report) -> list[str]:
 def _inspect_voc(root: Path, spec: Spec, report: Report) -> list[str]:
     """JPEGImages, Annotations and ImageSets/Main: a list of each class in each split."""
     base = voc.base_of(root)
-    if not (base / "Annotations").is_dir():
+    published = spec.classes is not None  # one's own need no annotations beside the lists
+    if published and not (base / "Annotations").is_dir():
         report.add("missing folder", [f"{base}/Annotations"], PREPARE)
     images = {path.stem for path in base.glob("JPEGImages/*.jpg")}
     annotations = {path.stem for path in base.glob("Annotations/*.xml")}
@@ -198,13 +206,18 @@ def _inspect_voc(root: Path, spec: Spec, report: Report) -> list[str]:
             report.expect(f"{name} images", len(data), spec.counts[name])
             classes.update(data.classes)
             splits.append(set(data.stems))
+            lacking = int((~(data.labels == 1).any(0)).sum())
+            report.pass_over(name, [("classes without a positive", lacking)] if lacking else [])
     listed = set().union(*splits)
     report.add("missing image", sorted(listed - images))
-    report.add("missing annotation", sorted(listed - annotations))
-    report.add("annotation without image", sorted(annotations - images))
+    if published:
+        report.add("missing annotation", sorted(listed - annotations))
+        report.add("annotation without image", sorted(annotations - images))
+    elif unlisted := len(images - listed):
+        report.pass_over("images", [("in no list", unlisted)])
     if len(splits) == 2:
         report.add("image of both splits", sorted(splits[0] & splits[1]))
-    for stem in sorted(annotations):
+    for stem in sorted(annotations if published else ()):
         file = base / f"Annotations/{stem}.xml"
         with report.reading("unreadable annotation", file):
             names = {name.text for name in ElementTree.parse(file).iterfind("object/name")}
@@ -235,22 +248,46 @@ def _inspect_coco(root: Path, spec: Spec, report: Report) -> list[str]:
             named = {str(image.get("file_name")) for image in images}
             report.add("missing image", (f"{home}/{name}" for name in sorted(named - names)))
             extra = (f"{home}/{name}" for name in sorted(names - named))
-            remedy = f"if it was added, move it out of the data root; else {UNPACK}"
-            report.add("image without annotation", extra, remedy)
+            if expected is None:
+                unlisted = len(names - named)
+                report.pass_over(split, [("images not listed", unlisted)] if unlisted else [])
+            else:
+                remedy = f"if it was added, move it out of the data root; else {UNPACK}"
+                report.add("image without annotation", extra, remedy)
             wrong = list(faults(tables, purpose))
             for kind, fault in wrong:
-                report.add(kind, [f"{fault} in {listing}"], f"correct the listing, or {UNPACK}")
+                report.add(
+                    kind, [f"{fault} in {listing}"], f"correct the listing, or {spec.remedy}"
+                )
             if not wrong:
                 data = open_coco(f"coco:{root.absolute()}", purpose)
                 report.pass_over(split, data.passed_over)
                 if purpose == "test":
                     lost = data.lost()
-                    report.found[f"{split} objects that the truth itself misses"] = len(lost)
+                    missed = -(-100 * len(lost) // len(tables["annotations"]))
+                    report.found[f"{split} truth against itself in percent"] = 100 - missed
                     report.add(
                         "object that scoring misses",
                         (f"annotation {name} in {listing}" for name in lost),
                         "give it a mask that covers pixels, or remove it",
                     )
+    return files
+
+
+def _inspect_own(root: Path, spec: Spec, report: Report) -> list[str]:
+    """A folder of images as `open_data` reads it, of which only a training split must be there."""
+    files = []
+    for split in sources.SPLITS:
+        if split == "test" and not sources.find_home(root, split):
+            report.found["test images"] = 0
+            continue
+        with report.reading("unusable folder", root):
+            data = open_folder(f"tree:{root.absolute()}", split)
+            name = split if data.home == root else data.home.name
+            report.found[f"{name} classes"] = len(data.classes)
+            report.found[f"{name} images"] = len(data)
+            report.pass_over(name, data.passed_over)
+            files += [str(data.file(place)) for place in range(len(data))]
     return files
 
 
@@ -277,11 +314,25 @@ SPECS = {
 }
 
 
+CORRECT = "correct or remove it"
+TREE = Spec("a folder of images", {}, None, TREE_HELP, _inspect_own, remedy=CORRECT)
+OWN = {
+    "folder": TREE,
+    "tree": TREE,
+    "voc": replace(SPECS["voc07"], counts=dict.fromkeys(("trainval", "test")), classes=None),
+    "coco": replace(SPECS["coco"], counts=dict.fromkeys(("train", "val")), classes=None),
+}
+"""Anybody's data, without published counts, by the scheme of what `open_data` takes."""
+
+
 def find_spec(name: str) -> Spec:
-    """The data set's spec. Raises ValueError for an unknown name."""
-    if name not in SPECS:
-        raise ValueError(f"data set {name!r} is unknown: choose {', '.join(SPECS)}")
-    return SPECS[name]
+    """The data set's spec; of SCHEME:PATH the scheme's. Raises ValueError for an unknown name."""
+    scheme, colon, _ = name.partition(":")
+    known = OWN if colon else SPECS
+    if scheme not in known:
+        names = [*SPECS, *(f"{scheme}:PATH" for scheme in OWN)]
+        raise ValueError(f"data set {name!r} is unknown: choose {', '.join(names)}")
+    return known[scheme]
 
 
 def how_to(spec: Spec, root: Path | str) -> str:
@@ -290,7 +341,7 @@ def how_to(spec: Spec, root: Path | str) -> str:
 
 def check(
     name: str,
-    root: Path | str,
+    root: Path | str | None = None,
     *,
     decode: Decode = "header",
     workers: int | None = None,
@@ -301,7 +352,9 @@ def check(
     be written there.
 
     Args:
-        name: one of `SPECS`.
+        name: one of `SPECS`, or folder:PATH, tree:PATH, voc:PATH or coco:PATH for anybody's data,
+            which are judged as `open_data` will and compared with no published counts.
+        root: of SCHEME:PATH it is PATH by default; of others the folder NAME in the data root.
         decode: of every image read nothing, its two ends ("header": finds what is cut short or no
             image), or all ("full": finds what cannot be decoded too). Neither sees a JPEG damaged
             inside: libjpeg fills in grey.
@@ -315,14 +368,16 @@ def check(
     spec = spec or find_spec(name)
     if decode not in get_args(Decode):
         raise ValueError(f"decode is {decode!r}: choose none, header or full")
-    root = Path(root).expanduser()
+    root = Path(root or sources.data_root() / name[name.find(":") + 1 :]).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder.\n{how_to(spec, root)}")
-    report = Report(name, str(root.resolve()), decode)
+    report = Report(name, str(root.resolve()), decode, remedy=spec.remedy)
     files = spec.inspect(root, spec, report)
     if decode != "none":
         faults = in_threads(partial(_fault, decode), files, "images", workers, progress)
         report.add("unreadable image", filter(None, faults))
+    if name not in SPECS:  # a stamp is for launches on published data
+        return report
     content = json.dumps(asdict(report), indent=2).encode() + b"\n"
     for stamp in (root / STAMP, _own_stamp(name, root)):
         with suppress(OSError):  # others' data may be read-only

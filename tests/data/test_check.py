@@ -477,11 +477,61 @@ def test_without_a_root_the_command_says_how_to_prepare_one(tmp_path, capsys):
         assert "nowhere is not a folder" in said
         assert "Traceback" not in said
     assert run("check", "svhn", str(tmp_path)) == 2
-    assert "choose imagenet, places205" in capsys.readouterr().err
+    assert "There are: imagenet, places205, voc07, coco, folder:PATH" in capsys.readouterr().err
     assert run() == 2
     assert run("--help") == 0
-    assert "Verify a prepared data root" in capsys.readouterr().out
+    assert "verify a data root" in capsys.readouterr().out
     assert run("check", "--help") == 0
-    assert "imagenet, places205, voc07 or coco" in capsys.readouterr().out
+    assert "COCO 2017" in capsys.readouterr().out
     with pytest.raises(ValueError, match="decode is 'half': choose none"):
         prepared.check("coco", tmp_path, decode="half")
+
+
+def test_anybodys_folder_is_checked_without_published_counts(tmp_path, capsys):
+    root = tmp_path / "mine"
+    for name in ("cat", "dog"):
+        for split, count in (("train", 3), ("val", 1)):
+            for number in range(count):
+                draw(root / split / name / f"{number}.png")
+    (root / "train/cat/notes.txt").write_text("x")
+    (root / "val/dog/0.png").unlink()
+    assert run("check", f"folder:{root}", "--no-progress") == 0
+    told = capsys.readouterr().out
+    for fact in ("train classes 2", "train images 6", "train passed over: .txt 1", "val images 1"):
+        assert fact in told
+    assert "val passed over: classes without image 1" in told
+    assert not list(root.glob(".*"))
+    rewrite(root / "train/dog/1.png", lambda content: content[:-60])
+    draw(root / "val/bird/0.png")
+    assert run("check", f"tree:{root}", "--no-progress") == 2
+    told = capsys.readouterr().out
+    assert "unusable folder" in told
+    assert "nothing to train on for 'bird'" in told
+    shutil.rmtree(root / "val")
+    assert run("check", f"tree:{root}", "--no-progress") == 2
+    told = capsys.readouterr().out
+    assert "train/dog/1.png" in told
+    assert "test images 0" in told
+    assert "unpack" not in told
+
+
+def test_anybodys_lists_and_listings_are_checked_as_they_are_read(tmp_path, capsys, monkeypatch):
+    voc07(tmp_path / "voc")
+    shutil.rmtree(tmp_path / "voc" / BASE / "Annotations")  # the lists tell all that is read
+    draw(tmp_path / "voc" / BASE / "JPEGImages/7.jpg")
+    monkeypatch.setenv("IMSVD_DATA", str(tmp_path))
+    assert run("check", "voc:voc", "--no-progress") == 0
+    told = capsys.readouterr().out
+    assert "trainval classes 2, trainval images 2" in told
+    assert "trainval passed over: classes without a positive 2" in told
+    assert "images passed over: in no list 1" in told
+    coco(tmp_path / "coco")
+    draw(tmp_path / "coco/val2017/7.jpg")
+    assert run("check", f"coco:{tmp_path / 'coco'}", "--no-progress") == 0
+    told = capsys.readouterr().out
+    assert "val truth against itself in percent 100" in told
+    assert "val passed over: images not listed 1" in told
+    listing = tmp_path / "coco/annotations/instances_val2017.json"
+    rewrite(listing, lambda content: content.replace(b'"bbox"', b'"box"', 1))
+    assert run("check", "coco:coco", "--no-progress") == 2
+    assert "annotation 0 has no bbox" in capsys.readouterr().out
