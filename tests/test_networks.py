@@ -74,6 +74,30 @@ def test_representing_freezes_batch_norm_and_puts_the_mode_back():
     assert backbone.training
 
 
+def test_pytorchs_first_weights_are_smaller_by_the_root_of_six():
+    """Where as many channels leave a convolution as enter it."""
+    settings = {"backbone": "resnet18", "hidden": (), "dim": 8}
+    kaiming = TwinNetwork.build(NetworkConfig(**settings)).backbone
+    pytorch = TwinNetwork.build(NetworkConfig(**settings, init="pytorch")).backbone
+    theirs, ours = (net.layer4[1].conv2.weight.detach() for net in (pytorch, kaiming))
+    assert (ours.std() / theirs.std()).item() == pytest.approx(6**0.5, rel=0.01)
+    bound = 1 / (9 * 512) ** 0.5  # of nn.Conv2d: uniform up to one over the root of the fan-in
+    assert 0.99 * bound < theirs.abs().max() <= bound
+
+
+@pytest.mark.parametrize("name", ["narrow", "resnet50"])
+def test_a_zero_initialised_residual_makes_every_block_the_identity_at_first(name):
+    backbone = TwinNetwork.build(
+        NetworkConfig(name, hidden=(), dim=8, zero_init_residual=True)
+    ).backbone.eval()
+    width = backbone.layer1[-1].conv1.in_channels
+    x = torch.rand(1, width, 4, 4)
+    block = backbone.layer1[-1]
+    assert torch.equal(block(x), x if block.downsample is None else block.downsample(x).relu())
+    others = (backbone.bn1.weight, block.bn1.weight)
+    assert all(weight.eq(1).all() for weight in others)
+
+
 def test_impossible_networks_are_refused():
     with pytest.raises(ValueError, match="backbone='vit'"):
         NetworkConfig(backbone="vit")

@@ -18,7 +18,7 @@ class OptimConfig:
     lr: float = 2e-3
     """Peak learning rate, reached when the warm-up ends."""
     weight_decay: float = 1e-4
-    """Decay of weights; biases and norms are never decayed."""
+    """Decay of weights; of biases and norms too, if `decay_all`."""
     momentum: float = 0.9
     """For sgd and lars."""
     warmup_epochs: float = 0.5
@@ -29,6 +29,8 @@ class OptimConfig:
     milestones: tuple[int, ...] = ()
     """Epochs at which the rate drops tenfold instead of following the cosine; empty for the cosine.
     """
+    decay_all: bool = False
+    """Decay biases and norms as well."""
 
     def __post_init__(self) -> None:
         checks.literals(self)
@@ -63,7 +65,7 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int, steps_per_ep
 
 def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
     """One optimizer over every trainable parameter; one-dimensional ones (biases, norms) are exempt
-    from decay.
+    from decay, unless `decay_all`.
 
     LARS is timm's, by the rule of You et al. (2017): g ← η·‖w‖ / (‖g‖ + λ‖w‖) · (g + λw), η =
     0.001, then momentum; what is exempt from decay is exempt from this adaptation too.
@@ -71,9 +73,10 @@ def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optim
     parameters = [p for p in module.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("module holds no trainable parameter: nothing to optimize")
+    bound = 0 if config.decay_all else 2  # dimensions of what is decayed
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim >= bound], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < bound], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if config.name == "sgd":

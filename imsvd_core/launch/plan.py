@@ -31,7 +31,7 @@ TABLE_IV = {
     BarlowTwins.name: (12.0, 11.3),
 }
 TABLE_IV_GPUS, TABLE_IV_BATCH = 32, 2048
-PAPER = NetworkConfig("resnet50", False, (8192,), 8160)  #: of IMSVD's row
+PAPER = NetworkConfig("resnet50", False, (8192,), 8160, zero_init_residual=True)  #: of IMSVD's row
 PUBLISHED = {"cifar10": 50_000, "cifar100": 50_000, "fashion-mnist": 60_000}  #: training images
 OPTIMIZER_STATES = {"adamw": 2, "sgd": 1, "lars": 1}  #: numbers kept beside each weight
 

@@ -14,6 +14,7 @@ from imsvd_core.system.config import plain
 from imsvd_core.system.devices import fast_precision
 from imsvd_core.system.scale import Scale
 from imsvd_core.views import CIFAR_MEAN, CIFAR_STD, TwoViewConfig, cifar_views
+from imsvd_core.views.config import Interpolation
 
 
 def watching(gallery: int, queries: int) -> KNNConfig:
@@ -29,6 +30,7 @@ class EvalViewConfig:
     size: int = 32
     mean: tuple[float, float, float] = CIFAR_MEAN
     std: tuple[float, float, float] = CIFAR_STD
+    interpolation: Interpolation = "bilinear"
 
 
 @dataclass(frozen=True)

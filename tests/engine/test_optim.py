@@ -45,6 +45,13 @@ def test_biases_and_norms_are_not_decayed():
     } == {2: 0.1, 1: 0.0}
 
 
+def test_biases_and_norms_are_decayed_where_that_is_asked_for():
+    network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    optimizer = build_optimizer(OptimConfig(weight_decay=0.1, decay_all=True), network)
+    (group,) = optimizer.param_groups
+    assert (group["weight_decay"], len(group["params"])) == (0.1, 4)
+
+
 def lars_by_hand(weights, gradients, lr, decay=1e-6, momentum=0.9, trust=0.001, joint_norm=False):
     """You et al. (2017), and with `joint_norm` as in the code of Barlow Twins: the norm of what is
     applied."""

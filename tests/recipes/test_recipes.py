@@ -10,7 +10,7 @@ import torch
 from imsvd_core.engine.optim import learning_rate
 from imsvd_core.methods import IMSVD
 from imsvd_core.networks import TwinNetwork
-from imsvd_core.recipes import RECIPES, Recipe, Scale, current_scale, recipe
+from imsvd_core.recipes import RECIPES, EvalViewConfig, Recipe, Scale, current_scale, recipe
 from imsvd_core.system.config import config_hash, from_plain, plain
 from imsvd_core.views import imagenet_views
 
@@ -67,8 +67,14 @@ def test_the_imagenet_recipes_are_the_papers(epochs):
         full.eval_view.resize,
         full.eval_view.size,
     ) == (256, 224)
+    assert full.network.zero_init_residual
     smoke = recipe(f"imagenet-{epochs}", "smoke")  # at the same widths
-    assert (smoke.network, smoke.optim, smoke.views, smoke.method) == (
+    assert (
+        replace(smoke.network, zero_init_residual=True),
+        smoke.optim,
+        smoke.views,
+        smoke.method,
+    ) == (
         full.network,
         full.optim,
         full.views,
@@ -77,8 +83,8 @@ def test_the_imagenet_recipes_are_the_papers(epochs):
 
 
 def test_the_full_recipe_is_the_authors():
-    """ResNet-18, projector 512-1024-1024-1024, B = 32, SGD 0.1·bs/256, wd 5e-4, batch 512, 800
-    epochs, temperature 1."""
+    """ResNet-18, PyTorch's first weights, projector 512-1024-1024-1024, B = 32, SGD 0.1·bs/256, wd
+    5e-4 on norms too, batch 512, 800 epochs, temperature 1; test images bicubic, 36 to 32."""
     full = recipe("cifar10", "full")
     assert (full.network.backbone, full.network.hidden, full.network.dim) == (
         "resnet18",
@@ -98,6 +104,20 @@ def test_the_full_recipe_is_the_authors():
         full.linear.optim.lr,
         full.linear.optim.milestones,
     ) == (800, 512, 30.0, (60, 80))
+    assert (full.network.init, full.optim.decay_all) == ("pytorch", True)
+    assert full.linear.view.interpolation == "bicubic"
+    assert full.eval_view == EvalViewConfig(36, 32, interpolation="bicubic")
+
+
+def test_what_only_the_full_recipes_follow_changes_no_smaller_one():
+    """Their trainings are the same bit by bit as before."""
+    for name in RECIPES:
+        for scale in ("smoke", "laptop"):
+            small = recipe(name, scale)
+            network = small.network
+            assert (network.init, network.zero_init_residual) == ("kaiming", False)
+            assert not small.optim.decay_all
+            assert small.eval_view.interpolation == small.linear.view.interpolation == "bilinear"
 
 
 def test_unequal_units_come_back_from_json():
