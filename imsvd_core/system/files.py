@@ -36,16 +36,20 @@ def atomic_write(path: Path | str, check: Callable[[], None] = lambda: None) -> 
             check()
             raise
     except BaseException as error:
-        written = temporary.stat().st_size if temporary.exists() else 0
-        temporary.unlink(missing_ok=True)
-        if reason := _disk_full(error):
-            free = shutil.disk_usage(path.parent).free
-            raise DiskFull(
-                f"{path} does not fit ({reason.strerror} after {written / 1e6:,.1f} MB); "
-                f"{free / 1e6:,.1f} MB are free there: make room"
-            ) from error
+        _tidy_up(temporary, path, error)
         raise
     _flush_folder(path.parent)
+
+
+def _tidy_up(temporary: Path, path: Path, error: BaseException) -> None:
+    written = temporary.stat().st_size if temporary.exists() else 0
+    temporary.unlink(missing_ok=True)
+    if reason := _disk_full(error):
+        free = shutil.disk_usage(path.parent).free
+        raise DiskFull(
+            f"{path} does not fit ({reason.strerror} after {written / 1e6:,.1f} MB); "
+            f"{free / 1e6:,.1f} MB are free there: make room"
+        ) from error
 
 
 def _disk_full(error: BaseException | None) -> OSError | None:
