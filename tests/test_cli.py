@@ -18,7 +18,7 @@ from imsvd_core.commands.jobs import ReproduceCommand, launch_of_pretraining
 from imsvd_core.commands.training import parse_pretraining
 from imsvd_core.commands.words import FOLLOWING
 from imsvd_core.data import memory as datasets
-from imsvd_core.data.check import OWN, SPECS
+from imsvd_core.data.check import SCHEMES, SPECS
 from imsvd_core.launch.graph import FIGURES, TABLES
 from imsvd_core.loss import CrossJointEntropyLoss
 from imsvd_core.recipes import EVALUATIONS, OWN, RECIPES
@@ -205,7 +205,7 @@ for words, status in {calls}:
 def test_the_words_of_usages_are_those_that_are_heeded():
     assert list(FOLLOWING["pretrain"][1]) == list(RECIPES)
     assert list(FOLLOWING["evaluate"][1]) == [*OWN, *EVALUATIONS]
-    own = [f"{scheme}:PATH" for scheme in OWN]
+    own = [f"{scheme}:PATH" for scheme in SCHEMES]
     assert list(FOLLOWING["data check"][1]) == [*SPECS, *own]
     assert list(FOLLOWING["data get"][1]) == list(get_args(get_type_hints(DataGetCommand)["name"]))
     for kind, held in (("table", TABLES), ("figure", FIGURES)):

@@ -316,7 +316,7 @@ SPECS = {
 
 CORRECT = "correct or remove it"
 TREE = Spec("a folder of images", {}, None, TREE_HELP, _inspect_own, remedy=CORRECT)
-OWN = {
+SCHEMES = {
     "folder": TREE,
     "tree": TREE,
     "voc": replace(SPECS["voc07"], counts=dict.fromkeys(("trainval", "test")), classes=None),
@@ -328,9 +328,9 @@ OWN = {
 def find_spec(name: str) -> Spec:
     """The data set's spec; of SCHEME:PATH the scheme's. Raises ValueError for an unknown name."""
     scheme, colon, _ = name.partition(":")
-    known = OWN if colon else SPECS
+    known = SCHEMES if colon else SPECS
     if scheme not in known:
-        names = [*SPECS, *(f"{scheme}:PATH" for scheme in OWN)]
+        names = [*SPECS, *(f"{scheme}:PATH" for scheme in SCHEMES)]
         raise ValueError(f"data set {name!r} is unknown: choose {', '.join(names)}")
     return known[scheme]
 

@@ -51,6 +51,11 @@ class ImageData:
             kind = f"{labels.dtype} {tuple(labels.shape)}"
             raise ValueError(f"labels are {kind}: give torch.int64 ({len(images)},), one an image")
 
+    @property
+    def part(self) -> str:
+        """What the data set itself calls this split."""
+        return self.home.name if self.home else self.split
+
     def __len__(self) -> int:
         return len(self.labels)
 

@@ -46,6 +46,11 @@ class StreamedImages:
         return len(getattr(self, self.columns[0]))
 
     @property
+    def part(self) -> str:
+        """What the data set itself calls this split."""
+        return self.home.name
+
+    @property
     def skipped(self) -> int:
         """Unreadable files met so far, each left out or replaced by another of its class."""
         return self.left_out + len(self.unreadable)

@@ -39,6 +39,10 @@ class VOCImages(StreamedImages):
     labels: Tensor = field(repr=False)
     classes: tuple[str, ...] = field(repr=False)
 
+    @property
+    def part(self) -> str:
+        return LISTS["train" if self.split == "train" else "test"]
+
     def file(self, index: int) -> Path:
         return self.home / f"{self.stems[index]}.jpg"
 

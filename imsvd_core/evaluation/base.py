@@ -52,6 +52,21 @@ def unlabelled(train: Any, test: Any) -> str:
     return ""
 
 
+def describe(resolution: int, train: Any, test: Any) -> dict[str, Any]:
+    """What figures rest on, for their result: pixels, classes, and of each split what it is called,
+    the images used, the unreadable ones skipped and what was passed over."""
+    return {"resolution": resolution, "classes": len(train.classes)} | {
+        name: {
+            "split": images.part,
+            "images": len(images),
+            "skipped": images.skipped,
+            "passed_over": dict(images.passed_over),
+        }
+        for name, images in (("train", train), ("test", test))
+        if images is not None
+    }
+
+
 class Evaluation:
     """The settings of an evaluation: they say what it is, and run it."""
 
@@ -91,6 +106,10 @@ class Evaluation:
     def normalised(self, mean: Color, std: Color) -> Self:
         """The same for a backbone whose images were normalised so."""
         return self
+
+    def resolution(self, setup: Setup) -> int:
+        """Pixels of the side at which it sees a test image, of the shorter one if they differ."""
+        return setup.view.size
 
     def run(self, backbone: nn.Module, data: tuple[Any, Any], setup: Setup) -> dict[str, Any]:
         """The figures of a backbone on (train, test). On several ranks all call this."""

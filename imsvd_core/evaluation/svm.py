@@ -103,6 +103,9 @@ class SVMConfig(Evaluation):
     def normalised(self, mean: Color, std: Color) -> "SVMConfig":
         return replace(self, mean=mean, std=std)
 
+    def resolution(self, setup: Setup) -> int:
+        return self.size
+
     @on_rank_0
     def run(
         self, backbone: nn.Module, data: tuple[VOCImages, VOCImages], setup: Setup

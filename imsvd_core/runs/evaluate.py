@@ -10,7 +10,7 @@ from typing import Any
 from imsvd_core.data import open_data, resolve
 from imsvd_core.data.sources import OnCorrupt
 from imsvd_core.distributed import on_rank_0, rank_0_first, world
-from imsvd_core.evaluation.base import Setup
+from imsvd_core.evaluation.base import Setup, describe
 from imsvd_core.evaluation.features import fingerprint
 from imsvd_core.recipes import EvaluationRecipe
 from imsvd_core.results import provenance, read_result, write_result
@@ -68,7 +68,9 @@ def evaluate(
     open_split = partial(open_data, recipe.data, on_corrupt=on_corrupt, progress=progress)
     data = rank_0_first(lambda: (open_split("train"), open_split("test")))
     with signals.handle_stop_signals():
-        figures = config.run(trained.backbone, data, setup)
+        train, test = config.choose(*data, progress=progress)
+        figures = config.run(trained.backbone, (train, test), setup)
+    figures["data"] = describe(config.resolution(setup), train, test)
     # The seconds of a training include those before a kill.
     seconds = max(time.perf_counter() - start, figures.get("seconds", 0))
     about = provenance(

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -23,7 +23,7 @@ from imsvd_core.engine.optim import learning_rate
 from imsvd_core.engine.order import stream_seed
 from imsvd_core.engine.trainer import Progressed, Trainer
 from imsvd_core.evaluation import knn
-from imsvd_core.evaluation.base import unlabelled
+from imsvd_core.evaluation.base import describe, unlabelled
 from imsvd_core.evaluation.features import embed
 from imsvd_core.evaluation.knn import KNNConfig
 from imsvd_core.methods import IMSVD
@@ -202,11 +202,14 @@ class Pretraining:
         file, check = path / "backbone.safetensors", self.folder.check
         save_backbone(file, backbone, self.recipe.network, check=check)
         accuracy: dict[str, Any] = {"knn_left_out": self.unlabelled}
+        used: Sequence[Any] = (self.train, None)
         if not self.unlabelled:
             with signals.interruptible():
                 accuracy = self.knn()
+                used = self.recipe.knn.choose(self.gallery, self.test, ranks=False)
         figures = {
             **accuracy,
+            "data": describe(self.recipe.eval_view.size, *used),
             "steps": self.trainer.records(),
             "watched": self.trainer.records("gallery"),
         }

@@ -15,8 +15,10 @@ from imsvd_core.engine.config import LoopConfig
 from imsvd_core.engine.optim import OptimConfig
 from imsvd_core.evaluation import knn
 from imsvd_core.evaluation.base import Setup
+from imsvd_core.evaluation.detection.protocol import DetectionConfig
 from imsvd_core.evaluation.knn import KNNConfig
 from imsvd_core.evaluation.linear import LinearConfig
+from imsvd_core.evaluation.svm import SVMConfig
 from imsvd_core.recipes import EvaluationRecipe, EvalViewConfig, recipe
 from imsvd_core.results import read_result
 from imsvd_core.runs.backbones import TrainedBackbone
@@ -105,6 +107,29 @@ def test_pictures_that_were_exchanged_under_their_names_are_judged_anew(solid, t
     for split in ("train", "val"):
         exchange(solid / split)
     assert judged(PROBE, solid, tmp_path)["linear"] == 100
+
+
+@pytest.mark.parametrize("config", [NEAREST, PROBE])
+def test_a_result_says_what_its_figures_rest_on(solid, tmp_path, config):
+    tear(solid)
+    (solid / "train/a/notes.txt").write_text("x")
+    assert judged(config, solid, tmp_path, on_corrupt="skip")["data"] == {
+        "resolution": 8,
+        "classes": 2,
+        "train": {"split": "train", "images": 6, "skipped": 2, "passed_over": {".txt": 1}},
+        "test": {"split": "val", "images": 2, "skipped": 2, "passed_over": {}},
+    }
+
+
+def test_every_evaluation_knows_its_resolution(tmp_path):
+    setup = Setup(tmp_path, EvalView(64, 56))
+    for config, pixels in (
+        (NEAREST, 56),
+        (PROBE, 56),
+        (SVMConfig(resize=128, size=112), 112),
+        (DetectionConfig(), 800),
+    ):
+        assert config.resolution(setup) == pixels
 
 
 def test_overwrite_does_everything_anew(solid, tmp_path, monkeypatch):

@@ -279,6 +279,8 @@ def test_images_without_labels_or_test_split_pretrain_and_give_no_knn(
     )
     result = read_result(pretrain(mine, tmp_path / "run", progress=False))
     assert not [name for name in result["figures"] if name.startswith("knn_2")]
+    assert result["figures"]["data"]["train"]["images"] == 16
+    assert "test" not in result["figures"]["data"]
     reason = "no test split" if labelled else "in no class folder"
     assert reason in result["figures"]["knn_left_out"]
     assert any("kNN is left out" in record.message for record in caplog.records)

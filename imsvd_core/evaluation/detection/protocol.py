@@ -93,6 +93,9 @@ class DetectionConfig(Evaluation):
             name="sgd", lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
         )
 
+    def resolution(self, setup: Setup) -> int:
+        return self.detector.test_size
+
     def learning_rate(self, step: int) -> float:
         """The rate of `step`, from 0, as detectron2 warms up."""
         rise = min(1.0, step / self.warmup) if self.warmup else 1.0
