@@ -150,7 +150,7 @@ def launch(argv: Sequence[str]) -> None:
     )
     print(
         f"job {submission.job_id} sent; its logs are in {job.folder}; "
-        f"imsvd status {job.run_dir} tells how it stands"
+        f"imsvd status {shlex.quote(str(job.run_dir))} tells how it stands"
     )
     if config.executor == "debug" and submission.job:
         submission.job.result()

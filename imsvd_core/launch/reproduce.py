@@ -3,6 +3,7 @@ submitted."""
 
 import contextlib
 import hashlib
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -160,7 +161,7 @@ def _submit_all(
     more = f"{full}, or give --wait. " if left else ""
     console.print(
         f"{sent} submitted, {len(live)} on their way already, {done} done. {more}"
-        f"`imsvd status {out}` shows how they get on",
+        f"`imsvd status {shlex.quote(str(out))}` shows how they get on",
         highlight=False,
         soft_wrap=True,
     )

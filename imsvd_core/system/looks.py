@@ -75,7 +75,8 @@ def root_look(data: Path) -> Look:
 
 def inherited_look() -> Look:
     """At variables that another job, or a profile, has left in the environment."""
-    names = sorted(name for name in os.environ if name.startswith(("SLURM_", "SBATCH_", "SRUN_")))
+    names = [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_", "SRUN_"))]
+    names = sorted({*names} - {"SLURM_CONF"})  # which says where Slurm is
     named = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     ranks = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or "1"
     sbatch = [name for name in names if name.startswith("SBATCH_")]

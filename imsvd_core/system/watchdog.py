@@ -2,6 +2,7 @@
 
 import faulthandler
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,10 +24,11 @@ def moved() -> None:
 def watched(minutes: float, setting: str) -> Iterator[None]:
     """End this process if `moved` is not called for so long inside the block; 0 for never.
 
-    Every thread's trace goes to its standard error first. `setting` is what a message names.
+    Every thread's trace goes to its standard error first. `setting` is what a message names. A
+    process in which somebody works by hand, in a notebook say, may pause as long as it likes.
     """
     ended = threading.Event()
-    if minutes:
+    if minutes and not (hasattr(sys, "ps1") or "ipykernel" in sys.modules):
         threading.Thread(target=_watch, args=(60 * minutes, setting, ended), daemon=True).start()
     try:
         yield
