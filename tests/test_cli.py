@@ -191,8 +191,9 @@ for words, status in {calls}:
 """
     usages = [(f"{words} --help", 0) for words in FOLLOWING]
     wrong = [(f"{words} cifar11", 2) for words in FOLLOWING]
-    scale = [("pretrain cifar10 --scale huge", 2), ("launch evaluate knn run --scale huge", 2)]
-    bare = [*usages, *wrong, *scale, ("", 2), ("pretrain --loop.epochs 3 cifar10", 2)]
+    scale = [("pretrain cifar10 --scale huge", 2), ("launch cifar10 --scale huge", 2)]
+    lost = [("evaluate knn nowhere", 2), ("export nowhere", 2), ("launch evaluate knn nowhere", 2)]
+    bare = [*usages, *wrong, *scale, *lost, ("", 2), ("pretrain --loop.epochs 3 cifar10", 2)]
     own = ("status", "reproduce", "launch cifar10", "export")
     read = [(f"{words} --help", 0) for words in own] + [("status nowhere", 2)]
     read += [("reproduce --table 9", 2), ("launch cifar10 --nodes 0", 2)]

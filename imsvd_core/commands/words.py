@@ -6,6 +6,7 @@ Nothing slow is imported for them.
 import argparse
 from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 from imsvd_core.system.scale import current_scale
 
@@ -108,7 +109,8 @@ FOLLOWING = {
 
 def look_over(argv: Sequence[str]) -> None:
     """Print a usage and exit where the next word is missing (2) or `--help` (0). Raises ValueError
-    for a word that is none, with those that come near it, and for a scale that is none."""
+    for a word that is none, with those that come near it, and for a scale that is none, and
+    FileNotFoundError for a run that is not there."""
     path = ""
     for word in (*argv, ""):
         if path not in FOLLOWING:
@@ -129,6 +131,14 @@ def look_over(argv: Sequence[str]) -> None:
             hint = f": did you mean {near[0]}?" if near else "."
             raise ValueError(f"{kind}={word!r} is unknown{hint} There are: {', '.join(meanings)}")
         path = f"{path} {word}".strip()
+    words = path.split()
+    takes_run = words == ["export"] or words[-2:-1] == ["evaluate"]
+    for run in argv[len(words) :][: int(takes_run)]:
+        if not (run.startswith("-") or Path(run).exists()):
+            raise FileNotFoundError(
+                f"run={run!r} is not there: give the folder of a finished `imsvd pretrain`, or a "
+                "file of weights (.pth, .pt, .safetensors)"
+            )
     if argv[0] in SCALED:
         current_scale(peek(argv, "--scale"))
 

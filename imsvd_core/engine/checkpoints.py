@@ -39,10 +39,11 @@ def save(run: RunFolder, step: int, state: dict[str, Any], keep: int = 2) -> Pat
     except DiskFull as full:
         size = _Size()
         torch.save(content, cast(IO[bytes], size))
-        stands = next(iter(paths(path.parent)), "no checkpoint yet")
+        stands = next(iter(paths(path.parent)), None)
+        rest = f"the same command goes on from {stands}" if stands else "no checkpoint stands yet"
         raise DiskFull(
-            f"{full}, for {size.bytes / 1e6:,.1f} MB are needed. What stands: {stands}; "
-            f"the same command goes on from it (loop.keep={keep} are kept)"
+            f"{full}, for {size.bytes / 1e6:,.1f} MB are needed, or keep fewer than "
+            f"loop.keep={keep}; {rest}"
         ) from None
     run.check()
     saved = paths(path.parent)

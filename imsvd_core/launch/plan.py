@@ -68,7 +68,9 @@ class Plan:
     @property
     def devices(self) -> str:
         gpus, ranks = self.config.gpus, self.config.ranks
-        return f"{gpus} GPUs" if gpus else f"{ranks} processes without GPU"
+        number, unit = (gpus, "GPU") if gpus else (ranks, "process")
+        more = {"GPU": "s", "process": "es"}[unit] if number > 1 else ""
+        return f"{number} {unit}{more}" + ("" if gpus else " without GPU")
 
     def __str__(self) -> str:
         config = self.config

@@ -386,7 +386,7 @@ def test_a_dry_run_sums_its_plans_up_in_words_and_says_what_would_be_refused(tmp
     console = Console(record=True, width=200, file=io.StringIO())
     reproduce(graph, tmp_path, LaunchConfig(time="30"), console, dry_run=True)
     told = console.export_text()
-    assert "6 trainings, on 1 processes without GPU each" in told
+    assert "6 trainings, on 1 process without GPU each" in told
     assert "steps     36" in told
     assert "time      unknown" in told
     assert re.search(r"disk +0\.\d GB for all, [\d,.]+ GB free", told)
