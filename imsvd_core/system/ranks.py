@@ -51,11 +51,6 @@ def process_group(device: str = "auto") -> Iterator[None]:
     if "WORLD_SIZE" not in os.environ:
         yield
         return
-    if lacking := [name for name in PLACE if name not in os.environ]:
-        raise ValueError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set, and {', '.join(lacking)} not: "
-            "unset it, or start the ranks with torchrun or srun"
-        )
     global _launcher
     _launcher = os.getppid()
     gpu = None
@@ -68,6 +63,11 @@ def process_group(device: str = "auto") -> Iterator[None]:
             )
         gpu = torch.device("cuda", number)
         torch.cuda.set_device(gpu)
+    if lacking := [name for name in PLACE if name not in os.environ]:
+        raise ValueError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set, and {', '.join(lacking)} not: "
+            "unset it, or start the ranks with torchrun or srun"
+        )
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group(
         "nccl" if gpu else "gloo",
