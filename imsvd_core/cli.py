@@ -42,7 +42,7 @@ def _told_in_one_line(argv: Sequence[str]) -> Iterator[None]:
 
 def _first_to_say(message: str) -> bool:
     if "torch" not in sys.modules:  # and so no ranks have met
-        return os.environ.get("RANK", "0") == "0"
+        return (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0"
     from imsvd_core.system.ranks import first_to_say
 
     return first_to_say(message)

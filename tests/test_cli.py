@@ -92,6 +92,14 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(capsys, words, messa
     assert "Traceback" not in said.err
 
 
+@pytest.mark.parametrize(("name", "says"), [("RANK", 1), ("SLURM_PROCID", 1), ("RANK", 0)])
+def test_of_ranks_that_are_all_mistyped_one_says_so(name, says):
+    command = [sys.executable, "-m", "imsvd_core.cli", "pretrain", "cifar11"]
+    done = subprocess.run(command, env={**os.environ, name: str(says)}, capture_output=True)
+    assert done.returncode == 2
+    assert done.stderr.count(b"did you mean cifar10?") == 1 - says
+
+
 @pytest.mark.parametrize(
     ("number", "remedy"),
     [
@@ -192,7 +200,12 @@ for words, status in {calls}:
     usages = [(f"{words} --help", 0) for words in FOLLOWING]
     wrong = [(f"{words} cifar11", 2) for words in FOLLOWING]
     scale = [("pretrain cifar10 --scale huge", 2), ("launch cifar10 --scale huge", 2)]
-    lost = [("evaluate knn nowhere", 2), ("export nowhere", 2), ("launch evaluate knn nowhere", 2)]
+    lost = [
+        ("evaluate knn nowhere", 2),
+        ("evaluate knn", 2),
+        ("export nowhere", 2),
+        ("launch evaluate knn nowhere", 2),
+    ]
     bare = [*usages, *wrong, *scale, *lost, ("", 2), ("pretrain --loop.epochs 3 cifar10", 2)]
     own = ("status", "reproduce", "launch cifar10", "export")
     read = [(f"{words} --help", 0) for words in own] + [("status nowhere", 2)]

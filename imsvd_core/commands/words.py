@@ -133,8 +133,8 @@ def look_over(argv: Sequence[str]) -> None:
         path = f"{path} {word}".strip()
     words = path.split()
     takes_run = words == ["export"] or words[-2:-1] == ["evaluate"]
-    for run in argv[len(words) :][: int(takes_run)]:
-        if not (run.startswith("-") or Path(run).exists()):
+    for run in [*argv[len(words) :], ""][: int(takes_run)]:
+        if not run or not (run.startswith("-") or Path(run).exists()):
             raise FileNotFoundError(
                 f"run={run!r} is not there: give the folder of a finished `imsvd pretrain`, or a "
                 "file of weights (.pth, .pt, .safetensors)"

@@ -18,8 +18,12 @@ class Metrics:
         finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
         line = json.dumps({"step": step, "epoch": epoch} | finite)
         self.run.check()
-        with open(self.path, "a") as file:
-            file.write(line + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write(line + "\n")
+        except OSError as error:  # a write does not say to what
+            error.filename = str(self.path)
+            raise
 
     def lines(self, key: str) -> list[dict[str, float]]:
         """The lines that hold `key`, oldest first."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from imsvd_core.engine import checkpoints
+from imsvd_core.engine.metrics import Metrics
 from imsvd_core.system.faults import DiskFull
 from imsvd_core.system.files import atomic_write
 from imsvd_core.system.run_folder import RunFolder
@@ -69,6 +70,13 @@ def test_a_full_disk_is_told_with_what_is_needed_and_what_stands(tmp_path):
     assert told.endswith(f"loop.keep=2; the same command goes on from {stands}")
     assert "\n" not in told
     assert list(stands.parent.iterdir()) == [stands]
+
+
+def test_a_full_disk_is_told_of_the_record_too(tmp_path):
+    metrics = Metrics(RunFolder(tmp_path))
+    metrics.path = "/dev/full"
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        metrics.append(1, 0.1, {"loss": 1.0})
 
 
 def test_no_file_means_a_fresh_start_but_only_bad_files_do_not(tmp_path):
