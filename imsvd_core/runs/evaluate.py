@@ -17,7 +17,7 @@ from imsvd_core.results import provenance, read_result, write_result
 from imsvd_core.runs.backbones import TrainedBackbone
 from imsvd_core.system import signals
 from imsvd_core.system.config import config_hash, full_hash
-from imsvd_core.system.devices import PRECISIONS, pick_device
+from imsvd_core.system.devices import PRECISIONS, pick_device, warn_of_emulation
 from imsvd_core.views import EvalView
 
 
@@ -65,6 +65,8 @@ def evaluate(
         folder=path.with_suffix(""),
         progress=progress,
     )
+    if not config.loop:  # else its trainer says so
+        warn_of_emulation(loop.precision, pick_device(device or loop.device))
     open_split = partial(open_data, recipe.data, on_corrupt=on_corrupt, progress=progress)
     data = rank_0_first(lambda: (open_split("train"), open_split("test")))
     with signals.handle_stop_signals():
