@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from imsvd_core.loss import CrossJointEntropyLoss, cross_joint_entropy
+from imsvd_core.streaming import _slabs
 
 WEIGHTS = dict(diagonal_weight=0.7, off_diagonal_weight=1.3, invariance_weight=0.4)
 CASES = [(6, 4), (5, [2, 3, 1]), (1, 3), (7, [4]), (4, [1, 1]), (3, [5, 2])]
@@ -101,6 +102,13 @@ def test_terms_and_gradients_equal_the_brute_force(version, invariance, n, units
 def test_gradcheck(units, invariance):
     loss = CrossJointEntropyLoss(units, invariance=invariance, temperature=0.8, **WEIGHTS)
     assert torch.autograd.gradcheck(lambda a, b: loss(a, b).total, logits(5, units))
+
+
+@pytest.mark.parametrize("variables", [51, 102])
+def test_slabs_end_with_whole_cache_lines_which_products_are_faster_on(variables):
+    dim = 80 * variables
+    slabs = _slabs(torch.zeros(1, dim), (80,) * variables, range(dim), range(variables))
+    assert {len(cells) % 16 for _, cells, *_ in slabs} == {0}
 
 
 def test_slabs_and_chunks_do_not_change_the_result(monkeypatch):
