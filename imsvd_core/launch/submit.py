@@ -164,7 +164,8 @@ def snapshot(folder: Path) -> Path:
 def _outside_any_job(config: LaunchConfig) -> Iterator[None]:
     """Hide the job that we may be in ourselves, and options of sbatch, which would overrule the
     script; but neither where the cluster is, nor what is the user's where the script is silent."""
-    left_open = [name for name in DEFAULTS if getattr(config, name, None) is None]
+    said = vars(config) | config.options
+    left_open = [name for name in DEFAULTS if said.get(name) is None]
     names = ["SLURM_CONF", *(f"SBATCH_{name.upper()}" for name in left_open)]
     where = {name: os.environ[name] for name in names if name in os.environ}
     with submitit.helpers.clean_env(), submitit.helpers.environment_variables(**where):

@@ -155,12 +155,13 @@ def test_what_is_inherited_of_slurm_s_variables_overrules_nothing_that_the_scrip
         "SBATCH_PARTITION": "debug",
         "SBATCH_TIMELIMIT": "1",
         "SBATCH_ACCOUNT": "theirs",
+        "SBATCH_RESERVATION": "day",
         "SLURM_NTASKS": "1",
         "SLURM_CONF": "/etc/ours",
     }
     for name, value in inherited.items():
         monkeypatch.setenv(name, value)
-    config = LaunchConfig(partition="gpu")
+    config = LaunchConfig(partition="gpu", options={"reservation": "night"})
     submit(["x"], name="run", folder=tmp_path / "run", config=config, code=tmp_path)
     seen = dict(line.split("=", 1) for line in (tmp_path / "seen").read_text().splitlines())
     assert {name for name in inherited if name in seen} == {"SBATCH_ACCOUNT", "SLURM_CONF"}
