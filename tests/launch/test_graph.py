@@ -392,6 +392,8 @@ def test_a_dry_run_sums_its_plans_up_in_words_and_says_what_would_be_refused(tmp
     assert re.search(r"disk +0\.\d GB for all, [\d,.]+ GB free", told)
     assert told.count("refused: time='30' leaves 28.0 minutes") == 1
     assert "Plan(" not in told
+    for look in ("/dev/shm", "run folder", "disk", "data root", "inherited", "submission", "NCCL"):
+        assert f"\n{look}: " in told
 
 
 def test_runs_that_fit_the_disk_only_one_by_one_are_refused_together(graph, tmp_path):

@@ -1,6 +1,7 @@
 """What a launch will take, and what would be refused, before anything is sent."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -152,6 +153,20 @@ def test_what_would_fail_later_is_refused_now(imagenet, tmp_path, config, settin
     ).refused
     assert len(refused) == 1
     assert words in refused[0]
+
+
+@pytest.mark.parametrize(
+    ("run_dir", "words"),
+    [
+        ("file/run", "run folder: .*Not a directory → give another"),
+        ("%j", "not take literally"),
+    ],
+)
+def test_a_run_folder_that_cannot_be_is_refused(imagenet, tmp_path, run_dir, words):
+    (tmp_path / "file").touch()
+    full = recipe("imagenet-100", "full")
+    (reason,) = plan("imagenet-100", full, FULL, tmp_path / run_dir).refused
+    assert re.search(words, reason)
 
 
 def test_data_that_were_not_checked_or_found_wanting_are_refused(imagenet, tmp_path):

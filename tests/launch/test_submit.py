@@ -220,6 +220,8 @@ def test_a_dry_run_prints_script_and_plan_and_writes_nothing(tmp_path, monkeypat
     told = capsys.readouterr().out
     assert "#SBATCH --partition=main" in told
     assert "cifar10: 2 processes without GPU (2 × 1), 8 images on each" in told
+    for look in ("/dev/shm", "run folder", "disk", "data root", "inherited", "submission", "NCCL"):
+        assert f"\n{look}: " in told
     assert not list(tmp_path.iterdir())
 
 
