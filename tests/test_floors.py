@@ -18,7 +18,7 @@ recipes
 evaluation
 engine
 methods export
-data arrays variants
+data arrays variants weights
 views networks loss information plots
 streaming
 discretization results

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from imsvd_core.methods.base import Config
-from imsvd_core.methods.vicreg import PeerMethod
+from imsvd_core.methods.base import Config, PeerMethod
 from imsvd_core.networks import NetworkConfig
 from imsvd_core.system import checks
 

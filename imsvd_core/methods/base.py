@@ -1,5 +1,6 @@
 """What every method is: a module that embeds pieces of a batch, and gives the loss of the whole."""
 
+import copy
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from imsvd_core.data.batch import Batch
+from imsvd_core.discretization import widen
 from imsvd_core.distributed import world
 from imsvd_core.networks import NetworkConfig, TwinNetwork
 
@@ -71,6 +73,43 @@ class TwinMethod(Method):
         x1, x2 = batch.views
         z1, z2 = self.network(x1, x2)
         return z1, z2
+
+
+class PeerMethod(TwinMethod):
+    """A backbone and a projector under a loss of two tables, computed in float32 at least.
+
+    `gathers`: the loss is given the samples of all ranks; else it looks at the other ranks itself.
+    """
+
+    def __init__(self, network: NetworkConfig, criterion: nn.Module, gathers: bool = True):
+        super().__init__(network)
+        self.criterion, self.gathers = criterion, gathers
+
+    def loss(self, *embeddings: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(embeddings[0].device.type, enabled=False):
+            tables = [widen(z) for z in embeddings]
+            if self.gathers:
+                tables = [of_all_ranks(z) for z in tables]
+            return {"loss": self.criterion(*tables)}
+
+
+class MomentumMethod(TwinMethod):
+    """A network, and a copy that follows it by momentum, which no gradient reaches."""
+
+    def __init__(self, network: NetworkConfig, momentum: float):
+        super().__init__(network)
+        self.momentum = momentum
+        self.target = copy.deepcopy(self.network).requires_grad_(False)
+
+    def momentum_at(self, progress: float) -> float:
+        """The momentum of the copy, from the progress of the training."""
+        return self.momentum
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        momentum = self.momentum_at(progress)
+        for slow, fast in zip(self.target.parameters(), self.network.parameters(), strict=True):
+            slow.lerp_(fast, 1 - momentum)
 
 
 def of_all_ranks(z: Tensor) -> Tensor:

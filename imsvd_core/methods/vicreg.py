@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, relu
 
-from imsvd_core.methods.base import Config, TwinMethod, of_all_ranks
+from imsvd_core.methods.base import Config, PeerMethod
 from imsvd_core.networks import NetworkConfig
 from imsvd_core.system import checks
 
@@ -24,7 +24,7 @@ class VICReg(Config):
     def __post_init__(self) -> None:
         checks.finite(self, "invariance_weight", "variance_weight", "covariance_weight")
 
-    def build(self, network: NetworkConfig) -> "PeerMethod":
+    def build(self, network: NetworkConfig) -> PeerMethod:
         return PeerMethod(network, VICRegLoss(self))
 
 
@@ -59,17 +59,3 @@ def _covariance(z: Tensor) -> Tensor:
     # without its first entry, a row of d + 1 has all others and then one of the diagonal
     off_diagonal = covariances.flatten()[1:].view(d - 1, d + 1)[:, :-1].flatten()
     return off_diagonal.pow(2).sum() / d
-
-
-class PeerMethod(TwinMethod):
-    """A backbone and a projector under a loss of two tables that is computed in float32, on all
-    ranks' samples."""
-
-    def __init__(self, network: NetworkConfig, criterion: nn.Module):
-        super().__init__(network)
-        self.criterion = criterion
-
-    def loss(self, *embeddings: Tensor) -> dict[str, Tensor]:
-        with torch.autocast(embeddings[0].device.type, enabled=False):
-            z1, z2 = (of_all_ranks(z.float()) for z in embeddings)
-            return {"loss": self.criterion(z1, z2)}

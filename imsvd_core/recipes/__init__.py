@@ -32,6 +32,9 @@ RECIPES: dict[str, Callable[[Scale], Recipe]] = {
     "cifar10-barlow-twins": cifar10.barlow_twins,
     "cifar10-byol": cifar10.byol,
     "cifar10-swav": cifar10.swav,
+    "cifar10-simclr": cifar10.simclr,
+    "cifar10-moco": cifar10.moco,
+    "cifar10-simsiam": cifar10.simsiam,
     "cifar10-units": cifar10.units,
     "two-views": cifar10.two_views,
     **{

@@ -1,6 +1,7 @@
 """One batch in pieces and on ranks has the gradient of the batch as a whole."""
 
 import copy
+import io
 import itertools
 import tempfile
 from dataclasses import replace
@@ -14,7 +15,7 @@ from imsvd_core.engine.config import LoopConfig
 from imsvd_core.engine.gradients import Gradients
 from imsvd_core.engine.optim import OptimConfig
 from imsvd_core.engine.trainer import Trainer
-from imsvd_core.methods import BYOL, IMSVD, BarlowTwins, SwAV, VICReg
+from imsvd_core.methods import BYOL, IMSVD, BarlowTwins, MoCo, SimCLR, SimSiam, SwAV, VICReg
 from imsvd_core.methods.base import Method
 from imsvd_core.networks import NetworkConfig
 
@@ -25,6 +26,9 @@ METHODS = [
     BarlowTwins(),
     BYOL(predictor_hidden=12),
     SwAV(prototypes=6),
+    SimCLR(),
+    MoCo(queue=40),
+    SimSiam(predictor_hidden=12),
 ]
 CONFIG = LoopConfig(epochs=3, batch_size=16, precision="fp32", log_every=1, device="cpu")
 SAMPLES = 32
@@ -58,9 +62,10 @@ def small(config, norm=False, dropout=0.0, draws=None):
     torch.manual_seed(0)
     method = config.build(NETWORK)
     method.network = Features(norm, dropout, draws)
-    if isinstance(config, BYOL):
-        method.target = copy.deepcopy(method.network).requires_grad_(False)
+    if hasattr(method, "predictor"):
         method.predictor = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8))
+    if hasattr(method, "target"):
+        method.target = copy.deepcopy(method.network).requires_grad_(False)
     return method
 
 
@@ -93,6 +98,35 @@ def test_pieces_train_as_the_whole_batch(tmp_path, method, accumulate):
         torch.testing.assert_close(pieces[name], whole[name], rtol=1e-6, atol=1e-6)
     start = small(method).state_dict()[FIRST]
     assert (whole[FIRST] - start).abs().max() > 1e-3  # it was trained at all
+
+
+@pytest.mark.parametrize("config", METHODS, ids=lambda config: config.name)
+def test_a_method_remembers_in_its_state_all_that_it_goes_on_from(config):
+    """Three steps, and three of a new method that has read its state, are six bit by bit."""
+    whole, before, after = small(config), small(config), small(config)
+    walk(whole, range(6))
+    walk(before, range(3))
+    file = io.BytesIO()
+    torch.save(before.state_dict(), file)
+    file.seek(0)
+    after.load_state_dict(torch.load(file, weights_only=True))
+    walk(after, range(3, 6))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(after.state_dict()[name], value), name
+
+
+def walk(method, steps):
+    """Steps of plain gradient descent, all chance from a step's number."""
+    for step in steps:
+        torch.manual_seed(step)
+        batch = Batch(tuple(torch.randn(2, 16, 6)), torch.arange(16) % 8, torch.arange(16))
+        method.zero_grad()
+        method.loss(*method(batch))["loss"].backward()
+        with torch.no_grad():
+            for weight in method.parameters():
+                if weight.grad is not None:
+                    weight -= 0.05 * weight.grad
+        method.after_step((step + 1) / 6)
 
 
 def test_running_statistics_see_every_piece_once(tmp_path):

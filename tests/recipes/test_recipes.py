@@ -139,8 +139,8 @@ def test_the_environment_sets_the_scale(monkeypatch):
 def test_what_does_not_exist_is_named():
     with pytest.raises(ValueError, match="recipe='cifar11' is unknown; there are: cifar10"):
         recipe("cifar11")
-    with pytest.raises(ValueError, match="name='simclr' is none of"):
-        from_plain(Recipe, {"method": {"name": "simclr"}})
+    with pytest.raises(ValueError, match="name='simclear' is none of"):
+        from_plain(Recipe, {"method": {"name": "simclear"}})
     with pytest.raises(ValueError, match="scale='huge'"):
         recipe("cifar10", "huge")
     with pytest.raises(ValueError, match="Recipe has no field lr"):
