@@ -24,7 +24,7 @@ from imsvd_core.engine.order import stream_seed
 from imsvd_core.engine.trainer import Progressed, Trainer
 from imsvd_core.evaluation import knn
 from imsvd_core.evaluation.base import describe, unlabelled
-from imsvd_core.evaluation.features import embed
+from imsvd_core.evaluation.features import embed, subset
 from imsvd_core.evaluation.knn import KNNConfig
 from imsvd_core.methods import IMSVD
 from imsvd_core.methods.base import TwinMethod
@@ -79,9 +79,7 @@ class Pretraining:
         else:
             recipe.knn.check(self.gallery, self.test, "knn")
             recipe.watch.check(self.gallery, self.test, "watch")
-        self.train = self.gallery
-        if recipe.samples is not None:
-            self.train = self.gallery.subset(recipe.samples)
+        self.train = subset(self.gallery, recipe.samples, "samples")
         self.views = Views(recipe.views.configs)
         self.eval_view = EvalView(**asdict(recipe.eval_view))
         folder = run_dir.path if isinstance(run_dir, RunFolder) else Path(run_dir)
