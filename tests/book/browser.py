@@ -52,6 +52,7 @@ class Visit:
     stuck: list[str] = field(default_factory=list)
     #: what axe finds against WCAG, A and AA
     violations: list[str] = field(default_factory=list)
+    stopped: bool = False
 
 
 def settled(page: Page) -> None:
@@ -70,14 +71,19 @@ def visit(browser: Browser, url: str) -> Visit:
     context = browser.new_context(viewport={"width": WIDE, "height": 900}, reduced_motion="reduce")
     page = context.new_page()
     local = (origin, "data:", "blob:", "about:")
+
+    def note(kind: list[str], text: str) -> None:
+        if not seen.stopped:
+            kind.append(text)
+
     page.on(
         "request",
-        lambda r: None if r.url.startswith(local) else seen.foreign_requests.append(r.url),
+        lambda r: None if r.url.startswith(local) else note(seen.foreign_requests, r.url),
     )
-    page.on("requestfailed", lambda r: seen.failed_requests.append(r.url))
-    page.on("response", lambda r: seen.failed_requests.append(r.url) if r.status >= 400 else None)
-    page.on("console", lambda m: seen.console_errors.append(m.text) if m.type == "error" else None)
-    page.on("pageerror", lambda error: seen.console_errors.append(str(error)))
+    page.on("requestfailed", lambda r: note(seen.failed_requests, r.url))
+    page.on("response", lambda r: note(seen.failed_requests, r.url) if r.status >= 400 else None)
+    page.on("console", lambda m: note(seen.console_errors, m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda error: note(seen.console_errors, str(error)))
     page.goto(url)
     settled(page)
     seen.stuck = [*page.evaluate(_UNFOLD), *stuck_keys(page)]
@@ -91,7 +97,7 @@ def visit(browser: Browser, url: str) -> Visit:
         size = page.evaluate(_MEASURE)
         seen.overflow[width], seen.clipped[width] = size["overflow"], size["clipped"]
     seen.small = size["small"]
-    errors = len(seen.console_errors)
+    seen.stopped = True  # what axe asks for is its own affair
     page.wait_for_timeout(350)  # the theme gives tab stops when a window has stopped changing
     seen.violations = page.evaluate(_FREEZE + AXE) or []
     seen.violations = page.evaluate(
@@ -102,7 +108,6 @@ def visit(browser: Browser, url: str) -> Visit:
     seen.violations += page.evaluate(_AXE, {"type": "tag", "values": LEVELS})
     page.evaluate(_THEME, "dark")
     seen.violations += page.evaluate(_AXE, {"type": "rule", "values": ["color-contrast"]})
-    del seen.console_errors[errors:]  # axe's own
     context.close()
     return seen
 
@@ -174,6 +179,7 @@ _FREEZE = r"""(() => {
     Object.assign(svg.style, { width: width + "px", height: height + "px" });
     svg.replaceChildren();
   }
+  document.querySelectorAll(".imsvd-pairs li:nth-child(n + 2)").forEach((pair) => pair.remove());
   for (const pre of document.querySelectorAll("article pre")) {
     const [inner, outer] = [pre.scrollWidth, pre.clientWidth];
     const filler = document.createElement("span");

@@ -41,3 +41,9 @@ def test_a_cell_finds_the_kit_beside_its_notebook(tmp_path: Path) -> None:
     alone = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, "-c", "import sys; sys.path.insert(0, ''); import kit; kit.put"]
     subprocess.run(command, cwd=tmp_path, env=alone, check=True)
+
+
+def test_a_table_names_its_columns_and_rows_and_shows_numbers_as_the_text_does() -> None:
+    page = kit.Table(("terms", "loss"), ("a < b", -4.0501), spec=".3f")._repr_html_()
+    assert '<th scope="col">loss</th>' in page
+    assert f'<th scope="row">a &lt; b</th><td>{kit.MINUS}4.050</td>' in page

@@ -240,7 +240,7 @@ def test_the_search_finds_a_word_and_shows_no_tex(
     if way == "key":
         page.keyboard.press("Control+k")
     else:
-        page.locator(".bd-header-article .search-button").click()
+        page.locator(".search-button__button:visible").first.click()
     page.keyboard.type("total correlation")
     page.keyboard.press("Enter")
     page.wait_for_selector("#search-results li p.context", timeout=10_000)
