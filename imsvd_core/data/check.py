@@ -284,8 +284,8 @@ def _inspect_own(root: Path, spec: Spec, report: Report) -> list[str]:
         with report.reading("unusable folder", root):
             data = open_folder(f"tree:{root.absolute()}", split)
             name = split if data.home == root else data.home.name
-            report.found[f"{name} classes"] = len(data.classes)
-            report.found[f"{name} images"] = len(data)
+            report.expect(f"{name} classes", len(data.classes), spec.classes)
+            report.expect(f"{name} images", len(data), spec.counts.get(name))
             report.pass_over(name, data.passed_over)
             files += [str(data.file(place)) for place in range(len(data))]
     return files

@@ -246,7 +246,7 @@ def sorted_records(tables: Listing, split: Split) -> tuple[dict[int, bytes], dic
     sizes = {image["id"]: (image["height"], image["width"]) for image in tables["images"]}
     passed_over: Counter[str] = Counter()
     for mark in tables["annotations"]:
-        mark = {**mark, "segmentation": _polygons(mark["segmentation"])}
+        mark["segmentation"] = _polygons(mark["segmentation"])
         if reason := _unused(mark, *sizes[mark["image_id"]], split):
             passed_over[reason] += 1
         else:
@@ -268,7 +268,11 @@ def read_listing(file: Path) -> Listing:
     """
     try:
         content = json.loads(file.read_bytes())
-        tables = {name: [dict(entry) for entry in content[name]] for name in TABLES}
+        tables: Listing = {name: content[name] for name in TABLES}
+        if strange := [
+            entry for name in TABLES for entry in tables[name] if type(entry) is not dict
+        ]:
+            raise TypeError(f"{strange[0]!r:.60} is no entry")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file} holds no COCO annotations ({type(error).__name__}: {error}): unpack them again"

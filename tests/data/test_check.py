@@ -501,6 +501,8 @@ def test_anybodys_folder_is_checked_without_published_counts(tmp_path, capsys):
         assert fact in told
     assert "val passed over: classes without image 1" in told
     assert not list(root.glob(".*"))
+    assert run("check", f"folder:{root}", "--no-progress", "--counts", "train", "7") == 2
+    assert "train images: 6, expected 7" in capsys.readouterr().out
     rewrite(root / "train/dog/1.png", lambda content: content[:-60])
     draw(root / "val/bird/0.png")
     assert run("check", f"tree:{root}", "--no-progress") == 2
