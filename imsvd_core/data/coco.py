@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -269,10 +270,9 @@ def read_listing(file: Path) -> Listing:
     try:
         content = json.loads(file.read_bytes())
         tables: Listing = {name: content[name] for name in TABLES}
-        if strange := [
-            entry for name in TABLES for entry in tables[name] if type(entry) is not dict
-        ]:
-            raise TypeError(f"{strange[0]!r:.60} is no entry")
+        for entry in chain(*tables.values()):
+            if not isinstance(entry, dict):
+                raise TypeError(f"{entry!r:.60} is no entry")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file} holds no COCO annotations ({type(error).__name__}: {error}): unpack them again"
