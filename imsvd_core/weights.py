@@ -184,7 +184,9 @@ def load(path: Path) -> tuple[Any, Mapping[str, str]]:
     with open(path, "rb") as file:
         head = file.read(9)
     try:
-        if head[8:] == b"{" and not head.startswith((b"\x80", b"PK")):
+        # safetensors begin with the length of their header; a pickle's first bytes would be a vast
+        # one
+        if head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
             with safetensors.safe_open(path, framework="pt") as tensors:
                 return safetensors.torch.load_file(path), tensors.metadata() or {}
         if not head.startswith(b"PK"):

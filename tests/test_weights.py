@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -124,6 +125,20 @@ def test_the_layouts_of_other_projects_are_read(tmp_path, kind):
     torch.save(FILES[kind], tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     (tmp_path / "plain.pkl").write_bytes(pickle.dumps(FILES[kind]))
     assert all(same(path) for path in tmp_path.iterdir())
+
+
+def test_a_file_of_safetensors_is_known_by_its_header_whatever_its_length_and_name(tmp_path):
+    """The length comes first, and its first byte may be that of a pickle."""
+    for pad in range(0, 256, 8):
+        content = safetensors.torch.save(STATE, {"note": "x" * pad})
+        if content.startswith(b"\x80"):
+            break
+    assert content.startswith(b"\x80")
+    (tmp_path / "model.bin").write_bytes(content)
+    assert same(tmp_path / "model.bin")
+    (tmp_path / "torn.safetensors").write_bytes(content[:-9])
+    with pytest.raises(ValueError, match=r"torn.safetensors cannot be read as tensors"):
+        read(tmp_path / "torn.safetensors")
 
 
 def test_a_whole_module_is_read_for_its_tensors(tmp_path):
