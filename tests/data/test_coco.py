@@ -250,6 +250,11 @@ def test_an_unreadable_image_stops_the_run_or_is_left_out(drawn, tmp_path):
             "holds no COCO annotations",
         ),
         (
+            lambda root: alter(root, "train", lambda images, objects: images.append(None)),
+            ValueError,
+            r"holds no COCO annotations \(TypeError: None is no entry",
+        ),
+        (
             lambda root: alter(root, "train", lambda images, objects: objects.clear()),
             ValueError,
             "lists no image with an object",
