@@ -239,6 +239,8 @@ def test_the_words_of_usages_are_those_that_are_heeded():
         ("launch evalaute knn run", "recipe='evalaute' is unknown: did you mean evaluate?"),
         ("data check imagnet /data", "data set='imagnet' is unknown: did you mean imagenet?"),
         ("evaluate runs/first", "evaluation='runs/first' is unknown. There are: knn, linear"),
+        ("launch evaluate --nodes 1 knnn run", "evaluation='knnn' is unknown: did you mean knn?"),
+        ("launch evaluate --nodes 1 knn nowhere", "run='nowhere' is not there"),
         ("pretrain --seed 1 cifar10", "imsvd pretrain: the recipe comes first, then --seed and"),
     ],
 )

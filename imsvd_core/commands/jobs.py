@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from imsvd_core.commands.common import wide_console
-from imsvd_core.commands.words import peek
+from imsvd_core.commands.words import look_over, peek
 from imsvd_core.system.cluster import LaunchConfig, load_profile
 from imsvd_core.system.looks import looks
 from imsvd_core.system.scale import Scale, current_scale
@@ -114,6 +114,8 @@ def launch(argv: Sequence[str]) -> None:
         default=default,
         return_unknown_args=True,
     )
+    if argv[0] == "evaluate":
+        look_over(["evaluate", *rest])  # now without the cluster's options
     from imsvd_core import launch as launcher
     from imsvd_core.data.sources import data_root
     from imsvd_core.launch.graph import Graph

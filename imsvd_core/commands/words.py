@@ -122,8 +122,8 @@ def look_over(argv: Sequence[str]) -> None:
         if word in ("", "-h", "--help"):
             print(_usage(path, kind, meanings) if path else USAGE)
             raise SystemExit(0 if word else 2)
-        if word.startswith("-") and path.startswith("data "):  # its options may come first
-            return
+        if word.startswith("-") and path.startswith(("data ", "launch evaluate")):
+            return  # options may come first
         if word.startswith("-"):
             raise ValueError(f"the {kind} comes first, then {word} and other settings")
         if ":" in word:
