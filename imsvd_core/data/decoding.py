@@ -50,6 +50,8 @@ def open_image(content: BinaryIO | Path) -> Image.Image:
     default what Pillow thinks sane: a corrupt one could otherwise make us allocate gigabytes.
     """
     if limit := os.environ.get("IMSVD_MAX_PIXELS"):
+        if not limit.isdecimal():
+            raise ValueError(f"IMSVD_MAX_PIXELS={limit!r} must be a number of pixels, 0 for any")
         Image.MAX_IMAGE_PIXELS = int(limit) or None
     remedy = "if they are right, set IMSVD_MAX_PIXELS to more (0: no limit)"
     try:

@@ -51,10 +51,10 @@ class Recipe:
     linear: LinearConfig = field(default_factory=LinearConfig)
     data: str = "auto"
     """Data set: auto, cifar10, cifar100, fashion-mnist, attributes, folder:PATH (in memory) or
-    tree:PATH (streamed)."""
+    tree:PATH (streamed). Without class folders or a test split kNN is left out."""
     on_corrupt: Literal["error", "skip"] = "error"
     """An unreadable image file ends the run, or is passed over: left out in memory, replaced by the
-    next if streamed."""
+    next of its class if streamed; evaluations leave it out."""
     samples: int | None = None
     """Training images to use, class-balanced; all of them by default."""
     init: Path | None = None

@@ -190,6 +190,9 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)  # beyond twice that Pillow itself refuses
     with pytest.raises(ValueError, match=r"exceeds limit.*set IMSVD_MAX_PIXELS"):
         decode(large)
+    monkeypatch.setenv("IMSVD_MAX_PIXELS", "1e9")
+    with pytest.raises(ValueError, match="IMSVD_MAX_PIXELS='1e9' must be a number of pixels"):
+        decode(large)
     for limit in ("600", "0"):
         monkeypatch.setenv("IMSVD_MAX_PIXELS", limit)
         assert decode(large).shape == (3, 20, 30)
