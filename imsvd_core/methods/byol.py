@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from imsvd_core.data.batch import Batch
+from imsvd_core.discretization import widen
 from imsvd_core.methods.base import Config, MomentumMethod
 from imsvd_core.networks import NetworkConfig, build_projector
 from imsvd_core.system import checks
@@ -54,7 +55,7 @@ class BYOLMethod(MomentumMethod):
 
     def loss(self, *embeddings: Tensor) -> dict[str, Tensor]:
         """Squared distance of normalised predictions and targets, of both directions."""
-        p1, p2, t1, t2 = (z.float() for z in embeddings)
+        p1, p2, t1, t2 = (widen(z) for z in embeddings)
         agreement = cosine_similarity(p1, t2.detach()) + cosine_similarity(p2, t1.detach())
         return {"loss": (4 - 2 * agreement).mean()}
 

@@ -41,8 +41,8 @@ class SimSiamMethod(TwinMethod):
 
     def __init__(self, network: NetworkConfig, config: SimSiam):
         super().__init__(network)
-        projector: nn.Sequential = self.network.projector
-        projector.append(nn.BatchNorm1d(network.dim))
+        norm = nn.BatchNorm1d(network.dim)
+        self.network.projector = nn.Sequential(self.network.projector, norm)
         self.predictor = build_projector(network.dim, (config.predictor_hidden,), network.dim)
 
     def embed(self, batch: Batch) -> tuple[Tensor, ...]:

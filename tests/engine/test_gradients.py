@@ -15,8 +15,27 @@ from imsvd_core.engine.config import LoopConfig
 from imsvd_core.engine.gradients import Gradients
 from imsvd_core.engine.optim import OptimConfig
 from imsvd_core.engine.trainer import Trainer
-from imsvd_core.methods import BYOL, IMSVD, BarlowTwins, MoCo, SimCLR, SimSiam, SwAV, VICReg
+from imsvd_core.methods import (
+    BYOL,
+    IIC,
+    IMSVD,
+    MMCR,
+    SEM,
+    TWIST,
+    WMSE,
+    BarlowTwins,
+    CorInfoMax,
+    FroSSL,
+    LeJEPA,
+    MoCo,
+    SimCLR,
+    SimSiam,
+    Supervised,
+    SwAV,
+    VICReg,
+)
 from imsvd_core.methods.base import Method
+from imsvd_core.methods.sem import SoftCodes
 from imsvd_core.networks import NetworkConfig
 
 NETWORK = NetworkConfig(hidden=(16,), dim=8)
@@ -29,6 +48,34 @@ METHODS = [
     SimCLR(),
     MoCo(queue=40),
     SimSiam(predictor_hidden=12),
+    IIC(units=4, temperature=0.1),
+    SEM(units=4, projector=(12, 8), predictor_hidden=12),
+    FroSSL(),
+    MMCR(local_weight=0.1),
+    LeJEPA(slices=16),
+    TWIST(),
+    CorInfoMax(invariance_weight=10),
+    WMSE(whitened=16),
+    Supervised(),
+]
+#: whose loss is of two tables, the samples of all ranks
+JOINT = [
+    config
+    for config in METHODS
+    if config.name
+    in (
+        "imsvd",
+        "vicreg",
+        "barlow_twins",
+        "simclr",
+        "iic",
+        "frossl",
+        "mmcr",
+        "lejepa",
+        "twist",
+        "corinfomax",
+        "wmse",
+    )
 ]
 CONFIG = LoopConfig(epochs=3, batch_size=16, precision="fp32", log_every=1, device="cpu")
 SAMPLES = 32
@@ -62,6 +109,8 @@ def small(config, norm=False, dropout=0.0, draws=None):
     torch.manual_seed(0)
     method = config.build(NETWORK)
     method.network = Features(norm, dropout, draws)
+    if isinstance(config, SEM):
+        method.network.layers.extend([SoftCodes(4, 1.0), nn.Linear(8, 8)])
     if hasattr(method, "predictor"):
         method.predictor = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8))
     if hasattr(method, "target"):
@@ -83,9 +132,14 @@ def train(run_dir, method, accumulate=1, config=CONFIG, norm=False, noise=0.1, d
     )
     x = torch.randn(SAMPLES, 6, generator=torch.Generator().manual_seed(3))
     views = x + noise * torch.randn(2, SAMPLES, 6, generator=torch.Generator().manual_seed(4))
-    batches = (Batch(tuple(views[:, rows]), rows, rows) for _, rows in trainer.order)
+    batches = (Batch(tuple(views[:, rows]), rows % 8, rows) for _, rows in trainer.order)
     losses = torch.stack([progressed.metrics["loss"] for progressed in trainer.train(batches)])
     return module.state_dict(), losses
+
+
+def rounding(method):
+    """Of weights after six steps; whitening by few samples magnifies it."""
+    return 1e-5 if method.name == "wmse" else 1e-6
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
@@ -93,9 +147,10 @@ def train(run_dir, method, accumulate=1, config=CONFIG, norm=False, noise=0.1, d
 def test_pieces_train_as_the_whole_batch(tmp_path, method, accumulate):
     whole, losses = train(tmp_path / "whole", method)
     pieces, losses_of_pieces = train(tmp_path / "pieces", method, accumulate)
-    torch.testing.assert_close(losses_of_pieces, losses, rtol=1e-6, atol=1e-6)
+    exact = {"rtol": 1e-6, "atol": rounding(method)}
+    torch.testing.assert_close(losses_of_pieces, losses, **exact)
     for name in whole:
-        torch.testing.assert_close(pieces[name], whole[name], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(pieces[name], whole[name], **exact)
     start = small(method).state_dict()[FIRST]
     assert (whole[FIRST] - start).abs().max() > 1e-3  # it was trained at all
 
@@ -228,12 +283,14 @@ def test_fp16_scales_the_loss_of_the_whole(tmp_path):
 
 
 def value_and_gradient(rank, size):
-    """Of the methods whose loss joins the ranks, on this rank's share of 24 samples."""
+    """Of the methods whose loss joins the ranks, on this rank's share of 32 samples."""
     results = []
-    for config in METHODS[:3]:
-        z = 2 * torch.randn(2, 24, 8, generator=torch.Generator().manual_seed(0))
+    for config in JOINT:
+        z = 2 * torch.randn(2, 32, 8, generator=torch.Generator().manual_seed(0))
         z1, z2 = (view.chunk(size)[rank].clone().requires_grad_() for view in z)
-        loss = small(config).loss(z1, z2)["loss"]
+        method = small(config)
+        torch.manual_seed(rank)  # every rank has draws of its own
+        loss = method.loss(z1, z2)["loss"]
         loss.backward()
         results.append((loss.detach(), torch.stack([z1.grad, z2.grad])))
     return results
@@ -244,27 +301,32 @@ def test_every_method_takes_the_batch_of_all_ranks(ranks):
     size either way."""
     alone = value_and_gradient(0, 1)
     shares = ranks(value_and_gradient, 2)
-    for number, (method, (loss, gradient)) in enumerate(zip(METHODS, alone, strict=False)):
-        for share in shares:
-            torch.testing.assert_close(share[number][0], loss, rtol=1e-6, atol=1e-6)
+    for number, (method, (loss, gradient)) in enumerate(zip(JOINT, alone, strict=True)):
+        mean = (shares[0][number][0] + shares[1][number][0]) / 2
+        torch.testing.assert_close(mean, loss, rtol=1e-6, atol=1e-6, msg=method.name)
         averaged = torch.cat([share[number][1] for share in shares], dim=1) / 2
         torch.testing.assert_close(averaged, gradient, rtol=1e-5, atol=1e-8, msg=method.name)
+
+
+RUNS = list(itertools.product(METHODS, (1, 2)))
 
 
 def trained(rank, size):
     with tempfile.TemporaryDirectory() as folder:  # only rank 0 writes to its own
         return [
             train(f"{folder}/{method.name}-{accumulate}", method, accumulate)
-            for method, accumulate in itertools.product(METHODS, (1, 2))
+            for method, accumulate in RUNS
         ]
 
 
 def test_ranks_train_as_one_process(ranks):
     alone, (first, second) = trained(0, 1), ranks(trained, 2)
-    for (state, losses), (state_1, losses_1), (state_2, _) in zip(
-        alone, first, second, strict=True
+    for (method, _), (state, losses), (state_1, losses_1), (state_2, _) in zip(
+        RUNS, alone, first, second, strict=True
     ):
         torch.testing.assert_close(losses_1, losses, rtol=1e-5, atol=1e-5)
         for name in state:
             assert torch.equal(state_1[name], state_2[name])
-            torch.testing.assert_close(state_1[name], state[name], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                state_1[name], state[name], rtol=1e-5, atol=rounding(method), msg=method.name
+            )

@@ -4,7 +4,22 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from imsvd_core.methods import MoCo, SimCLR, SimSiam
+from imsvd_core.data.batch import Batch
+from imsvd_core.methods import (
+    IIC,
+    MMCR,
+    SEM,
+    TWIST,
+    WMSE,
+    CorInfoMax,
+    FroSSL,
+    LeJEPA,
+    MoCo,
+    SimCLR,
+    SimSiam,
+    Supervised,
+)
+from imsvd_core.methods.iic import IICLoss
 from imsvd_core.networks import NetworkConfig
 
 NETWORK = NetworkConfig(hidden=(8,), dim=6)
@@ -35,19 +50,102 @@ def simsiam(method, p1, p2, z1, z2):
     return -((p1 * z2.detach()).sum(1) + (p2 * z1.detach()).sum(1)).mean() / 2
 
 
+def iic(method, z1, z2):
+    information = 0
+    for v in (0, 3):
+        p1, p2 = ((z[:, v : v + 3] / 0.5).softmax(1) for z in (z1, z2))
+        table = sum(torch.outer(a, b) for a, b in zip(p1, p2, strict=True)) / len(p1)
+        table = (table + table.T) / 2
+        independent = torch.outer(table.sum(1), table.sum(0))
+        information = information + (table * (table / independent).log()).sum()
+    return -information / 2
+
+
+def byol(method, p1, p2, t1, t2):
+    p1, p2, t1, t2 = (normalize(z, dim=1) for z in (p1, p2, t1.detach(), t2.detach()))
+    return (p1 - t2).square().sum(1).mean() + (p2 - t1).square().sum(1).mean()
+
+
+def frossl(method, z1, z2):
+    views = [z / z.square().sum(0).sqrt() for z in (z1, z2)]
+    mean, loss = (views[0] + views[1]) / 2, 0
+    for z in views:
+        spectrum = torch.linalg.eigvalsh(z.T @ z)
+        loss = loss + (spectrum / spectrum.sum()).square().sum().log()
+        loss = loss + 1.4 * 2 * (z - mean).square().sum() / len(z)
+    return loss
+
+
+def mmcr(method, z1, z2):
+    z1, z2 = normalize(z1, dim=1), normalize(z2, dim=1)
+    mean, cosine = (z1 + z2) / 2, (z1 * z2).sum(1)
+    nuclear = torch.linalg.eigvalsh(mean.T @ mean).sqrt().sum()
+    return -nuclear + 0.3 * ((1 + cosine).sqrt() + (1 - cosine).sqrt()).mean()
+
+
+def lejepa(method, z1, z2):
+    directions = normalize(torch.randn(6, 5, dtype=torch.float64), dim=0)
+    t = torch.linspace(-3, 3, 33, dtype=torch.float64)
+    normal = (-t.square() / 2).exp()
+    statistics = []
+    for z in (z1, z2):
+        characteristic = (1j * (z @ directions)[..., None] * t).exp().mean(0)
+        distance = (characteristic - normal).abs().square() * normal
+        statistics.append(len(z) * torch.trapezoid(distance, t).mean())
+    return 0.2 * sum(statistics) / 2 + 0.8 * ((z1 - z2) / 2).square().mean()
+
+
+def twist(method, z1, z2):
+    p1, p2 = (
+        ((z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt()).softmax(1) for z in (z1, z2)
+    )
+    loss = 0
+    for p, q in ((p1, p2), (p2, p1)):
+        loss = loss + (p * (p / q).log()).sum(1).mean() - 0.5 * (p * p.log()).sum(1).mean()
+        loss = loss + 2 * (p.mean(0) * p.mean(0).log()).sum()
+    return loss / 2
+
+
+def corinfomax(method, z1, z2):
+    loss = 250 * (normalize(z1, dim=1) - normalize(z2, dim=1)).square().mean()
+    for z in (normalize(z1, dim=1), normalize(z2, dim=1)):
+        z = z - 0.99 * z.mean(0)
+        covariance = 0.01 * torch.eye(6) + 0.99 * z.T @ z / len(z) + 1e-8 * torch.eye(6)
+        loss = loss - torch.linalg.eigvalsh(covariance).log().sum() / 6
+    return loss
+
+
+def wmse(method, z1, z2):
+    order, white = torch.randperm(24), []
+    for z in (z1, z2):
+        for rows in order.chunk(2):
+            part = z[rows] - z[rows].mean(0)
+            factor = torch.linalg.cholesky(torch.cov(part.T))
+            white.append(normalize(part @ torch.linalg.inv(factor).T, dim=1))
+    return (torch.cat(white[:2]) - torch.cat(white[2:])).square().sum(1).mean()
+
+
 @pytest.mark.parametrize(
     ("config", "plain", "tables"),
     [
         (SimCLR(temperature=0.3), simclr, 2),
         (MoCo(queue=20, temperature=0.3), moco, 4),
         (SimSiam(predictor_hidden=4), simsiam, 4),
+        (IIC(units=3, temperature=0.5), iic, 2),
+        (SEM(units=3, projector=(4, 6), predictor_hidden=4), byol, 4),
+        (FroSSL(), frossl, 2),
+        (MMCR(local_weight=0.3), mmcr, 2),
+        (LeJEPA(normality_weight=0.2, slices=5), lejepa, 2),
+        (TWIST(sharpness_weight=0.5, diversity_weight=2.0), twist, 2),
+        (CorInfoMax(), corinfomax, 2),
+        (WMSE(whitened=12), wmse, 2),
     ],
     ids=lambda case: getattr(case, "name", ""),
 )
 def test_value_and_gradient_are_those_of_a_plain_version(config, plain, tables):
     torch.manual_seed(0)
     method = config.build(NETWORK).double()
-    z = torch.randn(tables, 10, 6, dtype=torch.float64)
+    z = torch.randn(tables, 24 if plain is wmse else 10, 6, dtype=torch.float64)
     values, gradients = [], []
     for loss in (lambda *tables: method.loss(*tables)["loss"], lambda *z: plain(method, *z)):
         torch.manual_seed(1)
@@ -69,11 +167,100 @@ def test_value_and_gradient_are_those_of_a_plain_version(config, plain, tables):
         (MoCo, {"temperature": -1.0}),
         (MoCo, {"momentum": 1.5}),
         (SimSiam, {"predictor_hidden": 0}),
+        (IIC, {"temperature": 0.0}),
+        (IIC, {"entropy_weight": -1.0}),
+        (SEM, {"temperature": 0.0}),
+        (SEM, {"momentum": 1.5}),
+        (SEM, {"projector": (0, 4)}),
+        (FroSSL, {"invariance_weight": -1.0}),
+        (MMCR, {"local_weight": -1.0}),
+        (LeJEPA, {"normality_weight": 1.5}),
+        (LeJEPA, {"slices": 0}),
+        (TWIST, {"diversity_weight": -1.0}),
+        (CorInfoMax, {"memory": 1.5}),
+        (CorInfoMax, {"epsilon": 0.0}),
     ],
 )
 def test_impossible_settings_are_refused(config, setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
         config(**setting)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (IIC(units=4), "units=4 does not divide"),
+        (SEM(units=4), "units=4 does not divide"),
+        (WMSE(whitened=11), "whitened=11 samples cannot whiten dim=6"),
+    ],
+)
+def test_a_network_that_does_not_fit_is_refused(config, words):
+    with pytest.raises(ValueError, match=words):
+        config.check(NETWORK)
+
+
+def test_a_batch_that_cannot_be_cut_for_whitening_is_refused():
+    with pytest.raises(ValueError, match="whitened=12 does not divide the batch of 18"):
+        WMSE(whitened=12).build(NETWORK).loss(*torch.randn(2, 18, 6))
+
+
+def test_units_may_differ_among_the_variables_of_iic():
+    z1, z2 = torch.randn(2, 8, 6, requires_grad=True)
+    loss = IICLoss((4, 2), 1.0, 1.0)(z1, z2)
+    parts = (
+        IICLoss(units, 1.0, 1.0)(z1[:, columns], z2[:, columns])
+        for units, columns in ((4, slice(4)), (2, slice(4, 6)))
+    )
+    torch.testing.assert_close(loss, sum(parts) / 2)
+    assert torch.autograd.grad(loss, z1)[0].isfinite().all()
+
+
+def test_information_of_hard_codes_is_that_of_their_labels_and_has_a_slope():
+    z = 1e4 * torch.eye(3).repeat(4, 2).requires_grad_()
+    loss = IIC(units=3).build(NETWORK).loss(z, z)["loss"]
+    torch.testing.assert_close(loss, -torch.tensor(3.0).log())
+    assert torch.autograd.grad(loss, z)[0].isfinite().all()
+
+
+def test_sem_predicts_from_soft_codes():
+    method = SEM(units=3, temperature=0.5, projector=(4, 5)).build(NETWORK).eval()
+    inner, norm, _, head = method.network.projector
+    x = torch.randn(4, method.backbone.features)
+    codes = (norm(inner(x)).view(4, 2, 3) / 0.5).softmax(2).view(4, 6)
+    torch.testing.assert_close(method.network.projector(x), head(codes))
+    assert head(codes).shape == (4, 5)
+    names = dict(method.target.named_parameters())
+    assert names.keys() == dict(method.network.named_parameters()).keys()
+    assert not any(weight.requires_grad for weight in names.values())
+
+
+def test_corinfomax_remembers_a_share_of_what_was_before():
+    method = CorInfoMax(memory=0.25).build(NETWORK)
+    z = torch.randn(2, 2, 10, 6)
+    mean, covariance = torch.zeros(2, 6), torch.eye(6).repeat(2, 1, 1)
+    for step, views in enumerate(z):
+        method.loss(*views)
+        method.after_step((step + 1) / 2)
+        views = normalize(views, dim=2)
+        mean = 0.25 * mean + 0.75 * views.mean(1)
+        centred = views - mean[:, None]
+        covariance = 0.25 * covariance + 0.75 * centred.mT @ centred / 10
+    torch.testing.assert_close(method.means.float(), mean)
+    torch.testing.assert_close(method.covariances.float(), covariance)
+
+
+def test_supervised_is_the_cross_entropy_of_both_views():
+    z, labels = torch.randn(2, 10, 6, dtype=torch.float64), torch.arange(10) % 6
+    loss = Supervised().build(NETWORK).loss(*z, labels)["loss"]
+    chances = z.softmax(2)[:, torch.arange(10), labels]
+    torch.testing.assert_close(loss, -chances.log().mean(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("label", [-1, 6])
+def test_labels_that_do_not_fit_the_classifier_are_refused(label):
+    batch = Batch(tuple(torch.randn(2, 2, 3, 8, 8)), torch.tensor([0, label]), torch.arange(2))
+    with pytest.raises(ValueError, match="do not fit dim=6"):
+        Supervised().build(NETWORK).embed(batch)
 
 
 def test_a_queue_shorter_than_a_step_is_refused():
