@@ -154,7 +154,10 @@ class AuthorYear(BaseLabelStyle):
     def format_labels(self, sorted_entries: Iterable[Any]) -> Iterator[str]:
         """Yield the label of each entry."""
         for entry in sorted_entries:
-            names = [" ".join(one.last_names) for one in entry.persons["author"]]
+            people = entry.persons["author"]
+            names = [
+                " ".join(map(str, one.rich_prelast_names + one.rich_last_names)) for one in people
+            ]
             who = " and ".join(names) if len(names) < 3 else f"{names[0]} et al."
             yield f"{who}, {entry.fields['year']}"
 

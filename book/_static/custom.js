@@ -18,14 +18,15 @@ document.addEventListener("DOMContentLoaded", () => {
   const dialog = document.createElement("dialog");
   dialog.className = "imsvd-enlarged";
   dialog.setAttribute("aria-label", "Enlarged picture");
-  dialog.innerHTML = '<button type="button" aria-label="Close">×</button><img alt="">';
+  dialog.innerHTML = '<button type="button" aria-label="Close">×</button>';
   dialog.addEventListener("click", () => dialog.close());
   document.body.append(dialog);
   for (const figure of document.querySelectorAll(".bd-article .imsvd-figure")) {
     const images = [...figure.querySelectorAll("img")];
     const enlarge = () => {
       const seen = images.find((image) => image.offsetWidth) ?? images[0];
-      Object.assign(dialog.querySelector("img"), { src: seen.src, alt: seen.alt });
+      dialog.querySelector("img")?.remove();
+      dialog.append(Object.assign(new Image(), { src: seen.src, alt: seen.alt }));
       dialog.showModal();
     };
     const button = document.createElement("button");

@@ -183,6 +183,7 @@ _FREEZE = r"""(() => {
   for (const pre of document.querySelectorAll("article pre")) {
     const [inner, outer] = [pre.scrollWidth, pre.clientWidth];
     const filler = document.createElement("span");
+    filler.textContent = "x"; // without a text nobody would want to scroll there
     filler.style.cssText = `display: block; height: 1px; width: ${inner > outer + 1 ? inner : 1}px`;
     const kept = [...pre.querySelectorAll("span[class]")].filter((token) => {
       const kind = `${!!pre.closest(".cell_output")} ${token.className}`;
