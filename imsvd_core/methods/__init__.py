@@ -14,6 +14,7 @@ from imsvd_core.methods.imsvd import IMSVD
 from imsvd_core.methods.lejepa import LeJEPA
 from imsvd_core.methods.mmcr import MMCR
 from imsvd_core.methods.moco import MoCo
+from imsvd_core.methods.npid import NPID
 from imsvd_core.methods.sem import SEM
 from imsvd_core.methods.simclr import SimCLR
 from imsvd_core.methods.simsiam import SimSiam
@@ -41,6 +42,7 @@ MethodConfig = (
     | CorInfoMax
     | WMSE
     | Supervised
+    | NPID
 )
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "IIC",
     "IMSVD",
     "MMCR",
+    "NPID",
     "SEM",
     "TWIST",
     "WMSE",

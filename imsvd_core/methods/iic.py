@@ -57,9 +57,8 @@ class IICLoss(nn.Module):
         joint = torch.einsum("nvb,nvc->vbc", p1, p2) / len(p1)
         joint = (joint + joint.mT) / 2
         margins = joint.sum(2)  # of either view
-        tiny = torch.finfo(joint.dtype).tiny
-        negentropy: Tensor = xlogy(
-            joint, joint.clamp_min(tiny)
-        ).sum()  # no slope of -inf at empty cells
+        tiny = torch.finfo(joint.dtype).tiny  # empty cells have no slope of -inf
+        negentropy = xlogy(joint, joint.clamp_min(tiny)).sum()
         entropies = -2 * xlogy(margins, margins.clamp_min(tiny)).sum()
-        return -(negentropy + self.entropy_weight * entropies) / len(joint)
+        information: Tensor = (negentropy + self.entropy_weight * entropies) / len(joint)
+        return -information

@@ -44,6 +44,7 @@ RECIPES: dict[str, Callable[[Scale], Recipe]] = {
     "cifar10-corinfomax": cifar10.corinfomax,
     "cifar10-wmse": cifar10.wmse,
     "cifar10-supervised": cifar10.supervised,
+    "cifar10-npid": cifar10.npid,
     "cifar10-units": cifar10.units,
     "two-views": cifar10.two_views,
     **{

@@ -20,6 +20,7 @@ from imsvd_core.methods import (
     IIC,
     IMSVD,
     MMCR,
+    NPID,
     SEM,
     TWIST,
     WMSE,
@@ -57,6 +58,7 @@ METHODS = [
     CorInfoMax(invariance_weight=10),
     WMSE(whitened=16),
     Supervised(),
+    NPID(samples=32),
 ]
 #: whose loss is of two tables, the samples of all ranks
 JOINT = [

@@ -8,6 +8,7 @@ from imsvd_core.data.batch import Batch
 from imsvd_core.methods import (
     IIC,
     MMCR,
+    NPID,
     SEM,
     TWIST,
     WMSE,
@@ -178,6 +179,8 @@ def test_value_and_gradient_are_those_of_a_plain_version(config, plain, tables):
         (LeJEPA, {"slices": 0}),
         (TWIST, {"diversity_weight": -1.0}),
         (CorInfoMax, {"memory": 1.5}),
+        (NPID, {"samples": 0}),
+        (NPID, {"memory": -0.5}),
         (CorInfoMax, {"epsilon": 0.0}),
     ],
 )
@@ -247,6 +250,34 @@ def test_corinfomax_remembers_a_share_of_what_was_before():
         covariance = 0.25 * covariance + 0.75 * centred.mT @ centred / 10
     torch.testing.assert_close(method.means.float(), mean)
     torch.testing.assert_close(method.covariances.float(), covariance)
+
+
+def test_npid_tells_every_image_from_the_whole_bank():
+    method = NPID(samples=20, temperature=0.3).build(NETWORK).double()
+    z, places = torch.randn(5, 6, dtype=torch.float64, requires_grad=True), torch.arange(3, 8)
+    similar = (z @ method.bank.T / 0.3).exp()
+    plain = -(similar[range(5), places] / similar.sum(1)).log().mean()
+    loss = method.loss(z, places)["loss"]
+    torch.testing.assert_close(loss, plain, rtol=1e-6, atol=1e-6)
+    slopes = (torch.autograd.grad(value, z)[0] for value in (loss, plain))
+    torch.testing.assert_close(*slopes, rtol=1e-6, atol=1e-6)
+
+
+def test_an_image_s_entry_moves_towards_its_embedding_and_no_other_does():
+    method = NPID(samples=4, memory=0.25).build(NETWORK)
+    before, z = method.bank.clone(), normalize(torch.randn(2, 6), dim=1)
+    method.loss(z[:1], torch.tensor([3]))
+    method.loss(z[1:], torch.tensor([1]))
+    method.after_step(1.0)
+    for place, embedding in ((3, z[0]), (1, z[1])):
+        before[place] = normalize(0.25 * before[place] + 0.75 * embedding, dim=0)
+    torch.testing.assert_close(method.bank, before)
+
+
+def test_an_image_beyond_the_bank_is_refused():
+    batch = Batch((torch.randn(2, 3, 8, 8),), torch.zeros(2), torch.tensor([3, 4]))
+    with pytest.raises(ValueError, match="samples=4 entries are too few for image 4"):
+        NPID(samples=4).build(NETWORK).embed(batch)
 
 
 def test_supervised_is_the_cross_entropy_of_both_views():
