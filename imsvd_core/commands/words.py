@@ -56,6 +56,7 @@ RECIPES = {
     "cifar10-wmse": "W-MSE on CIFAR-10",
     "cifar10-supervised": "classification of CIFAR-10 by its labels",
     "cifar10-npid": "NPID on CIFAR-10",
+    "cifar10-dissl": "DISSL on CIFAR-10",
     "cifar10-units": "a short run, for comparing numbers of units and batch sizes",
     "two-views": "short runs that show collapse and what prevents it",
     "imagenet-100": "IMSVD on ImageNet, 100 epochs, as in the paper (Table I)",

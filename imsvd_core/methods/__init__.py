@@ -8,6 +8,7 @@ from imsvd_core.methods.barlow_twins import BarlowTwins
 from imsvd_core.methods.base import Method
 from imsvd_core.methods.byol import BYOL
 from imsvd_core.methods.corinfomax import CorInfoMax
+from imsvd_core.methods.dissl import DISSL
 from imsvd_core.methods.frossl import FroSSL
 from imsvd_core.methods.iic import IIC
 from imsvd_core.methods.imsvd import IMSVD
@@ -43,10 +44,12 @@ MethodConfig = (
     | WMSE
     | Supervised
     | NPID
+    | DISSL
 )
 
 __all__ = [
     "BYOL",
+    "DISSL",
     "IIC",
     "IMSVD",
     "MMCR",

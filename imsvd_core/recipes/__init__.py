@@ -45,6 +45,7 @@ RECIPES: dict[str, Callable[[Scale], Recipe]] = {
     "cifar10-wmse": cifar10.wmse,
     "cifar10-supervised": cifar10.supervised,
     "cifar10-npid": cifar10.npid,
+    "cifar10-dissl": cifar10.dissl,
     "cifar10-units": cifar10.units,
     "two-views": cifar10.two_views,
     **{

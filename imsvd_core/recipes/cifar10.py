@@ -9,6 +9,7 @@ from imsvd_core.evaluation.knn import KNNConfig
 from imsvd_core.evaluation.linear import LinearConfig
 from imsvd_core.methods import (
     BYOL,
+    DISSL,
     IIC,
     IMSVD,
     MMCR,
@@ -259,6 +260,11 @@ def npid(scale: Scale) -> Recipe:
         optim=OptimConfig("sgd", lr=0.03, weight_decay=5e-4, warmup_epochs=0, decay_all=True),
         loop=LoopConfig(epochs=200, batch_size=128),
     )
+
+
+def dissl(scale: Scale) -> Recipe:
+    """DISSL on CIFAR-10, all else equal to IMSVD's: no other setting is published."""
+    return _at(scale, DISSL())
 
 
 def _codes(base: Recipe) -> tuple[int, float]:

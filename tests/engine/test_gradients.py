@@ -17,6 +17,7 @@ from imsvd_core.engine.optim import OptimConfig
 from imsvd_core.engine.trainer import Trainer
 from imsvd_core.methods import (
     BYOL,
+    DISSL,
     IIC,
     IMSVD,
     MMCR,
@@ -59,6 +60,7 @@ METHODS = [
     WMSE(whitened=16),
     Supervised(),
     NPID(samples=32),
+    DISSL(),
 ]
 #: whose loss is of two tables, the samples of all ranks
 JOINT = [
@@ -97,6 +99,14 @@ class Features(nn.Module):
         )
         self.draws = draws
 
+    @property
+    def backbone(self):
+        return self.layers[:-1]
+
+    @property
+    def projector(self):
+        return self.layers[-1]
+
     def embed(self, x):
         if self.draws is not None:
             self.draws.append(torch.rand(1).item())
@@ -113,6 +123,8 @@ def small(config, norm=False, dropout=0.0, draws=None):
     method.network = Features(norm, dropout, draws)
     if isinstance(config, SEM):
         method.network.layers.extend([SoftCodes(4, 1.0), nn.Linear(8, 8)])
+    if isinstance(config, DISSL):
+        method.student = nn.Linear(12, 8)
     if hasattr(method, "predictor"):
         method.predictor = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8))
     if hasattr(method, "target"):
@@ -131,6 +143,7 @@ def train(run_dir, method, accumulate=1, config=CONFIG, norm=False, noise=0.1, d
         OptimConfig(name="sgd", lr=0.05, warmup_epochs=0),
         run_dir,
         progress=False,
+        saves=False,
     )
     x = torch.randn(SAMPLES, 6, generator=torch.Generator().manual_seed(3))
     views = x + noise * torch.randn(2, SAMPLES, 6, generator=torch.Generator().manual_seed(4))

@@ -6,6 +6,7 @@ from torch.nn.functional import normalize
 
 from imsvd_core.data.batch import Batch
 from imsvd_core.methods import (
+    DISSL,
     IIC,
     MMCR,
     NPID,
@@ -116,6 +117,15 @@ def corinfomax(method, z1, z2):
     return loss
 
 
+def dissl(method, t1, t2, s1, s2):
+    loss = 0
+    for own, other, student in ((t1, t2, s2), (t2, t1, s1)):
+        p, q, told = ((z / tau).softmax(1) for z, tau in ((own, 0.3), (other, 0.3), (student, 0.6)))
+        loss = loss - (p * told.log()).sum(1).mean() - 0.8 * (p * q.log()).sum(1).mean()
+        loss = loss + 2.3 * (p.mean(0) * p.mean(0).log()).sum()
+    return loss / 2
+
+
 def wmse(method, z1, z2):
     order, white = torch.randperm(24), []
     for z in (z1, z2):
@@ -140,6 +150,7 @@ def wmse(method, z1, z2):
         (TWIST(sharpness_weight=0.5, diversity_weight=2.0), twist, 2),
         (CorInfoMax(), corinfomax, 2),
         (WMSE(whitened=12), wmse, 2),
+        (DISSL(temperature=0.6), dissl, 4),
     ],
     ids=lambda case: getattr(case, "name", ""),
 )
@@ -156,7 +167,8 @@ def test_value_and_gradient_are_those_of_a_plain_version(config, plain, tables):
         gradients.append(torch.stack([leaf.grad for leaf in leaves if leaf.grad is not None]))
     torch.testing.assert_close(values[0], values[1], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=1e-6)
-    assert len(gradients[0]) == 2  # of the two views; what is a target has none
+    # what is a target has none; DISSL's teacher is taught
+    assert len(gradients[0]) == (4 if plain is dissl else 2)
     assert gradients[0].abs().max() > 1e-3
 
 
@@ -180,6 +192,8 @@ def test_value_and_gradient_are_those_of_a_plain_version(config, plain, tables):
         (TWIST, {"diversity_weight": -1.0}),
         (CorInfoMax, {"memory": 1.5}),
         (NPID, {"samples": 0}),
+        (DISSL, {"temperature": 0.0}),
+        (DISSL, {"diversity_weight": -1.0}),
         (NPID, {"memory": -0.5}),
         (CorInfoMax, {"epsilon": 0.0}),
     ],
@@ -278,6 +292,13 @@ def test_an_image_beyond_the_bank_is_refused():
     batch = Batch((torch.randn(2, 3, 8, 8),), torch.zeros(2), torch.tensor([3, 4]))
     with pytest.raises(ValueError, match="samples=4 entries are too few for image 4"):
         NPID(samples=4).build(NETWORK).embed(batch)
+
+
+def test_the_gradient_of_dissl_reaches_teacher_and_student():
+    method = DISSL().build(NETWORK)
+    images = torch.randn(2, 4, 3, 8, 8)
+    method.loss(*method(Batch(tuple(images), torch.zeros(4), torch.arange(4))))["loss"].backward()
+    assert all(weight.grad is not None for weight in method.parameters())
 
 
 def test_supervised_is_the_cross_entropy_of_both_views():
