@@ -320,6 +320,18 @@ def test_a_queue_shorter_than_a_step_is_refused():
         MoCo(queue=7).build(NETWORK).loss(*torch.randn(4, 4, 6))
 
 
+def test_the_network_of_keys_is_not_trained_and_follows_by_one_momentum():
+    method = MoCo(queue=10, momentum=0.75).build(NETWORK)
+    assert not any(weight.requires_grad for weight in method.target.parameters())
+    fast, slow = (twin.projector[0].weight for twin in (method.network, method.target))
+    with torch.no_grad():
+        fast += 1
+    for progress in (0.5, 1.0):
+        expected = 0.75 * slow + 0.25 * fast
+        method.after_step(progress)
+        torch.testing.assert_close(slow, expected)
+
+
 def test_new_keys_replace_the_oldest():
     method = MoCo(queue=10).build(NETWORK)
     tables = torch.randn(3, 4, 3, 6)
