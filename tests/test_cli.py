@@ -50,7 +50,7 @@ def test_pretrain_then_evaluate(capsys):
         ["evaluate", "linear", str(run), "--loop.epochs", "1", "--loop.seed", "5", "--no-progress"]
     )
     knn, linear = (json.loads((run / f"{name}.json").read_text()) for name in ("knn", "linear"))
-    assert set(knn["figures"]) == {"knn_10", "knn_20", "gallery", "queries"}
+    assert set(knn["figures"]) == {"data", "knn_10", "knn_20", "gallery", "queries"}
     assert knn["figures"]["gallery"] == 300
     assert linear["figures"]["epochs"] == 1
     assert 0 <= linear["figures"]["linear"] <= 100
