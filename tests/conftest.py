@@ -1,8 +1,9 @@
 """What tests of several modules share: groups of processes, lanes, an option to keep figures."""
 
+import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for fixture in lanes.keys() & set(getattr(item, "fixturenames", ())):
             item.add_marker(lanes[fixture])
+
+
+@pytest.fixture(autouse=True)
+def _no_log_outlives_its_test() -> Iterator[None]:
+    """A command that ran in a test's process leaves a handler that writes to the test's stderr."""
+    yield
+    root = logging.getLogger()
+    root.handlers = [
+        handler for handler in root.handlers if type(handler) is not logging.StreamHandler
+    ]
 
 
 def _run(rank: int, size: int, port: int, work: Callable, folder: str, backend: str) -> None:
