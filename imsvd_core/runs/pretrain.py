@@ -79,6 +79,7 @@ class Pretraining:
         else:
             recipe.knn.check(self.gallery, self.test, "knn")
             recipe.watch.check(self.gallery, self.test, "watch")
+        self._judged_on: dict[KNNConfig, list[Any]] = {}
         self.train = subset(self.gallery, recipe.samples, "samples")
         self.views = Views(recipe.views.configs)
         self.eval_view = EvalView(**asdict(recipe.eval_view))
@@ -126,14 +127,24 @@ class Pretraining:
         ValueError for data without labels or test split."""
         if self.unlabelled:
             raise ValueError(f"kNN cannot be: {self.unlabelled}")
+        config = config or self.recipe.knn
+        config.check(self.gallery, self.test)
+        gallery, queries = self.judged_on(config)
         return knn.evaluate(
             self.method.backbone,
-            (self.gallery, self.test),
-            config or self.recipe.knn,
+            (gallery, queries),
+            replace(config, gallery=None, queries=None),
             view=self.eval_view,
             device=self.device,
             precision=self.precision,
         )
+
+    def judged_on(self, config: KNNConfig) -> list[Any]:
+        """The gallery and the queries of a kNN, chosen once: where unreadable images are skipped,
+        all are decoded to find them."""
+        if config not in self._judged_on:
+            self._judged_on[config] = config.choose(self.gallery, self.test, ranks=False)
+        return self._judged_on[config]
 
     @on_rank_0
     def watch(self) -> dict[str, float]:
@@ -204,7 +215,7 @@ class Pretraining:
         if not self.unlabelled:
             with signals.interruptible():
                 accuracy = self.knn()
-                used = self.recipe.knn.choose(self.gallery, self.test, ranks=False)
+                used = self.judged_on(self.recipe.knn)
         figures = {
             **accuracy,
             "data": describe(self.recipe.eval_view.size, *used),

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from imsvd_core.data import memory as datasets
+from imsvd_core.data.streamed import StreamedImages
 from imsvd_core.engine.trainer import Trainer
 from imsvd_core.methods import BarlowTwins, VICReg
 from imsvd_core.networks import NetworkConfig
@@ -242,6 +243,22 @@ def test_other_settings_do_not_resume_and_saving_more_often_does(small, tmp_path
         Pretraining(
             replace(small, method=replace(small.method, temperature=1.0)), tmp_path, progress=False
         )
+
+
+def test_unreadable_images_are_looked_for_once_however_often_a_run_is_watched(
+    small, images, tmp_path, monkeypatch
+):
+    passes, look = [], StreamedImages.unsound
+
+    def counted(data, *settings):
+        passes.append(data.on_corrupt)
+        return look(data, *settings)
+
+    monkeypatch.setattr(StreamedImages, "unsound", counted)
+    small = replace(small, data=f"tree:{images}", on_corrupt="skip")
+    run = Pretraining(small, tmp_path, progress=False)
+    assert run.knn(small.watch) == run.knn(small.watch)
+    assert passes.count("skip") == 2  # gallery and queries
 
 
 @pytest.mark.slow  # two trainings
