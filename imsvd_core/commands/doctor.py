@@ -1,6 +1,5 @@
 """`imsvd doctor`: whether this machine and its cluster are ready for a run."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +23,9 @@ class DoctorCommand:
 def doctor(argv: Sequence[str]) -> None:
     """Show what is there and what is wrong."""
     command = tyro.cli(DoctorCommand, prog="imsvd doctor", args=argv)
-    seen = looks(
-        command.folder, Path(os.environ.get("IMSVD_DATA") or "~/.cache/imsvd").expanduser()
-    )
+    from imsvd_core.data.sources import data_root  # imports torch
+
+    seen = looks(command.folder, data_root())
     print(*seen, sep="\n")
     if any(look.remedy for look in seen):
         raise SystemExit(1)

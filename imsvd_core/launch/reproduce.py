@@ -26,7 +26,9 @@ from imsvd_core.system.run_folder import RunFolder
 
 #: How often a job that runs here is looked at.
 PAUSE_SECONDS = 1.0
-ENDED = ("failed", "cancelled", "not run")
+#: States of a task whose job has ended without a result, and of one that waited for such a job.
+UNDONE = ("failed", "cancelled")
+LOST = (*UNDONE, "not run")
 #: How long it waits before it asks again whether the queue has room.
 ROOM_SECONDS = 60.0
 
@@ -82,7 +84,7 @@ def reproduce(
             raise ValueError("nothing was submitted:\n  " + "\n  ".join(refused))
         graph.save(out)
         code = snapshot(out / "code")
-        ended = [standing for standing in standings if standing.state in ENDED[:2]]
+        ended = [standing for standing in standings if standing.state in UNDONE]
         if ended:
             console.print(table(ended, "to be done again:"))
         if config.executor == "slurm":
@@ -151,7 +153,7 @@ def _submit_all(
             console.print(full, highlight=False)
             time.sleep(ROOM_SECONDS)
             standings = standings_of(graph)
-            jobs = {name: job for name, job in jobs.items() if standings[name].state not in ENDED}
+            jobs = {name: job for name, job in jobs.items() if standings[name].state not in LOST}
         else:
             left.pop(0)
             sent += 1
