@@ -81,12 +81,16 @@ class Evaluation:
     sizes: ClassVar[tuple[str, str]] = ("train_images", "test_images")
     """Names of the settings that say how many images of (train, test) to use, None for all."""
 
+    def check(self, train: Any, test: Any) -> None:
+        """Raise ValueError, naming the setting, if the images cannot serve it."""
+
     def choose(self, *data: Any, ranks: bool = True, progress: bool = False) -> list[Any]:
         """The images of (train, test) that are used: the subsets, without what cannot be read and
         is to be skipped; for the `ranks` rank 0 tries. Raises ValueError, naming the setting, where
         there are not as many."""
         if not self.layout and (reason := unlabelled(*data)):
             raise ValueError(f"{self.evaluation} cannot be: {reason}")
+        self.check(*data)
         chosen = []
         for images, name in zip(data, self.sizes, strict=True):
             images = subset(images, getattr(self, name), f"{self.evaluation}.{name}")
@@ -112,5 +116,11 @@ class Evaluation:
         return setup.view.size
 
     def run(self, backbone: nn.Module, data: tuple[Any, Any], setup: Setup) -> dict[str, Any]:
-        """The figures of a backbone on (train, test). On several ranks all call this."""
+        """The figures of a backbone on what is chosen of (train, test). On several ranks all call
+        this."""
+        train, test = self.choose(*data)
+        return self.judge(backbone, (train, test), setup)
+
+    def judge(self, backbone: nn.Module, data: tuple[Any, Any], setup: Setup) -> dict[str, Any]:
+        """The figures of a backbone on all of (train, test). On several ranks all call this."""
         raise NotImplementedError

@@ -60,7 +60,7 @@ class KNNConfig(Evaluation):
         check_size(self.queries, test, f"{name}.queries")
         _refuse_large_k(self.neighbors, self.gallery or len(train), f"{name}.neighbors")
 
-    def run(
+    def judge(
         self, backbone: nn.Module, data: tuple[Images, Images], setup: Setup
     ) -> dict[str, float]:
         """See `evaluate`; every rank has its share of gallery and queries.
@@ -69,8 +69,7 @@ class KNNConfig(Evaluation):
         `setup.folder` (for ImageNet 0.5 GB, and 0.1 GB on every further rank), which is removed
         when the result is complete. Raises ValueError, too, where another process holds it.
         """
-        self.check(*data)
-        train, test = self.choose(*data)
+        train, test = data
         settings = self.identity(backbone) | {
             "gallery": [train.title, fingerprint(*train.identity())],
             "queries": fingerprint(*test.identity()),
@@ -109,7 +108,6 @@ def evaluate(
     Raises ValueError where the data cannot serve the protocol or features are not finite;
     FileNotFoundError and ValueError for images that cannot be read.
     """
-    config.check(*data)
     train, test = config.choose(*data, ranks=False)
     return _evaluate(backbone, train, test, config, Setup(Path(), view, device, precision), False)
 

@@ -60,7 +60,7 @@ class LinearConfig(Evaluation):
     def normalised(self, mean: Color, std: Color) -> "LinearConfig":
         return replace(self, view=replace(self.view, mean=mean, std=std))
 
-    def run(
+    def judge(
         self, backbone: nn.Module, data: tuple[Images, Images], setup: Setup
     ) -> dict[str, float]:
         """Top-1 accuracy in percent of the classifier as it is after the **last** epoch, on train
@@ -73,10 +73,9 @@ class LinearConfig(Evaluation):
         group the ranks share every batch, and the test images.
 
         Returns {"linear": …, "linear_top5": … (of more than five classes), "seconds": of training,
-        …}. Raises ValueError for subsets that the data cannot give, and what `Trainer` raises;
-        Stopped after a notice, with what is trained saved.
+        …}. Raises what `Trainer` raises; Stopped after a notice, with what is trained saved.
         """
-        train, test = self.choose(*data)
+        train, test = data
         device, precision = pick_device(self.loop.device), PRECISIONS[self.loop.precision]
         setup = replace(setup, device=device, precision=precision)
         backbone = backbone.to(device).eval().requires_grad_(False)

@@ -107,7 +107,7 @@ class SVMConfig(Evaluation):
         return self.size
 
     @on_rank_0
-    def run(
+    def judge(
         self, backbone: nn.Module, data: tuple[VOCImages, VOCImages], setup: Setup
     ) -> dict[str, Any]:
         """VOC's mean average precision in percent over the classes that can be evaluated: {"svm":
@@ -121,7 +121,7 @@ class SVMConfig(Evaluation):
         See `fit` for what is returned and raised beside; raises ValueError too for splits that
         differ in classes or share images, and for a map that `pool` does not fit.
         """
-        train, test = self.choose(*data, ranks=False)
+        train, test = data
         if train.classes != test.classes:
             names = sorted(set(train.classes) ^ set(test.classes))
             raise ValueError(f"the splits differ in classes {names}: give both of one data set")

@@ -71,7 +71,7 @@ def evaluate(
     data = rank_0_first(lambda: (open_split("train"), open_split("test")))
     with signals.handle_stop_signals():
         train, test = config.choose(*data, progress=progress)
-        figures = config.run(trained.backbone, (train, test), setup)
+        figures = config.judge(trained.backbone, (train, test), setup)
     figures["data"] = describe(config.resolution(setup), train, test)
     # The seconds of a training include those before a kill.
     seconds = max(time.perf_counter() - start, figures.get("seconds", 0))

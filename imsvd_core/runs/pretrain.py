@@ -128,7 +128,6 @@ class Pretraining:
         if self.unlabelled:
             raise ValueError(f"kNN cannot be: {self.unlabelled}")
         config = config or self.recipe.knn
-        config.check(self.gallery, self.test)
         gallery, queries = self.judged_on(config)
         return knn.evaluate(
             self.method.backbone,

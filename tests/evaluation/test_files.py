@@ -100,6 +100,17 @@ def judged(config, root, folder, **settings):
     return read_result(path)["figures"]
 
 
+@pytest.mark.parametrize(
+    "config",
+    [replace(NEAREST, gallery=8, queries=4), replace(PROBE, train_images=8, test_images=4)],
+)
+def test_numbers_of_images_that_are_asked_for_count_the_torn_ones(solid, tmp_path, config):
+    tear(solid)
+    parts = judged(config, solid, tmp_path, on_corrupt="skip")["data"]
+    assert [parts[split]["images"] for split in ("train", "test")] == [6, 2]
+    assert [parts[split]["skipped"] for split in ("train", "test")] == [2, 2]
+
+
 def test_pictures_that_were_exchanged_under_their_names_are_judged_anew(solid, tmp_path):
     for file in solid.glob("*/*/*"):
         os.utime(file, (0, 0))  # only the pixels tell

@@ -356,14 +356,14 @@ def test_a_result_that_another_call_has_left_meanwhile_stays(weights, tree, monk
     trained = open_backbone(weights)
     asked = evaluation("imagenet-knn", None, trained.recipe)
     other = replace(asked, config=replace(asked.config, neighbors=(3,)))
-    work = KNNConfig.run
+    work = KNNConfig.judge
 
     def and_meanwhile(*args):
-        monkeypatch.setattr(KNNConfig, "run", work)
+        monkeypatch.setattr(KNNConfig, "judge", work)
         evaluations.evaluate("imagenet-knn", trained, other, progress=False)
         return work(*args)
 
-    monkeypatch.setattr(KNNConfig, "run", and_meanwhile)
+    monkeypatch.setattr(KNNConfig, "judge", and_meanwhile)
     with pytest.raises(FileExistsError, match="pass --overwrite"):
         evaluations.evaluate("imagenet-knn", trained, asked, progress=False)
     assert "knn_3" in read_result("runs/theirs/imagenet-knn.json")["figures"]

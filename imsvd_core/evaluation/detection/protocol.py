@@ -102,7 +102,7 @@ class DetectionConfig(Evaluation):
         drops = sum(step >= drop for drop in self.drops)
         return self.lr * (1e-3 * (1 - rise) + rise) * 0.1**drops
 
-    def run(
+    def judge(
         self, backbone: ResNet, data: tuple[CocoImages, CocoImages], setup: Setup
     ) -> dict[str, float]:
         """COCO's average precision, in percent, of boxes and masks, after the **last** iteration.
@@ -117,7 +117,7 @@ class DetectionConfig(Evaluation):
         "iterations", "train_images", "test_images", "seconds": of training}. Raises ValueError if
         the data cannot serve; `signals.Stopped` when told to stop.
         """
-        train, test = self.choose(*data)
+        train, test = data
         if train.categories != test.categories:
             raise ValueError(
                 f"{test.listing} has other classes than {train.listing}: give two splits of one "
